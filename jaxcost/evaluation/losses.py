@@ -1,0 +1,44 @@
+"""Losses and the sums that scores are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcost import weights
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array, unembedding: Any, targets_BT: jax.Array, mask_BT: jax.Array, *, chunks: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """The summed negative log-likelihood in nats, and the number of targets that counted; both float32 scalars.
+
+    Args:
+      hidden_BTD: final hidden states in the compute dtype.
+      unembedding: a weight (D, V) of any kind.
+      targets_BT: int32 token ids.
+      mask_BT: 1 where the target counts and 0 where it is padding.
+      chunks: pieces that the time axis is cut into, at most; each piece's logits are made again in the backward pass,
+        so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does.
+    """
+    length = targets_BT.shape[1]
+    chunks = max(n for n in range(1, min(chunks, length) + 1) if length % n == 0)
+
+    def piece(hidden_BtD, targets_Bt, mask_Bt):
+        logits_BtV = weights.contract(hidden_BtD, unembedding).astype(jnp.float32)
+        chosen_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+        return jnp.sum((jax.nn.logsumexp(logits_BtV, axis=-1) - chosen_Bt) * mask_Bt)
+
+    if chunks == 1:
+        return piece(hidden_BTD, targets_BT, mask_BT), jnp.sum(mask_BT)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, length // chunks, *x.shape[2:]), 1, 0)
+
+    def step(total, chunk):
+        return total + jax.checkpoint(piece)(*chunk), None
+
+    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (split(hidden_BTD), split(targets_BT), split(mask_BT)))
+    return total, jnp.sum(mask_BT)

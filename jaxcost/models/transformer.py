@@ -1,0 +1,282 @@
+"""A decoder transformer in Flax Linen, put together from a frozen config.
+
+Parameters (D width, V vocabulary, H and K query and key heads, h head size, F MLP width), blocks stacked over L:
+
+    embed/table                             (V, D)
+    positions/table                         (max_length, D), learned positions only
+    layers/attention_norm/scale             (L, D), and `bias` with LayerNorm
+    layers/attention/{query,key,value}/kernel    (L, D, H·h) or (L, D, K·h)
+    layers/attention/output/kernel          (L, H·h, D)
+    layers/mlp_norm/scale                   (L, D)
+    layers/mlp/{gate,up,down}/kernel        (L, D, F), (L, D, F), (L, F, D)
+    final_norm/scale                        (D,)
+    unembed/kernel                          (D, V), untied only
+
+A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it). Any leaf may
+be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h F V as above.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxcost import weights
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.sharding import constrain
+
+STACKS = ("frozen_layers", "layers")
+"""The stacks of blocks a tree may hold, in the order in which they run."""
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, for every layer and row."""
+
+    key: jax.Array
+    """(L, B, S, K, h), compute dtype."""
+    value: jax.Array
+    """(L, B, S, K, h), compute dtype."""
+    length: jax.Array
+    """(B,) int32: tokens in each row."""
+
+
+class Linear(nn.Module):
+    """x (..., in) times a kernel (in, features) of any kind of weight: (..., features)."""
+
+    features: int
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, x, key=None):
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+        else:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        return weights.contract(x, kernel, key)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_epsilon)
+        y = y * _vector(self, "scale", nn.initializers.ones, x.shape[-1])
+        if self.config.norm == "layer":
+            y = y + _vector(self, "bias", nn.initializers.zeros, x.shape[-1])
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with an optional cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, cache, key):
+        c = self.config
+        keys = _keys(key, 4)
+        heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
+        q = Linear(c.num_heads * c.head_dim, heads_axes, name="query")(x_BTD, keys[0])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, name="key")(x_BTD, keys[1])
+        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, name="value")(x_BTD, keys[2])
+        q_BTHh = constrain(_heads(q, c.head_dim), "batch", "length", "heads", "head_dim")
+        k_BTKh = constrain(_heads(k, c.head_dim), "batch", "length", "kv_heads", "head_dim")
+        v_BTKh = constrain(_heads(v, c.head_dim), "batch", "length", "kv_heads", "head_dim")
+        if c.position == "rope":
+            q_BTHh = rotate(q_BTHh, positions_BT, c.rope_theta)
+            k_BTKh = rotate(k_BTKh, positions_BT, c.rope_theta)
+        q_BTHh = checkpoint_name(q_BTHh, "query")
+        k_BTKh = checkpoint_name(k_BTKh, "key")
+        v_BTKh = checkpoint_name(v_BTKh, "value")
+        if cache is None:
+            out_BTHh = jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True)
+        else:
+            cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
+            slots = jnp.arange(cache[0].shape[1])
+            mask_B1TS = (slots <= positions_BT[:, :, None])[:, None]
+            out_BTHh = jax.nn.dot_product_attention(q_BTHh, *cache, mask=mask_B1TS)
+        out = checkpoint_name(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
+        return Linear(c.width, ("heads", "embed"), name="output")(out, keys[3]), cache
+
+
+class Mlp(nn.Module):
+    """The feed-forward block, gated or plain."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, key):
+        c = self.config
+        keys = _keys(key, 3)
+        activation = getattr(jax.nn, c.activation)
+        up_BTF = checkpoint_name(Linear(c.mlp_width, ("embed", "mlp"), name="up")(x_BTD, keys[0]), "mlp_up")
+        if c.gated:
+            gate_BTF = checkpoint_name(Linear(c.mlp_width, ("embed", "mlp"), name="gate")(x_BTD, keys[1]), "mlp_gate")
+            hidden_BTF = activation(gate_BTF) * up_BTF
+        else:
+            hidden_BTF = activation(up_BTF)
+        hidden_BTF = constrain(hidden_BTF, "batch", "length", "mlp")
+        return Linear(c.width, ("mlp", "embed"), name="down")(hidden_BTF, keys[2])
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, cache=None, key=None):
+        key_attention, key_mlp = _keys(key, 2)
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
+        normed = Norm(self.config, name="attention_norm")(x_BTD)
+        update, cache = Attention(self.config, name="attention")(normed, positions_BT, cache, key_attention)
+        x_BTD = x_BTD + checkpoint_name(update, "attention_projection")
+        normed = Norm(self.config, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + checkpoint_name(Mlp(self.config, name="mlp")(normed, key_mlp), "mlp_down")
+        return constrain(x_BTD, "batch", "length", "residual"), cache
+
+
+class Transformer(nn.Module):
+    """Tokens (B, T) to hidden states (B, T, D). Logits are `weights.contract(hidden, unembedding(params))`."""
+
+    config: ModelConfig
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @nn.compact
+    def __call__(self, tokens_BT, cache: Cache | None = None, key=None) -> tuple[jax.Array, Cache | None]:
+        """`key` feeds weights whose arithmetic is random. With a cache, row b's tokens start at cache.length[b]."""
+        c = self.config
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if cache is not None:
+            positions_BT = positions_BT + cache.length[:, None]
+        table = _Table(c.vocab_size, c.width, "vocab", name="embed")()
+        x_BTD = jnp.take(table, tokens_BT, axis=0).astype(self.execution.dtype)
+        if c.position == "learned":
+            table = _Table(c.max_length, c.width, "position", name="positions")()
+            x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
+        x_BTD = constrain(x_BTD, "batch", "length", "residual")
+        x_BTD, kv = self._blocks(x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
+        hidden_BTD = Norm(c, name="final_norm")(x_BTD)
+        if not c.tie_embeddings and self.is_initializing():
+            Linear(c.vocab_size, ("embed", "vocab"), name="unembed")(hidden_BTD)
+        if cache is None:
+            return hidden_BTD, None
+        return hidden_BTD, Cache(*kv, cache.length + tokens_BT.shape[1])
+
+    def _blocks(self, x_BTD, positions_BT, kv, key):
+        block = Block(self.config, parent=None)
+        if self.is_initializing():
+            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, self.config.num_layers))
+        stacks = [
+            nn.meta.unbox(self.get_variable("params", name)) for name in STACKS if self.has_variable("params", name)
+        ]
+
+        def step(x, layer):
+            params, cache, index = layer
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return block.apply({"params": params}, x, positions_BT, cache, layer_key)
+
+        step = self.execution.rematerialize(step)
+        start, written = 0, []
+        for stack in stacks:
+            depth = jax.tree.leaves(stack)[0].shape[0]
+            cache = None if kv is None else tuple(a[start : start + depth] for a in kv)
+            layers = (stack, cache, jnp.arange(start, start + depth))
+            x_BTD, cache = lax.scan(step, x_BTD, layers, unroll=self.execution.unrolled(depth))
+            start, written = start + depth, [*written, cache]
+        if kv is not None:
+            kv = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *written)
+        return x_BTD, kv
+
+
+def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
+    """The parameters (float32) and, in a tree of the same structure, their logical axis names."""
+    boxed = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
+    """`initialize` without computing anything: ShapeDtypeStructs, and the logical axis names."""
+    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
+    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def unembedding(params: weights.Params) -> Any:
+    """The weight (D, V) that turns hidden states into logits: a matrix of its own, or the embedding transposed."""
+    if "unembed" in params:
+        return params["unembed"]["kernel"]
+    return weights.materialize(params["embed"]["table"]).T
+
+
+def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:
+    """An empty cache for `slots` tokens a row."""
+    shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
+
+
+def rotate(x_BTHh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding on the two halves of the head. Source: Su et al. 2021, arXiv:2104.09864."""
+    half = x_BTHh.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHh.dtype)
+
+
+class _Table(nn.Module):
+    """An embedding table (rows, D), read whole so that a lookup or a transpose can follow."""
+
+    rows: int
+    width: int
+    axis: str
+
+    @nn.compact
+    def __call__(self):
+        if self.has_variable("params", "table"):
+            return weights.materialize(self.get_variable("params", "table"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (self.axis, "embed"))
+        return self.param("table", init, (self.rows, self.width))
+
+
+def _vector(module: nn.Module, name: str, init, size: int):
+    if module.has_variable("params", name):
+        return weights.materialize(module.get_variable("params", name))
+    return module.param(name, nn.with_logical_partitioning(init, (None,)), (size,))
+
+
+def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):
+    stacked = jax.vmap(lambda key: block.init(key, x_BTD, positions_BT)["params"])(jax.random.split(rng, depth))
+    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+
+def _heads(x_BTN, head_dim: int):
+    return x_BTN.reshape(*x_BTN.shape[:2], -1, head_dim)
+
+
+def _write(cache_BSKh, new_BTKh, positions_BT):
+    def row(cache, new, start):
+        return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
+
+    return jax.vmap(row)(cache_BSKh, new_BTKh, positions_BT[:, 0])
+
+
+def _keys(key, n: int):
+    return (None,) * n if key is None else jax.random.split(key, n)

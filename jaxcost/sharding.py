@@ -1,0 +1,121 @@
+"""Meshes, and where every tree lives on them: one table from logical axis names to mesh axes.
+
+Parameters and activations name their axes by meaning ('embed', 'mlp', 'batch'); the table below says which mesh axes
+split each meaning. Weights of any kind shard like the matrix that they stand for, because each kind derives the names
+of its arrays' axes from that matrix's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcost import weights
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    # Parameters.
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "layers": (),
+    "rank": (),
+    "position": (),
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "residual": ("tensor",),
+    "head_dim": (),
+}
+"""Logical axis name → the mesh axes that split it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each kind of parallelism splits the devices; one axis may be -1 for what is left."""
+
+    data: int = 1
+    """Replicas of the weights, each with its own part of the batch; -1 takes the devices that are left."""
+    fsdp: int = 1
+    """Ways that both the weights and the batch are split (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Ways that heads, MLP and vocabulary are split (tensor parallelism)."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis} is {size}; it must be positive, or -1 for the devices that are left.")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError("Only one mesh axis can be -1 (the devices that are left).")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of every axis on so many devices; ValueError if they do not multiply to them."""
+        sizes = dataclasses.asdict(self)
+        known = math.prod(size for size in sizes.values() if size != -1)
+        filled = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+        if math.prod(filled.values()) != num_devices:
+            asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise ValueError(
+                f"The mesh ({asked}) does not fit {num_devices} device{'s' if num_devices > 1 else ''}; "
+                "change mesh.* so that the sizes multiply to the number of devices, or set one to -1."
+            )
+        return filled
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh over the devices (default: all of them), each axis present even where its size is 1."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+    """The mesh axes for each logical axis; axes of size 1 are left out, and no mesh axis is used twice."""
+    taken: set[str] = set()
+    spec = []
+    for name in axes:
+        free = [a for a in RULES[name] if sizes.get(a, 1) > 1 and a not in taken] if name is not None else []
+        taken.update(free)
+        spec.append(tuple(free) if len(free) > 1 else free[0] if free else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation's layout inside a jitted function; outside of a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, mesh_spec(PartitionSpec(*axes), mesh.shape))
+
+
+def shardings(params: weights.Params, axes: weights.Params, mesh: Mesh) -> weights.Params:
+    """A NamedSharding for every array in a tree of weights, as a tree of the same structure.
+
+    `axes` has the dense parameters' structure, with a PartitionSpec of logical names for each. Raises ValueError if
+    an axis does not divide, naming the parameter.
+    """
+
+    def place(path, w, names):
+        return jax.tree.map(lambda a, n: _placed(path, a, n, mesh), w, weights.logical_axes(w, names))
+
+    return weights.map_weights(place, params, axes)
+
+
+def _placed(path, array, names, mesh) -> NamedSharding:
+    spec = mesh_spec(names, mesh.shape)
+    for size, name, split in zip(array.shape, names, spec, strict=True):
+        ways = math.prod(mesh.shape[a] for a in ((split,) if isinstance(split, str) else split or ()))
+        if size % ways:
+            raise ValueError(
+                f"{path}: its {name} axis has size {size}, which mesh axis {split} ({ways}) does not divide; "
+                "change the model's size or the mesh."
+            )
+    return NamedSharding(mesh, spec)

@@ -1,0 +1,24 @@
+"""Pure functions from weights to weights, each picking its weights by path rules; see `base`."""
+
+from jaxcost.transforms.base import Chain, Covered, Rule, RuleError, Transform, chain, rule
+from jaxcost.transforms.factorize import factorize
+from jaxcost.transforms.freeze import freeze
+from jaxcost.transforms.lora import lora
+from jaxcost.transforms.prune import Gradual, prune
+from jaxcost.transforms.quantize import quantize
+
+__all__ = [
+    "Chain",
+    "Covered",
+    "Gradual",
+    "Rule",
+    "RuleError",
+    "Transform",
+    "chain",
+    "factorize",
+    "freeze",
+    "lora",
+    "prune",
+    "quantize",
+    "rule",
+]

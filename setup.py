@@ -1,0 +1,42 @@
+"""Packaging of jaxcost; the tools' settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="jaxcost",
+    version="0.1.0",
+    description="What a transformer costs before you pay, transforms that cut it, and the quality each cut cost you.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxcost", "jaxcost.*"]),
+    package_data={"jaxcost": ["**/*.json"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "tensorflow-datasets>=4.9.9,<5",
+        "grain>=0.2.16,<0.3",
+        "aqtp>=0.9,<0.10",  # "aqt-jax", imported as aqt.jax.v2
+        "tokenizers>=0.22,<0.24",
+        "numpy>=2,<3",
+        "tyro>=1,<2",
+        "rich>=14,<16",
+        "matplotlib>=3.10,<4",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "gpu": ["jax[cuda12]>=0.10,<0.13"],
+        "plan": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
+        "hub": ["safetensors>=0.5,<1", "huggingface-hub>=1,<2"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7", "ruff>=0.14", "nbclient", "ipykernel"],
+        "oracles": ["torch==2.13.0", "transformers>=5,<6", "peft>=0.19,<0.22"],
+    },
+)
