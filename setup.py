@@ -25,6 +25,7 @@ setup(
         "grain>=0.2.16,<0.3",
         "aqtp>=0.9,<0.10",  # "aqt-jax", imported as aqt.jax.v2
         "tokenizers>=0.22,<0.24",
+        "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
         "numpy>=2,<3",
         "tyro>=1,<2",
         "rich>=14,<16",

@@ -119,3 +119,18 @@ def _placed(path, array, names, mesh) -> NamedSharding:
                 "change the model's size or the mesh."
             )
     return NamedSharding(mesh, spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch (B, S) lives: its rows split over all data-parallel axes."""
+    return NamedSharding(mesh, mesh_spec(PartitionSpec("batch", "length"), mesh.shape))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B."""
+    return {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -217,6 +217,12 @@ def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
     return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
 
 
+def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
+    """The logical axis names of the dense weight behind every weight of `params`, whatever transforms made it."""
+    _, axes = abstract(model)
+    return {name: axes["layers" if name in STACKS else name] for name in params}
+
+
 def unembedding(params: weights.Params) -> Any:
     """The weight (D, V) that turns hidden states into logits: a matrix of its own, or the embedding transposed."""
     if "unembed" in params:

@@ -1,0 +1,179 @@
+"""One experiment: the rooms' own frozen dataclasses in one, read from configs/ and changed on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from jaxcost import transforms
+from jaxcost.cost.hardware import HardwareConfig
+from jaxcost.data.config import DataConfig
+from jaxcost.evaluation.score import EvaluationConfig
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.sharding import MeshConfig
+from jaxcost.study import recipes
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be read, or that cannot work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is trained on what, where, how long, how it is cut, and what that is priced by."""
+
+    model: ModelConfig = ModelConfig(vocab_size=0)
+    """The transformer."""
+    data: DataConfig = DataConfig()
+    """The text, its tokeniser and the batches."""
+    mesh: MeshConfig = MeshConfig(data=-1)
+    """How the devices share the work."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Precision and rematerialisation."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    training: TrainingConfig = TrainingConfig()
+    """Length of the run."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is scored."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept."""
+    hardware: HardwareConfig = HardwareConfig()
+    """The chips that the run is priced on."""
+    transforms: tuple[transforms.Transform, ...] = ()
+    """Transforms of the weights before training, as Python: 'lora(rank=4), prune(sparsity=0.5)'."""
+    study: recipes.StudyConfig = recipes.StudyConfig()
+    """The recipes that a study compares."""
+
+    def __post_init__(self):
+        if self.data.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length ({self.data.sequence_length}) is longer than model.max_length "
+                f"({self.model.max_length}); lower the one or raise the other."
+            )
+        if self.data.batch_size % self.training.accumulation:
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) must be a multiple of training.accumulation "
+                f"({self.training.accumulation})."
+            )
+        if any(isinstance(t, transforms.freeze) for t in self.transforms) and self.model.num_layers < 2:
+            raise ValueError("freeze needs at least two layers; raise model.num_layers or drop the transform.")
+        last = transforms.chain(*self.transforms).last_step()
+        if last >= self.training.steps:
+            raise ValueError(
+                f"A gradual transform ends at step {last}, but training.steps is {self.training.steps}; "
+                "train longer or let it end earlier."
+            )
+
+    def check_devices(self, num_devices: int, vocab_size: int) -> None:
+        """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
+        sizes = self.mesh.sizes(num_devices)
+        microbatch = self.data.batch_size // self.training.accumulation
+        rows = sizes["data"] * sizes["fsdp"]
+        if microbatch % rows:
+            raise ValueError(
+                f"A microbatch of {microbatch} sequences (data.batch_size / training.accumulation) does not divide "
+                f"into mesh.data x mesh.fsdp = {rows} parts; make data.batch_size a multiple of "
+                f"{rows * self.training.accumulation}."
+            )
+        m = self.model
+        splits = [("model.width", m.width, "fsdp"), ("model.num_heads", m.num_heads, "tensor")]
+        splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
+        splits += [("model.width", m.width, "tensor"), ("the vocabulary", vocab_size, "tensor")]
+        for name, size, axis in splits:
+            if size % sizes[axis]:
+                raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")
+
+
+def load(path: str | Path) -> Experiment:
+    """The `experiment` of a Python file such as those in configs/; ConfigError in one sentence if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no config file {path}; the ones that come with jaxcost are in configs/.")
+    try:
+        found = runpy.run_path(str(path)).get("experiment")
+    except Exception as error:
+        raise ConfigError(f"The config {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Experiment):
+        raise ConfigError(f"The config {path} does not define `experiment = Experiment(...)`.")
+    return found
+
+
+Overrides = Annotated[Experiment, tyro.conf.arg(name="")]
+"""The type of a script's `experiment` argument: every field of it is a flag."""
+
+_T = TypeVar("_T")
+
+
+def parse(arguments_class: type[_T], argv: Sequence[str] | None = None) -> _T:
+    """A script's arguments: a dataclass, documented by `--help`.
+
+    If it has an `experiment: Overrides`, one argument must be a config file, whose fields become flags
+    (--model.width 512). ConfigError, in one sentence, for anything that cannot be understood.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = tyro.MISSING
+    if any(field.name == "experiment" for field in dataclasses.fields(arguments_class)):
+        named = next((a for a in argv if a.endswith(".py")), None)
+        if named is None and not set(argv) & {"-h", "--help"}:
+            raise ConfigError("Name a config file first, such as configs/quickstart.py.")
+        experiment = Experiment() if named is None else load(named)
+        default = arguments_class(config=tyro.MISSING, experiment=experiment)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(arguments_class, args=argv, default=default, registry=_REGISTRY)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_one_line(said.getvalue())) from None
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+_EXPRESSIONS = {
+    tuple[transforms.Transform, ...]: {name: getattr(transforms, name) for name in transforms.__all__},
+    tuple[recipes.Recipe, ...]: vars(recipes) | {name: getattr(transforms, name) for name in transforms.__all__},
+    tuple[recipes.Budget, ...]: vars(recipes),
+}
+"""Fields that are written as Python on the command line, and the names that the Python may use."""
+
+
+@_REGISTRY.primitive_rule
+def _python_expression(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    names = _EXPRESSIONS.get(info.type)
+    if names is None:
+        return None
+
+    def read(texts: list[str]) -> tuple:
+        try:
+            return eval(f"({texts[0]},)" if texts[0].strip() else "()", {"__builtins__": {}}, dict(names))
+        except Exception as error:
+            raise ValueError(f"{texts[0]!r} is no list of {info.type.__args__[0].__name__}s ({error})") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PYTHON",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [", ".join(map(repr, value))],
+    )
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box, as one line."""
+    lines = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in box.splitlines()]
+    said = [line for line in lines[1:] if line]
+    end = next((i for i, line in enumerate(said) if line.startswith(("For full helptext", "Argument helptext"))), None)
+    return re.sub(r"\s+", " ", " ".join(said[:end])) + " (--help lists what there is.)"

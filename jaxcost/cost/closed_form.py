@@ -1,0 +1,328 @@
+"""Cost of a transformer from its shapes alone: parameters, FLOPs, bytes, and the chain to money, energy and carbon.
+
+FLOPs are operations (a multiply-add is two) and *model* FLOPs unless a name says hardware: what the mathematics asks
+for, without recomputation. D is the width, L the layers, H and K the query and key-value heads, h a head's size, F
+the MLP's width, V the vocabulary, S the sequence, B the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxcost.cost import hardware as hardware_lib
+from jaxcost.cost import roofline
+from jaxcost.models import config as model_config
+
+Attention = Literal["causal", "full"]
+Remat = Literal["none", "full"]
+
+_FLOPS_PER_PARAMETER = 2
+"""A multiply and an add for each weight and token in the forward pass; the backward pass does both twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model."""
+
+    by_part: dict[str, int]
+    """`embedding`, `positions`, `attention`, `mlp`, `norms`, `unembedding`; a tied unembedding counts 0 here."""
+    matmul: int
+    """Parameters that every token is multiplied with: attention, MLP and the unembedding, tied or not."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, a tied table once."""
+        return sum(self.by_part.values())
+
+
+def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
+    """Counts a model's parameters.
+
+    Per layer: D·H·h for the query, 2·D·K·h for key and value, H·h·D for the output, 3·D·F for a gated MLP (2·D·F for
+    a plain one), and two norms of D scales (and D biases if LayerNorm); besides them V·D for the embedding, V·D for
+    an untied unembedding, a final norm, and S·D for learned positions. Linear layers have no biases.
+
+    Raises:
+        ValueError: the vocabulary's size is still 0.
+    """
+    if model.vocab_size == 0:
+        raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
+    table = model.vocab_size * model.width
+    attention = model.num_layers * _attention_parameters_per_layer(model)
+    mlp = model.num_layers * (3 if model.gated else 2) * model.width * model.mlp_width
+    norm = model.width * (2 if model.norm == "layer" else 1)
+    by_part = {
+        "embedding": table,
+        "positions": model.max_length * model.width if model.position == "learned" else 0,
+        "attention": attention,
+        "mlp": mlp,
+        "norms": (2 * model.num_layers + 1) * norm,
+        "unembedding": 0 if model.tie_embeddings else table,
+    }
+    return ParameterCounts(by_part, matmul=attention + mlp + table)
+
+
+def _attention_parameters_per_layer(model: model_config.ModelConfig) -> int:
+    return 2 * model.width * model.head_dim * (model.num_heads + model.num_kv_heads)
+
+
+def attention_flops_per_token(model: model_config.ModelConfig, sequence_tokens: int, attention: Attention) -> int:
+    """Forward FLOPs of QKᵀ and of the weighted sum of values, for one token of a sequence.
+
+    Full: 4·L·S·H·h. Causal: half of it, 2·L·S·H·h, since a token sees half of the sequence on average. Grouped-query
+    attention shrinks the cache and the projections, not these.
+
+    Source: Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, for the full form.
+    """
+    full = 4 * model.num_layers * sequence_tokens * model.num_heads * model.head_dim
+    return full if attention == "full" else full // 2
+
+
+def forward_flops_per_token(
+    model: model_config.ModelConfig, sequence_tokens: int, attention: Attention = "causal"
+) -> int:
+    """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention.
+
+    The unembedding counts, the embedding's look-up does not. Source: Kaplan et al. 2020 (arXiv:2001.08361), section
+    2.1, with the unembedding added and attention in the named convention.
+    """
+    matmul = _FLOPS_PER_PARAMETER * parameter_counts(model).matmul
+    return matmul + attention_flops_per_token(model, sequence_tokens, attention)
+
+
+def training_flops_per_token(
+    model: model_config.ModelConfig, sequence_tokens: int, attention: Attention = "causal"
+) -> int:
+    """Model FLOPs of training on one token: three forward passes' worth.
+
+    6 · matmul parameters + 6·L·S·H·h if causal, + 12·L·S·H·h if full. Source: as `forward_flops_per_token`; the
+    backward pass multiplies each weight twice, for the input's gradient and for the weight's.
+    """
+    return 3 * forward_flops_per_token(model, sequence_tokens, attention)
+
+
+def hardware_training_flops_per_token_bound(
+    model: model_config.ModelConfig, sequence_tokens: int, remat: Remat, attention: Attention = "causal"
+) -> int:
+    """Upper bound on the hardware FLOPs of training on one token when activations are recomputed.
+
+    Full rematerialisation adds a forward pass of the layers, 8/6 of the model FLOPs of the layers at most; the
+    unembedding is outside them. A compiler drops what the backward pass does not need, so it does less. Source:
+    Chen et al. 2016 (arXiv:1604.06174) for one extra forward pass.
+    """
+    training = training_flops_per_token(model, sequence_tokens, attention)
+    if remat == "none":
+        return training
+    unembedding = _FLOPS_PER_PARAMETER * model.vocab_size * model.width
+    return training + forward_flops_per_token(model, sequence_tokens, attention) - unembedding
+
+
+def adapter_training_flops_per_token(
+    model: model_config.ModelConfig,
+    sequence_tokens: int,
+    adapter_parameters: int,
+    trained_layers: int | None = None,
+    attention: Attention = "causal",
+) -> int:
+    """Model FLOPs of training on one token when the base is frozen and only adapters learn.
+
+    A frozen weight skips its own gradient: 4 instead of 6 FLOPs a parameter. The backward pass stops at the lowest
+    layer that has an adapter; layers below cost their forward pass only, 2 a parameter. Adapters cost 6 a parameter.
+    It holds where the adapter is applied to the activations: `W + AB` materialised costs a full fine-tune.
+
+    Source: the count of multiplications above; Hu et al. 2021 (arXiv:2106.09685) for the adapter.
+
+    Args:
+        model: the frozen model.
+        sequence_tokens: tokens of a sequence.
+        adapter_parameters: trainable parameters of all adapters.
+        trained_layers: layers from the top that carry adapters; all of them if None.
+        attention: convention for attention's FLOPs.
+
+    Raises:
+        ValueError: more trained layers than the model has.
+    """
+    trained_layers = model.num_layers if trained_layers is None else trained_layers
+    if not 0 <= trained_layers <= model.num_layers:
+        raise ValueError(f"trained_layers is {trained_layers}; the model has {model.num_layers} layers.")
+    forward = forward_flops_per_token(model, sequence_tokens, attention)
+    unembedding = _FLOPS_PER_PARAMETER * model.vocab_size * model.width
+    forward_of_layers = forward - unembedding
+    attention_flops = attention_flops_per_token(model, sequence_tokens, attention)
+    # Attention has no weight to freeze: both of its factors get gradients, twice its forward FLOPs.
+    backward_of_layers = (forward_of_layers + attention_flops) * trained_layers // model.num_layers
+    backward = backward_of_layers + unembedding if trained_layers else 0
+    return forward + backward + 3 * _FLOPS_PER_PARAMETER * adapter_parameters
+
+
+def kv_cache_bytes(
+    model: model_config.ModelConfig, batch: int, sequence_tokens: int, bytes_per_element: float = 2
+) -> int:
+    """Bytes of the keys and values of `batch` sequences: 2·L·K·h·bytes·S·B.
+
+    Source: Pope et al. 2022 (arXiv:2211.05102), with key-value heads in place of heads.
+    """
+    elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim * sequence_tokens * batch
+    return math.ceil(elements * bytes_per_element)
+
+
+def storage_bytes(parameters: int, bits_per_parameter: float, block: int | None = None, scale_bits: int = 32) -> int:
+    """Bytes of `parameters` on disk or in memory, with one scale of `scale_bits` for each `block` of them if given."""
+    scales = math.ceil(parameters / block) if block else 0
+    return math.ceil((parameters * bits_per_parameter + scales * scale_bits) / 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training or serving holds over all devices, by category."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    """Estimated: what the backward pass keeps; the compiled program knows better."""
+    kv_cache_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All categories together."""
+        return sum(dataclasses.astuple(self))
+
+
+def training_memory(
+    model: model_config.ModelConfig,
+    batch: int,
+    sequence_tokens: int,
+    *,
+    trainable_parameters: int | None = None,
+    bytes_per_weight: float = 4,
+    bytes_per_gradient: float = 4,
+    optimizer_bytes_per_parameter: float = 8,
+    bytes_per_activation: float = 2,
+    remat: Remat = "none",
+    stored_attention_matrix: bool = True,
+) -> MemoryEstimate:
+    """Memory of a training step over all devices, for a state that is sharded without copies.
+
+    Args:
+        model: the model.
+        batch: sequences a step.
+        sequence_tokens: tokens of a sequence.
+        trainable_parameters: those with gradients and optimizer state; all if None. Parameters beyond the model's
+            (adapters) are not added to the weights.
+        bytes_per_weight: 4 for f32 weights.
+        bytes_per_gradient: 4 for f32 gradients.
+        optimizer_bytes_per_parameter: 8 for Adam's two f32 moments, 4 for momentum, 0 for plain SGD.
+        bytes_per_activation: 2 for bf16 activations.
+        remat: `full` keeps one residual a layer and one layer's activations.
+        stored_attention_matrix: whether the S x S weights are kept; not with fused attention.
+    """
+    parameters = parameter_counts(model).total
+    trainable = parameters if trainable_parameters is None else trainable_parameters
+    tokens = batch * sequence_tokens
+    per_layer = activation_elements_per_token(model, sequence_tokens, stored_attention_matrix)
+    kept = {"none": model.num_layers * per_layer, "full": model.num_layers * model.width + per_layer}[remat]
+    return MemoryEstimate(
+        weights_bytes=math.ceil(parameters * bytes_per_weight),
+        gradients_bytes=math.ceil(trainable * bytes_per_gradient),
+        optimizer_bytes=math.ceil(trainable * optimizer_bytes_per_parameter),
+        activations_bytes=math.ceil(tokens * (kept * bytes_per_activation + _logits_bytes_per_token(model))),
+    )
+
+
+def _logits_bytes_per_token(model: model_config.ModelConfig) -> int:
+    """The loss keeps f32 logits and their gradient."""
+    return 2 * 4 * model.vocab_size
+
+
+def activation_elements_per_token(
+    model: model_config.ModelConfig, sequence_tokens: int, stored_attention_matrix: bool = True
+) -> int:
+    """Elements that one layer keeps for the backward pass of one token.
+
+    Inputs and outputs of both norms (4·D), query, key, value and attention output ((2·H + 2·K)·h), scores and
+    weights of attention if stored (2·H·S), and the MLP's inner tensors (4·F gated, 2·F plain). Source: the counting
+    of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block, without dropout.
+    """
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    matrix = 2 * model.num_heads * sequence_tokens if stored_attention_matrix else 0
+    return 4 * model.width + heads + matrix + (4 if model.gated else 2) * model.mlp_width
+
+
+def decode_step_bound(
+    model: model_config.ModelConfig,
+    chip: hardware_lib.Chip,
+    batch: int,
+    cached_tokens: int,
+    *,
+    num_chips: int = 1,
+    bytes_per_weight: float = 2,
+    bytes_per_cache_element: float = 2,
+    operand_type: str = "bf16",
+) -> roofline.Bound:
+    """Lower bound on the seconds of one decode step, which makes `batch` tokens.
+
+    max((matmul weights + cache) / bandwidth, FLOPs / peak), spread evenly over the chips, links free. Source: Pope
+    et al. 2022 (arXiv:2211.05102), section 2.
+
+    Args:
+        model: the model.
+        chip: figures of one chip.
+        batch: sequences decoded together.
+        cached_tokens: tokens that each sequence's cache holds.
+        num_chips: chips that share the weights and the cache.
+        bytes_per_weight: 2 for bf16 weights, 1 for int8, 0.5 for int4.
+        bytes_per_cache_element: 2 for a bf16 cache.
+        operand_type: type whose peak the matmuls run at.
+    """
+    flops = batch * forward_flops_per_token(model, cached_tokens, "full")
+    weights = parameter_counts(model).matmul * bytes_per_weight
+    cache = kv_cache_bytes(model, batch, cached_tokens, bytes_per_cache_element)
+    devices = num_chips * chip.devices_per_chip
+    return roofline.lower_bound(chip, {operand_type: flops / devices}, (weights + cache) / devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A stretch of work on some hardware; None where a figure of the hardware is unknown."""
+
+    seconds: float
+    chip_hours: float
+    usd: float | None
+    kwh: float | None
+    kg_co2: float | None
+
+
+def cost_of_seconds(seconds: float, hardware: hardware_lib.Hardware) -> Cost:
+    """Seconds on all chips to chip-hours, to money (x price), to energy (x W x PUE), to carbon (x grid intensity)."""
+    kwh = hardware.kwh(seconds)
+    return Cost(seconds, hardware.chip_hours(seconds), hardware.usd(seconds), kwh, hardware.kg_co2(kwh))
+
+
+def cost_of_flops(
+    flops: float, hardware: hardware_lib.Hardware, operand_type: str = "bf16", utilization: float = 1.0
+) -> Cost | None:
+    """Cost of `flops` of work at a share of the chips' peak; a lower bound at a utilization of 1.
+
+    The work is fixed: more chips divide its time and leave its chip-hours, price and energy as they are.
+
+    Args:
+        flops: operations over all chips.
+        hardware: the chips.
+        operand_type: type whose peak counts.
+        utilization: share of the peak that the run reaches, between 0 and 1.
+
+    Returns:
+        The cost, or None if the chip's peak is unknown.
+
+    Raises:
+        ValueError: the utilization is not in (0, 1].
+    """
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization is {utilization}; it must be above 0 and at most 1.")
+    peak = hardware.chip.peak(operand_type)
+    if peak is None:
+        return None
+    return cost_of_seconds(flops / (peak * hardware.num_chips * utilization), hardware)

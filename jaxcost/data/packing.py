@@ -1,0 +1,142 @@
+"""Documents to one flat array of token ids, made once and read from disk, and the windows that a model sees of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jaxcost.data.config import DataConfig
+from jaxcost.data.files import atomic_write
+from jaxcost.data.sources import DocumentSource, open_source
+from jaxcost.data.tokenizers import Tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+
+_FORMAT = "jaxcost tokens 1"  # a change of what the array means must change the key of its file
+_CHECKED_TOKENS = 500_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """A split as one array of token ids, with a separator before every document."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 (N,), read from disk as it is used; the first is a separator."""
+    text_bytes: int
+    """UTF-8 bytes of the documents and 1 a document for its separator: what bits per byte divides by."""
+    num_documents: int
+    """Documents in the split."""
+
+
+def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
+    """Tokenises a split of the dataset, or finds it tokenised on disk.
+
+    The file's name is a hash of the dataset's content, the split and the tokeniser's fingerprint. A file that is cut
+    short, damaged or another's is made again; writing is atomic, so a killed or a second process does no harm.
+
+    Args:
+      config: names the dataset and its folders.
+      split: `config.train_split` or `config.validation_split`.
+      tokenizer: from `build_tokenizer`.
+
+    Raises:
+      ValueError: the split cannot be opened (see `open_source`), or the cache folder cannot be written to.
+    """
+    source = open_source(config, split)
+    key = hashlib.sha256(f"{_FORMAT} {source.identity} {tokenizer.fingerprint}".encode()).hexdigest()
+    path = source.cache_dir / f"{source.label}-{tokenizer.fingerprint}-{key[:16]}.npy"
+    stream = _read(path, key)
+    if stream is not None:
+        return stream
+    if path.exists():
+        _LOGGER.warning("Tokenising again, because %s is damaged.", path)
+    with atomic_write(path) as file:
+        text_bytes = _write_tokens(file, source, tokenizer)
+    tokens = np.lib.format.open_memmap(path, mode="r")
+    # The description comes last: an array without one counts as absent.
+    with atomic_write(path.with_suffix(".json")) as file:
+        description = {"key": key, "text_bytes": text_bytes, "num_documents": len(source), **_description(tokens)}
+        file.write(json.dumps(description).encode())
+    return TokenStream(tokens, text_bytes, len(source))
+
+
+class Windows:
+    """The sequences of a token array, by index: window i predicts tokens i·S+1 to i·S+S from those one earlier.
+
+    The stride is S, so over all windows every token but the first is predicted exactly once.
+    """
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, keep_last: bool = False):
+        """Cuts the array.
+
+        Args:
+          tokens: integers (N,).
+          sequence_length: S.
+          keep_last: count the last window even if tokens run out within it; it is padded with zeros.
+        """
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        predicted = max(len(tokens) - 1, 0)
+        self._count = -(-predicted // sequence_length) if keep_last else predicted // sequence_length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns `inputs` and `targets`, int32 (S,), and `mask`, float32 (S,), 1 where there is a target."""
+        start = index * self._sequence_length
+        piece = np.asarray(self._tokens[start : start + self._sequence_length + 1], np.int32)
+        padding = self._sequence_length + 1 - len(piece)
+        mask = np.ones(self._sequence_length, np.float32)
+        if padding:
+            mask[-padding:] = 0
+            piece = np.pad(piece, (0, padding))
+        return {"inputs": piece[:-1], "targets": piece[1:], "mask": mask}
+
+
+def _write_tokens(file: BinaryIO, source: DocumentSource, tokenizer: Tokenizer) -> int:
+    """Writes an .npy file of all tokens, a document at a time, and returns the text's bytes."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    token_bytes = tokenizer.token_bytes
+
+    def write_header(num_tokens: int) -> None:
+        # NumPy leaves room in the header for the first axis to grow, so its length does not depend on the number.
+        file.seek(0)
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (num_tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    write_header(0)
+    num_tokens = text_bytes = 0
+    for document in source:
+        ids = np.concatenate([[tokenizer.separator_id], tokenizer.encode(document)])
+        file.write(ids.astype(dtype).tobytes())
+        num_tokens += len(ids)
+        text_bytes += int(token_bytes[ids].sum())
+    write_header(num_tokens)
+    return text_bytes
+
+
+def _read(path: Path, key: str) -> TokenStream | None:
+    """Returns the stream on disk, or None if it isn't there, isn't whole or is another's."""
+    try:
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        tokens = np.lib.format.open_memmap(path, mode="r")
+        if description["key"] != key or any(description[name] != x for name, x in _description(tokens).items()):
+            return None
+        return TokenStream(tokens, description["text_bytes"], description["num_documents"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _description(tokens: np.ndarray) -> dict[str, int | str]:
+    """What a file must still hold to be the one that was written; of a long array the checksum covers both ends."""
+    checksum = zlib.crc32(tokens[:_CHECKED_TOKENS].tobytes())
+    checksum = zlib.crc32(tokens[-_CHECKED_TOKENS:].tobytes(), checksum)
+    return {"num_tokens": len(tokens), "dtype": tokens.dtype.str, "checksum": checksum}

@@ -1,0 +1,103 @@
+"""Token arrays to batches: an endless shuffled stream to learn from, a fixed list of batches to score on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxcost.data.config import DataConfig
+from jaxcost.data.packing import Windows
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+"""`inputs` and `targets`, int32 (B, S), and `mask`, float32 (B, S), 1 where the target counts."""
+
+_PREFETCHED_BATCHES = 4
+
+
+def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -> grain.DatasetIterator[Batch]:
+    """Iterates for ever over shuffled windows of the tokens.
+
+    The order is drawn from `config.shuffle_seed` and anew every epoch; an epoch holds every full window once, and a
+    batch may span two epochs. A thread prepares a few batches ahead, but `get_state()` is the position after the
+    batch last handed out: a small dict of plain integers, fit for JSON, from which `set_state()` goes on with exactly
+    the batches that would have come.
+
+    Args:
+      config: sequence length (S), batch size (B) and seed.
+      tokens: integers (N,), such as `TokenStream.tokens`.
+      start_step: batches to pass over, at no cost; the same as the state after that many batches.
+
+    Returns:
+      A Grain iterator of batches: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all ones.
+
+    Raises:
+      ValueError: the tokens don't fill one batch, or `start_step` is negative.
+    """
+    import grain
+
+    windows = Windows(tokens, config.sequence_length)
+    if len(windows) < config.batch_size:
+        raise ValueError(
+            f"The {len(tokens)} training tokens make {len(windows)} sequences of {config.sequence_length}, fewer than "
+            f"one batch of {config.batch_size}; lower data.batch_size or data.sequence_length, or use more data."
+        )
+    if start_step < 0:
+        raise ValueError(f"start_step is {start_step}; give the number of batches already used, 0 to begin.")
+    # Windows are numbered globally up to here, so hosts that load their own share would slice before `batch`.
+    batches = (
+        grain.MapDataset.source(windows)
+        .seed(config.shuffle_seed)
+        .shuffle()
+        .repeat()
+        .batch(config.batch_size, drop_remainder=True)
+    )
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    iterator = iter(batches.to_iter_dataset(options))
+    if start_step:
+        grain.experimental.set_next_index(iterator, start_step)
+    return iterator
+
+
+def validation_batches(config: DataConfig, tokens: np.ndarray, max_tokens: int | None = None) -> Iterator[Batch]:
+    """Iterates over the first windows of the tokens in order, the same every time.
+
+    Every target among `tokens[1 : max_tokens + 1]` counts exactly once; all batches have the same shapes, and what
+    is left of the last one has mask 0.
+
+    Args:
+      config: sequence length (S) and batch size (B).
+      tokens: integers (N,), such as `TokenStream.tokens`.
+      max_tokens: targets to score at most; None for all.
+
+    Returns:
+      An iterator of batches: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S).
+
+    Raises:
+      ValueError: there is no target to score.
+    """
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; give at least 1, or None to score the whole split.")
+        tokens = tokens[: max_tokens + 1]
+    windows = Windows(tokens, config.sequence_length, keep_last=True)
+    if not len(windows):
+        raise ValueError(f"The validation split holds {len(tokens)} tokens, none to predict; use a larger one.")
+    return _batches_in_order(windows, config.batch_size, config.sequence_length)
+
+
+def _batches_in_order(windows: Windows, batch_size: int, sequence_length: int) -> Iterator[Batch]:
+    for start in range(0, len(windows), batch_size):
+        rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
+        batch = {
+            "inputs": np.zeros((batch_size, sequence_length), np.int32),
+            "targets": np.zeros((batch_size, sequence_length), np.int32),
+            "mask": np.zeros((batch_size, sequence_length), np.float32),
+        }
+        for name, array in batch.items():
+            array[: len(rows)] = [row[name] for row in rows]
+        yield batch

@@ -1,0 +1,208 @@
+"""Documents of any TFDS text dataset by index: prepared on first use, read without TensorFlow, quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from jaxcost.data.config import DataConfig
+
+_LOGGER = logging.getLogger(__name__)
+_CHATTY_LOGGERS = ("absl", "urllib3", "huggingface_hub")
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentSource(Sequence):
+    """The documents of one split, as strings, by index."""
+
+    records: Sequence[dict[str, Any]]
+    """TFDS's random-access source of records."""
+    text_field: str
+    """Feature that holds the text, as UTF-8 bytes."""
+    identity: str
+    """JSON that tells this content from that of any other dataset, version, split or field."""
+    label: str
+    """Dataset and split as people name them, safe in a file name."""
+    cache_dir: Path
+    """Folder for what is derived from the dataset."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Document {index} was asked of {self.label}, which holds {len(self)}.")
+        return self.records[index % len(self)][self.text_field].decode("utf-8", errors="replace")
+
+
+def open_source(config: DataConfig, split: str) -> DocumentSource:
+    """Opens a split of the dataset that `config` names, and prepares the dataset if it is not on disk.
+
+    Preparing is atomic: TFDS writes into a folder of its own and renames it, so a build that is killed leaves
+    nothing that would be read, and of two builds at once the first to finish stands.
+
+    Args:
+      config: names the dataset, its folder and the feature that holds the text.
+      split: split in TFDS's notation; usually `config.train_split` or `config.validation_split`.
+
+    Returns:
+      The split's documents in the dataset's stored order. Bytes that are not UTF-8 read as U+FFFD.
+
+    Raises:
+      ValueError: the dataset, its configuration, the split or the text feature does not exist, the split is empty,
+        or the dataset can be neither read nor prepared.
+    """
+    with _quiet():
+        builder = _prepared_builder(config)
+        info = builder.info
+        try:
+            instructions = info.splits[split].file_instructions
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"Dataset '{config.name}' has no split '{split}'; choose data.train_split and data.validation_split "
+                f"from {', '.join(sorted(info.splits))}, or slices of them such as 'train[:95%]'."
+            ) from error
+        if not instructions:
+            raise ValueError(f"Split '{split}' of dataset '{config.name}' holds no documents; choose a larger one.")
+        try:
+            records = builder.as_data_source(split)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Dataset '{config.name}' lies in '{builder.data_dir}' as {info.file_format.value}, which has no "
+                "random access; set data.data_dir to another folder, where it will be prepared as array_record."
+            ) from error
+        except Exception as error:
+            raise ValueError(_unusable(config, "be read", error)) from error
+    _check_text_field(config, info.features)
+    parts = [(Path(part.filename).name, part.skip, part.take) for part in instructions]
+    # TFDS gives no size for a slice, so the sizes of the whole splits stand for the content.
+    sizes = {name: whole.num_bytes for name, whole in info.splits.items()}
+    identity = {"dataset": info.full_name, "bytes": sizes, "parts": parts, "field": config.text_field}
+    return DocumentSource(
+        records=records,
+        text_field=config.text_field,
+        identity=json.dumps(identity, sort_keys=True),
+        label=re.sub(r"[^\w.]+", "-", f"{info.full_name} {split}").strip("-"),
+        cache_dir=_cache_dir(config, os.fspath(builder.data_dir_root)),
+    )
+
+
+def _prepared_builder(config: DataConfig) -> Any:
+    """Returns the TFDS builder of the dataset, prepared on disk."""
+    builder = _builder(config)
+    if builder.is_prepared():
+        return builder
+    # Python's own text takes a second; a download may take hours, so it should be seen that one has begun.
+    level = logging.INFO if builder.name == "python_text" else logging.WARNING
+    _LOGGER.log(level, "Preparing dataset %s in %s, once; this may download it.", config.name, builder.data_dir)
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        # Another process may have finished the same dataset first, and then there is nothing to do.
+        if not builder.is_prepared():
+            raise ValueError(_unusable(config, "be prepared", error)) from error
+    return _builder(config)  # a builder reads the dataset's description when it is made
+
+
+def _builder(config: DataConfig) -> Any:
+    """Returns TFDS's builder for `config.name`."""
+    import tensorflow_datasets as tfds
+
+    import jaxcost.data.corpus  # noqa: F401  (registers python_text)
+
+    data_dir = None if config.data_dir is None else os.path.expanduser(config.data_dir)
+    try:
+        return tfds.builder(config.name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        name = config.name.split("/")[0].split(":")[0]
+        raise ValueError(
+            f"TFDS knows no dataset '{name}'{_nearest(name, tfds.list_builders(with_community_datasets=False))}; "
+            "set data.name to the name of a TFDS dataset, or data.data_dir to the folder where it was prepared."
+        ) from error
+    except Exception as error:
+        name, _, variant = config.name.partition("/")
+        configs = _config_names(tfds, name)
+        if variant and configs and variant.split(":")[0] not in configs:
+            raise ValueError(
+                f"TFDS dataset '{name}' has no configuration '{variant}'{_nearest(variant, configs)}; "
+                f"set data.name to '{name}/CONFIGURATION' with one of {', '.join(configs[:8])}"
+                f"{' and so on' if len(configs) > 8 else ''}."
+            ) from error
+        raise ValueError(_unusable(config, "be opened", error)) from error
+
+
+def _config_names(tfds: Any, name: str) -> list[str]:
+    """Returns the names of the dataset's configurations, none if it isn't registered."""
+    try:
+        return sorted(tfds.builder_cls(name).builder_configs)
+    except Exception:
+        return []
+
+
+def _check_text_field(config: DataConfig, features: Any) -> None:
+    """Raises ValueError unless the dataset's features hold text under `config.text_field`."""
+    import tensorflow_datasets as tfds
+
+    texts = sorted(name for name, feature in features.items() if isinstance(feature, tfds.features.Text))
+    if config.text_field not in texts:
+        choice = f"set data.text_field to one of {', '.join(texts)}" if texts else "set data.name to a text dataset"
+        raise ValueError(f"Dataset '{config.name}' has no text feature '{config.text_field}'; {choice}.")
+
+
+def _cache_dir(config: DataConfig, data_dir_root: str) -> Path:
+    """Returns the local folder for derived files."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    if "://" in data_dir_root:
+        raise ValueError(
+            f"The dataset lies in '{data_dir_root}', where token arrays cannot be mapped into memory; "
+            "set data.cache_dir to a local folder."
+        )
+    return Path(data_dir_root).expanduser() / "jaxcost_cache"
+
+
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, candidates, n=3)
+    return f" (nearest: {', '.join(matches)})" if matches else ""
+
+
+def _unusable(config: DataConfig, action: str, error: Exception) -> str:
+    """Returns one sentence from an error of TFDS's, whose messages run over many lines."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given").rstrip(".:")
+    return (
+        f"Dataset '{config.name}' could not {action} ({type(error).__name__}: {reason}); check the network, "
+        "the disk and data.data_dir, or set data.name to a dataset that is on disk."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's progress bars, prints and warnings off the terminal; leaves the bars on, which is their default."""
+    import tensorflow_datasets as tfds
+
+    levels = {name: logging.getLogger(name).level for name in _CHATTY_LOGGERS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,230 @@
+"""Compiles a step for TPU slices that this machine does not have, and says whether it fits and how fast it could be.
+
+The compiler is libtpu, from the package index; it needs no TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcost.cost import hardware, hlo, roofline
+
+# Without these libtpu looks for a real slice and for its neighbours; they must be set before it is loaded.
+_LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# A v4 chip is one device on a real machine, as in chips.json; the compiler's default is two.
+_CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+
+
+class PlanningUnavailable(RuntimeError):
+    """The compiler for the described chips is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What the compiler says about one step on a number of devices."""
+
+    chip: str
+    """Name of the chip."""
+    num_devices: int
+    """Devices of the slice."""
+    fits: bool | None
+    """Whether a device's peak is within its usable memory; None if either is unknown."""
+    peak_bytes: int | None
+    """Peak memory of one device; None if the step is too large to be compiled to the end."""
+    usable_bytes: int | None
+    """Memory of one device that a program may use."""
+    cost: hlo.ProgramCost | None
+    """FLOPs, traffic and memory of one device; None if the step is too large to be compiled."""
+    bound: roofline.Bound | None
+    """Lower bound on the step's seconds; None if the step is too large to be compiled."""
+    message: str = ""
+    """What the compiler said when the step did not fit."""
+
+
+def topology_chip(topology: str) -> hardware.Chip:
+    """The chip of a topology such as `v5e:4x4`.
+
+    Raises:
+        ValueError: the chip is unknown, or not a TPU.
+    """
+    chip = hardware.load_chip(_split(topology)[0])
+    if chip.kind != "tpu":
+        raise ValueError(f"the topology {topology!r} is not of a TPU; use for example 'v5e:4x4'.")
+    return chip
+
+
+@functools.cache
+def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tuple[Any, ...]:
+    """The described devices of a slice that need not exist.
+
+    Args:
+        topology: chip and shape, for example `v5e:4x4` or `v5p:2x2x1`.
+        wrap: for each axis, whether its links wrap around; none does unless asked for.
+
+    Raises:
+        PlanningUnavailable: libtpu is not installed.
+        ValueError: the chip is unknown or has no slice of this shape.
+    """
+    chip_name, shape = _split(topology)
+    topology_chip(topology)
+    _require_libtpu()
+    from jax.experimental import topologies
+
+    options = dict(_CHIP_OPTIONS.get(chip_name, {}))
+    if wrap is not None:
+        options["wrap"] = wrap
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"the compiler knows no topology {topology!r}: {str(error).splitlines()[0]}") from error
+    return tuple(described.devices)
+
+
+def topology_mesh(
+    topology: str, axis_sizes: Mapping[str, int], wrap: tuple[bool, ...] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh over the described devices of a slice.
+
+    Args:
+        topology: chip and shape, for example `v5e:4x4`.
+        axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
+        wrap: as for `topology_devices`.
+
+    Raises:
+        PlanningUnavailable: libtpu is not installed.
+        ValueError: the sizes do not multiply to the slice's devices.
+    """
+    devices = topology_devices(topology, wrap)
+    sizes = list(axis_sizes.values())
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"the mesh {dict(axis_sizes)} does not fill the {len(devices)} devices of {topology!r}; "
+            "change an axis so that the sizes multiply to that number."
+        )
+    return jax.sharding.Mesh(np.array(devices).reshape(sizes), tuple(axis_sizes))
+
+
+def compile_for(
+    topology: str,
+    axis_sizes: Mapping[str, int],
+    jitted_step: Any,
+    abstract_args: Callable[[jax.sharding.Mesh], tuple[Any, ...]],
+    wrap: tuple[bool, ...] | None = None,
+) -> StepPlan:
+    """Compiles a step for a slice and reads its cost.
+
+    Args:
+        topology: chip and shape, for example `v5e:4x4`.
+        axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
+        jitted_step: the step under `jax.jit`, with its donations.
+        abstract_args: makes the step's arguments for a mesh: trees of `jax.ShapeDtypeStruct` with shardings.
+        wrap: as for `topology_devices`.
+
+    Raises:
+        PlanningUnavailable: libtpu is not installed.
+        ValueError: the topology or the mesh is wrong.
+    """
+    mesh = topology_mesh(topology, axis_sizes, wrap)
+    return plan_step(jitted_step, abstract_args(mesh), topology_chip(topology))
+
+
+def plan_step(jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.Chip) -> StepPlan:
+    """Compiles a step for the devices of its arguments and reads its memory, FLOPs and lower bound.
+
+    The bound's memory term reads every argument once and writes every result that is not a reused buffer once;
+    the compiled step moves more.
+
+    Args:
+        jitted_step: the step under `jax.jit`.
+        abstract_args: its arguments, trees of `jax.ShapeDtypeStruct` with `NamedSharding`s over one mesh of devices,
+            described or real; the mesh is the current one while the step is traced.
+        chip: figures of the mesh's chips.
+
+    Raises:
+        ValueError: no argument says over which mesh it is sharded.
+    """
+    mesh = _mesh_of(abstract_args)
+    usable_bytes = chip.usable_bytes_per_device.value
+    with jax.set_mesh(mesh):
+        lowered = jitted_step.lower(*abstract_args)
+        try:
+            compiled, text = _compile(lowered, chip)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = str(error).splitlines()[0]
+            return StepPlan(chip.name, mesh.size, False, None, usable_bytes, None, None, message)
+    cost = hlo.program_cost(text, compiled.memory_analysis())
+    moved_bytes = (cost.argument_bytes or 0) + (cost.output_bytes or 0) - (cost.alias_bytes or 0)
+    return StepPlan(
+        chip=chip.name,
+        num_devices=mesh.size,
+        fits=None if usable_bytes is None or cost.peak_bytes is None else cost.peak_bytes <= usable_bytes,
+        peak_bytes=cost.peak_bytes,
+        usable_bytes=usable_bytes,
+        cost=cost,
+        bound=roofline.lower_bound(chip, cost.flops_by_type, moved_bytes, cost.collective_bytes),
+    )
+
+
+def _mesh_of(abstract_args: tuple[Any, ...]) -> jax.sharding.Mesh:
+    for leaf in jax.tree.leaves(abstract_args):
+        if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+            return leaf.sharding.mesh
+    raise ValueError("no argument of the step has a NamedSharding; give the jax.ShapeDtypeStructs their shardings.")
+
+
+def _compile(lowered: Any, chip: hardware.Chip) -> tuple[Any, str]:
+    """The compiled step and its program's text.
+
+    A TPU's program is read from the compiler's dump: `as_text()` fails on v5p, v6e and tpu7x once something is
+    offloaded to a SparseCore.
+    """
+    if chip.kind != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+        dumps = list(pathlib.Path(directory).glob("*.after_codegen.txt"))
+        # Small helper programs may be dumped beside the step.
+        largest = max(dumps, key=lambda path: path.stat().st_size, default=None)
+        return compiled, largest.read_text() if largest else compiled.as_text()
+
+
+def _split(topology: str) -> tuple[str, str]:
+    """Chip and shape of a topology."""
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", topology)
+    if not match:
+        raise ValueError(f"the topology is {topology!r}; write a chip and a shape, for example 'v5e:4x4'.")
+    return match[1], match[2]
+
+
+def _require_libtpu():
+    """Prepares the environment for libtpu.
+
+    Raises:
+        PlanningUnavailable: it is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanningUnavailable("planning for TPUs needs libtpu; install it with pip install 'jaxcost[plan]'.")
+    for name, value in _LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

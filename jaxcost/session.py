@@ -1,0 +1,200 @@
+"""An experiment made real: its tokens, tokeniser, model, mesh and prices, and one training with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import jax
+
+from jaxcost import serialization, sharding, weights
+from jaxcost.config import Experiment
+from jaxcost.cost import closed_form
+from jaxcost.cost.hardware import Hardware, resolve
+from jaxcost.cost.ledger import Ledger
+from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
+from jaxcost.evaluation.score import Scorer
+from jaxcost.models.transformer import Transformer, axes_of, initialize
+from jaxcost.training.checkpoints import CheckpointError, Checkpoints
+from jaxcost.training.loop import Fitted, fit
+from jaxcost.training.optimizer import make_optimizer
+from jaxcost.training.progress import Progress
+from jaxcost.training.step import init_state
+from jaxcost.transforms import chain
+
+_DESCRIPTION = "experiment.json"
+_TOKENIZER = "tokenizer.json"
+
+
+class Session:
+    """What the scripts and the study work with. Nothing is read or compiled before it is asked for."""
+
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer | None = None, quiet: bool = False):
+        """Opens an experiment; a tokenizer that is given takes the place of the one that the data config names."""
+        self.experiment = experiment
+        self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
+        self.quiet = quiet
+        config = experiment.model
+        if config.vocab_size == 0:
+            config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
+        if config.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
+                f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
+            )
+        experiment.check_devices(jax.device_count(), config.vocab_size)
+        self.model = Transformer(config, experiment.execution)
+        self.mesh = sharding.make_mesh(experiment.mesh)
+        self.transform = chain(*experiment.transforms)
+
+    def derive(self, experiment: Experiment) -> Session:
+        """A session of another experiment on the same model and data, which shares what is open already."""
+        other = Session(experiment, self.tokenizer, self.quiet)
+        shared = ("hardware", "train_stream", "validation_stream", "scorer")
+        vars(other).update({name: vars(self)[name] for name in shared if name in vars(self)})
+        return other
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """The chips that the run is priced on."""
+        return resolve(self.experiment.hardware)
+
+    @cached_property
+    def train_stream(self):
+        """The training split as tokens."""
+        return tokenize_split(self.experiment.data, self.experiment.data.train_split, self.tokenizer)
+
+    @cached_property
+    def validation_stream(self):
+        """The validation split as tokens."""
+        return tokenize_split(self.experiment.data, self.experiment.data.validation_split, self.tokenizer)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Scores weights on the validation split."""
+        limit = self.experiment.evaluation.max_tokens or None
+        batches = validation_batches(self.experiment.data, self.validation_stream.tokens, limit)
+        return Scorer(self.model, batches, self.tokenizer.token_bytes, self.mesh)
+
+    def evaluate(self, params: weights.Params) -> dict[str, float]:
+        """The figures that go into the ledger."""
+        return dataclasses.asdict(self.scorer(params))
+
+    def place(self, make: Callable[..., weights.Params], *args) -> weights.Params:
+        """make(*args), computed where the mesh rules put its result: no device holds more than its part."""
+        abstract = jax.eval_shape(make, *args)
+        places = sharding.shardings(abstract, axes_of(self.model, abstract), self.mesh)
+        return jax.jit(make, out_shardings=places)(*args)
+
+    def fresh_params(self) -> weights.Params:
+        """New weights from the experiment's seed, transforms applied."""
+        init_key, transform_key = jax.random.split(jax.random.key(self.experiment.training.seed))
+        return self.place(lambda key: self.transform(initialize(self.model, key)[0], transform_key), init_key)
+
+    @property
+    def peak_flops_per_second(self) -> float | None:
+        """Of all chips, in the compute dtype; None where it is unknown."""
+        kind = "bf16" if self.experiment.execution.compute == "bfloat16" else "f32"
+        peak = self.hardware.chip.peak(kind) or self.hardware.chip.peak("bf16")
+        return None if peak is None else peak * self.hardware.num_chips
+
+    def model_flops_per_token(self) -> float:
+        """Training FLOPs of the untransformed model, causal attention, no recomputation."""
+        return closed_form.training_flops_per_token(self.model.config, self.experiment.data.sequence_length)
+
+    def train(
+        self, directory: Path, make_params: Callable[[], weights.Params] | None = None, title: str = "train"
+    ) -> Fitted:
+        """Trains in a folder, or goes on with the training that it holds; `fit` says what can go wrong.
+
+        ValueError if the folder holds a run of another experiment.
+        """
+        directory = Path(directory)
+        self._claim(directory)
+        data = self.experiment.data
+        return fit(
+            self.model,
+            make_params or self.fresh_params,
+            train_batches(data, self.train_stream.tokens),
+            self.evaluate,
+            directory=directory,
+            mesh=self.mesh,
+            transform=self.transform,
+            optimizer=self.experiment.optimizer,
+            training=self.experiment.training,
+            checkpoint=self.experiment.checkpoint,
+            ledger=Ledger(directory / "ledger.jsonl", self.hardware),
+            progress=Progress(
+                title,
+                self.peak_flops_per_second,
+                self.model_flops_per_token() * data.batch_size * data.sequence_length,
+                self.quiet,
+            ),
+        )
+
+    def _claim(self, directory: Path) -> None:
+        """Writes down what runs in a folder, or checks that the same ran there before."""
+        path = directory / _DESCRIPTION
+        if path.exists():
+            before = read_experiment(directory)
+            changed = serialization.differences(_trained_part(before), _trained_part(self.experiment))
+            if changed:
+                raise ValueError(
+                    f"{directory} holds a run with another {', '.join(changed)}; "
+                    "choose another --workdir, or give the same settings to go on with that run."
+                )
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(directory / _TOKENIZER)
+        # The description comes last: a folder without one counts as empty.
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(serialization.to_json(self.experiment), indent=1))
+        os.replace(temporary, path)
+
+
+def read_experiment(directory: Path) -> Experiment:
+    """The experiment that a folder holds a run of; ValueError if there is none."""
+    path = Path(directory) / _DESCRIPTION
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no run: {_DESCRIPTION} is missing. Give the --workdir of a training.")
+    try:
+        return serialization.from_json(json.loads(path.read_text()))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or train again in another folder.") from None
+
+
+def load_run(directory: Path) -> tuple[Session, weights.Params, int]:
+    """The session, the newest weights and their step of a training's folder.
+
+    Raises:
+      ValueError: the folder holds no run.
+      CheckpointError: it has no checkpoint yet, or the newest is damaged.
+    """
+    directory = Path(directory)
+    experiment = read_experiment(directory)
+    session = Session(experiment, load_tokenizer(directory / _TOKENIZER))
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    abstract = jax.eval_shape(lambda: init_state(session.fresh_params(), optimizer, experiment.training.seed))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise CheckpointError(f"{directory} has no checkpoint yet; train first, or wait for the first one.")
+        state, _ = checkpoints.restore(step, abstract)
+    return session, state.params, step
+
+
+def _trained_part(experiment: Experiment) -> Experiment:
+    """The experiment without what does not touch the training: how it is priced, what is kept and compared."""
+    default = Experiment()
+    return dataclasses.replace(
+        experiment,
+        hardware=default.hardware,
+        checkpoint=default.checkpoint,
+        study=default.study,
+        mesh=default.mesh,
+        data=dataclasses.replace(experiment.data, data_dir=None, cache_dir=None),
+    )

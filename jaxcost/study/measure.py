@@ -1,0 +1,94 @@
+"""What a set of weights costs once it is trained: bytes on disk, bytes in memory, work and speed of a decoded token."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxcost import weights
+from jaxcost.cost.hlo import compiled_cost
+from jaxcost.models.transformer import init_cache
+from jaxcost.serving.engine import Engine
+
+_RUNS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCost:
+    """Decoding with a full batch, no prompt."""
+
+    tokens_per_second: float
+    """Measured, over all rows; the median of a few runs, compilation left out."""
+    flops_per_token: float
+    """Of the compiled program, attention over the whole cache included."""
+
+
+def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, tokens: int) -> DecodeCost:
+    """Decodes `tokens` tokens in each of `batch_size` rows."""
+    config = engine.model.config
+    tokens = min(tokens, config.max_length)
+
+    def arguments():
+        cache = init_cache(config, batch_size, tokens, engine.model.execution.dtype)
+        logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
+        return params, logits, cache, jax.random.key(0), jnp.float32(1.0)
+
+    compiled = engine.decode.lower(*arguments(), steps=tokens).compile()
+    seconds = []
+    for _ in range(_RUNS + 1):
+        args = jax.block_until_ready(arguments())
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        seconds.append(time.perf_counter() - start)
+    flops = compiled_cost(compiled).total_flops
+    return DecodeCost(batch_size * tokens / statistics.median(seconds[1:]), flops / (batch_size * tokens))
+
+
+def export(params: weights.Params, directory: Path) -> int:
+    """Writes what a user of these weights must store, replacing what is there; returns its bytes on disk.
+
+    Beside a frozen base, which is stored once for all of its adapters, only what trains is written. Pruned weights
+    are written as zeros, which the store's compression (zstd) then encodes.
+    """
+    adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in _all(params))
+    written = weights.partition(params)[0] if adapter_only else _flat(weights.map_weights(_zeroed, params))
+    directory = Path(directory).absolute()
+    shutil.rmtree(directory, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory, written)
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def weight_bytes(params: weights.Params) -> int:
+    """Bytes of all arrays in memory, base, masks and scales included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def trainable_parameters(params: weights.Params) -> int:
+    """Numbers that train."""
+    return sum(int(np.prod(leaf.shape)) for leaf in weights.partition(params)[0].values())
+
+
+def _all(params):
+    return jax.tree.leaves(params, is_leaf=weights.is_weight)
+
+
+def _flat(params):
+    return {weights.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _zeroed(_, w):
+    def one(node):
+        if isinstance(node, weights.Masked) and not isinstance(node.weight, weights.Weight):
+            return node.replace(weight=node.materialize())
+        return node
+
+    return jax.tree.map(one, w, is_leaf=lambda node: isinstance(node, weights.Masked))

@@ -1,0 +1,228 @@
+"""The study: train a base model once, put every recipe through transform → recover → verify → price, and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxcost import serialization, weights
+from jaxcost.config import Experiment
+from jaxcost.cost.ledger import Ledger
+from jaxcost.evaluation.ngram import ngram_bits_per_byte
+from jaxcost.serving.engine import Engine
+from jaxcost.session import Session
+from jaxcost.study import compare, report
+from jaxcost.study.measure import export, measure_decode, trainable_parameters, weight_bytes
+from jaxcost.study.recipes import Recipe
+from jaxcost.training.loop import Fitted
+from jaxcost.transforms import chain
+
+SCHEMA = "jaxcost-study-1"
+
+FIGURES = {
+    "score": "measured",
+    "score_before_recovery": "measured",
+    "control_score": "measured",
+    "trainable_parameters": "compiled",
+    "checkpoint_bytes": "measured",
+    "weight_bytes": "measured",
+    "step_flops": "compiled",
+    "step_peak_bytes": "compiled",
+    "inference_flops_per_token": "compiled",
+    "step_seconds": "measured",
+    "decode_tokens_per_second": "measured",
+    "usd": "estimated",
+    "kwh": "estimated",
+    "kg_co2": "estimated",
+}
+"""What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price."""
+
+
+def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Walks the whole loop in a folder and returns what `study.json` there holds; what was finished is not repeated.
+
+    Writes `study.json`, `ledger.jsonl`, `pareto.png` and `report.html`. A recipe is finished when its row is written;
+    a killed study goes on with the others when it is started again.
+
+    Raises what `Session.train` raises.
+    """
+    if not experiment.study.recipes:
+        raise ValueError("The config has no recipes to study; give study.recipes, as configs/quickstart.py does.")
+    workdir = Path(workdir)
+    console = Console(stderr=True, quiet=quiet)
+    study = experiment.study
+    base = Session(experiment, quiet=quiet)
+    recipes = study.complete()
+    for recipe in recipes:
+        _recovery(experiment, recipe)  # A recipe that cannot work fails here, before anything is trained.
+
+    # ---- Base: trained once ----
+    trained = base.train(workdir / "base", title="base")
+    ledger = Ledger(workdir / "ledger.jsonl", base.hardware)
+    ledger.rewind(-1)
+    ledger.charge(**trained.totals)
+    ledger.record(0, event="base", score=trained.metrics["bits_per_byte"])
+    baselines = _baselines(base)
+
+    # ---- Recipes: transform, recover, verify, price ----
+    tasks = {"base": base}
+    rows, engine, recoveries = [], Engine(base.model), {}
+    for index, recipe in enumerate(recipes, 1):
+        what = chain(*recipe.transforms, *recipe.finish).describe()
+        console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({what})")
+        recovery = _recovery(experiment, recipe)
+        if recipe.task not in tasks:
+            tasks[recipe.task] = Session(recovery, base.tokenizer, quiet)
+        session = tasks[recipe.task].derive(recovery)
+        fingerprint = _fingerprint(experiment, recipe)
+        path = workdir / "recipes" / recipe.name / "row.json"
+        row = _finished(path, fingerprint)
+        if row is None:
+            row = _run_recipe(session, recipe, trained.params, engine, workdir, recoveries)
+            _write_json(path, row | {"fingerprint": fingerprint})
+        rows.append(row)
+        ledger.charge(**row["charged"])
+        ledger.record(index, recipe=recipe.name, metric=row["metric"], score=row["score"])
+
+    # ---- Report ----
+    result = {
+        "schema": SCHEMA,
+        "experiment": serialization.to_json(experiment),
+        "machine": _machine(base),
+        "data": {"name": experiment.data.name, "shifted": study.shifted_data},
+        "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
+        "baselines": baselines,
+        "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
+        "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
+        **compare.compare(rows, study.budgets, baselines, trained.metrics["bits_per_byte"]),
+    }
+    report.draw(result, workdir / "pareto.png")
+    report.write(result, workdir / "report.html", workdir / "pareto.png")
+    _write_json(workdir / "study.json", result)
+    return result
+
+
+def _recovery(experiment: Experiment, recipe: Recipe) -> Experiment:
+    """The recovery of a recipe as an experiment of its own."""
+    study = experiment.study
+    data = experiment.data
+    if recipe.task == "shifted":
+        data = dataclasses.replace(data, name=study.shifted_data)
+    rate = study.recovery_learning_rate if recipe.learning_rate is None else recipe.learning_rate
+    warmup = study.recovery_steps // 10
+    return dataclasses.replace(
+        experiment,
+        data=data,
+        transforms=recipe.transforms,
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=rate, warmup_steps=warmup),
+        training=dataclasses.replace(experiment.training, steps=study.recovery_steps, evaluate_every=0),
+        checkpoint=dataclasses.replace(experiment.checkpoint, keep=1),
+    )
+
+
+def _run_recipe(
+    session: Session,
+    recipe: Recipe,
+    base_params: weights.Params,
+    engine: Engine,
+    workdir: Path,
+    recoveries: dict[str, Fitted],
+) -> dict[str, Any]:
+    study = session.experiment.study
+    key = jax.random.key(session.experiment.training.seed)
+    finish = chain(*recipe.finish)
+
+    def start():
+        return session.place(lambda params: session.transform(params, key), base_params)
+
+    def finished(params):
+        return session.place(lambda params: finish(params, key), params) if recipe.finish else params
+
+    before = session.evaluate(finished(start()))["bits_per_byte"]
+    # Recipes that differ in their finish alone share one recovery.
+    shared = _fingerprint(session.experiment, dataclasses.replace(recipe, name="shared", finish=()))
+    first_use = shared not in recoveries
+    if first_use:
+        recoveries[shared] = session.train(workdir / "recoveries" / shared, start, recipe.name)
+    fitted = recoveries[shared]
+    params = finished(fitted.params)
+    score = session.evaluate(params)["bits_per_byte"] if recipe.finish else fitted.metrics["bits_per_byte"]
+    decode = measure_decode(engine, params, batch_size=study.decode_batch_size, tokens=study.decode_tokens)
+    seconds = fitted.step_seconds * fitted.steps
+    kwh = session.hardware.kwh(seconds)
+    return {
+        "name": recipe.name,
+        "transforms": [repr(t) for t in (*recipe.transforms, *recipe.finish)],
+        "description": chain(*recipe.transforms, *recipe.finish).describe(),
+        "task": recipe.task,
+        "control": not (recipe.transforms or recipe.finish),
+        "metric": f"bits per byte, {session.experiment.data.name} {session.experiment.data.validation_split}",
+        "score": score,
+        "score_before_recovery": before,
+        "trainable_parameters": trainable_parameters(fitted.params),
+        "checkpoint_bytes": export(params, workdir / "recipes" / recipe.name / "weights"),
+        "weight_bytes": weight_bytes(params),
+        "step_flops": fitted.cost.total_flops,
+        "step_peak_bytes": fitted.cost.peak_bytes,
+        "step_seconds": fitted.step_seconds,
+        "inference_flops_per_token": decode.flops_per_token,
+        "decode_tokens_per_second": decode.tokens_per_second,
+        "recovery_steps": fitted.steps,
+        "recovery_learning_rate": session.experiment.optimizer.learning_rate,
+        "usd": session.hardware.usd(seconds),
+        "kwh": kwh,
+        "kg_co2": session.hardware.kg_co2(kwh),
+        "figures": FIGURES,
+        "charged": fitted.totals if first_use else dict.fromkeys(fitted.totals, 0),
+    }
+
+
+def _baselines(session: Session) -> dict[str, float]:
+    """Bits per byte of byte n-gram models on the very bytes that the model is scored on."""
+    train = session.tokenizer.symbols(session.train_stream.tokens)
+    limit = session.experiment.evaluation.max_tokens
+    held_out = session.validation_stream.tokens
+    held_out = session.tokenizer.symbols(held_out[: limit + 1] if limit else held_out)
+    orders = {"unigram": 1, "trigram": 3, "five_gram": 5}
+    return {name: ngram_bits_per_byte(train, held_out, order) for name, order in orders.items()}
+
+
+def _machine(session: Session) -> dict[str, Any]:
+    device = jax.devices()[0]
+    chip = session.hardware.chip
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "priced_as": chip.description,
+        "jax": jax.__version__,
+    }
+
+
+def _fingerprint(experiment: Experiment, recipe: Recipe) -> str:
+    """Names everything that a row depends on."""
+    study = dataclasses.replace(experiment.study, recipes=(), only=(), budgets=())
+    said = serialization.to_json((dataclasses.replace(experiment, study=study), recipe))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    row = json.loads(path.read_text())
+    return row if row.pop("fingerprint", None) == fingerprint else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
+    os.replace(temporary, path)

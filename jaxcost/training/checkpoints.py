@@ -1,0 +1,128 @@
+"""Checkpoints of a run: written in the background, whole or not at all, checked when they are read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from jaxcost.training.config import CheckpointConfig
+from jaxcost.weights import path_name
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says what to do."""
+
+
+class Checkpoints:
+    """The checkpoints in one directory, one numbered folder a step.
+
+    Each holds a tree of arrays and a dict for JSON (data position, ledger totals, checksums). Orbax writes it under a
+    temporary name and renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig | None = None):
+        """Opens the directory; it is made at the first save. Without a config, for reading alone."""
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep if config else None, create=config is not None, read_only=config is None
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any, metadata: dict[str, Any]) -> None:
+        """Starts writing; arrays may be donated as soon as this returns. CheckpointError if an earlier write failed."""
+        metadata = metadata | {"checksums": _checksums(tree)}
+        items = ocp.args.Composite(
+            tree=ocp.args.StandardSave(serialization.to_state_dict(tree)), metadata=ocp.args.JsonSave(metadata)
+        )
+        self._guarded(lambda: self._manager.save(step, args=items))
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. CheckpointError if a write failed."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The dict saved with a checkpoint."""
+        items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return self._read(step, lambda: self._manager.restore(step, args=items)["metadata"])
+
+    def restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        """The tree, in the structure, dtypes and shardings of `target` (ShapeDtypeStructs), and its metadata.
+
+        CheckpointError if it is damaged, or not of this structure; the other checkpoints are left as they are.
+        """
+        metadata = self.metadata(step)
+        items = ocp.args.Composite(tree=ocp.args.StandardRestore(serialization.to_state_dict(target)))
+        state = self._read(step, lambda: self._manager.restore(step, args=items)["tree"])
+        tree = serialization.from_state_dict(target, state)
+        found, saved = _checksums(tree), metadata.get("checksums", {})
+        wrong = [name for name in found if found[name] != saved.get(name)]
+        if wrong:
+            raise CheckpointError(self._damaged(step, f"the checksum of {wrong[0]} is wrong"))
+        return tree, metadata
+
+    def _guarded(self, write):
+        try:
+            write()
+        except Exception as error:
+            last = self._manager.latest_step()
+            kept = "there is no earlier one" if last is None else f"the last good checkpoint, step {last}, is intact"
+            raise CheckpointError(
+                f"A checkpoint could not be written to {self._directory} ({_first_line(error)}); {kept}. "
+                "Free some space or choose another --workdir, and run the same command again."
+            ) from error
+
+    def _read(self, step, read):
+        try:
+            return read()
+        except Exception as error:
+            raise CheckpointError(self._damaged(step, _first_line(error))) from error
+
+    def _damaged(self, step, why):
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        then = f"to go on from step {max(earlier)}" if earlier else "to start again"
+        return f"The checkpoint {self._directory / str(step)} cannot be read ({why}); remove that folder {then}."
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """For every array the sum of its bytes' 32-bit words, modulo 2**32: what a flipped bit on a disk would change."""
+    named = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: int(value) for name, value in jax.device_get(_word_sums(named)).items()}
+
+
+@jax.jit
+def _word_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def words(x):
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[np.dtype(x.dtype).itemsize]
+        x = x.astype(unsigned) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+        return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return {name: words(x) for name, x in arrays.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,83 @@
+"""The frozen descriptions of a training run: how long, with which optimizer, what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning-rate schedule and clipping."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "wsd"
+    """After the warm-up: a cosine, warm-up–stable–decay (flat, then linear), or flat."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.4
+    """wsd: share of all steps, at the end, in which the rate falls."""
+    final_fraction: float = 0.05
+    """The last learning rate as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 never clips."""
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive.")
+        for field in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must lie between 0 and 1.")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0 and below 1.")
+        for field in ("warmup_steps", "epsilon", "weight_decay", "clip_norm"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it cannot be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Length, accumulation and randomness of a run."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Microbatches a step: each batch is cut into so many, and their gradients are summed."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the validation split; 0 evaluates at the end only."""
+    loss_chunks: int = 1
+    """Pieces of the sequence whose logits are made one at a time; more take less memory."""
+    seed: int = 0
+    """Seed of the initial weights and of any randomness in a step."""
+
+    def __post_init__(self):
+        for field in ("steps", "accumulation", "loss_chunks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"training.{field} is {getattr(self, field)}; it must be at least 1.")
+        if self.evaluate_every < 0:
+            raise ValueError(f"training.evaluate_every is {self.evaluate_every}; it cannot be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+
+    def __post_init__(self):
+        for field in ("every_steps", "keep"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"checkpoint.{field} is {getattr(self, field)}; it must be at least 1.")

@@ -1,0 +1,215 @@
+"""The trainer: from a description of the weights to trained ones, through kills and restarts, reading top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from jaxcost import sharding, weights
+from jaxcost.cost.hlo import ProgramCost, compiled_cost
+from jaxcost.cost.ledger import Ledger
+from jaxcost.models.transformer import Transformer, axes_of
+from jaxcost.training.checkpoints import Checkpoints
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.optimizer import make_optimizer
+from jaxcost.training.progress import Progress
+from jaxcost.training.step import TrainState, init_state, make_train_step
+from jaxcost.transforms import Transform
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A finished run."""
+
+    params: weights.Params
+    """The trained weights."""
+    steps: int
+    """Optimizer steps, those before a restart included."""
+    step_seconds: float
+    """Median seconds of a step, without compilation, evaluation and checkpoints, since the last restart."""
+    cost: ProgramCost
+    """The compiled step, read."""
+    losses: tuple[float, ...]
+    """Training loss of the steps done in this process, nats a token."""
+    totals: dict[str, float]
+    """The ledger's totals: seconds, tokens, flops, bytes."""
+    metrics: dict[str, float]
+    """The last evaluation."""
+
+
+def fit(
+    model: Transformer,
+    make_params: Callable[[], weights.Params],
+    batches: grain.DatasetIterator,
+    evaluate: Callable[[weights.Params], dict[str, float]],
+    *,
+    directory: Path,
+    mesh: Mesh,
+    transform: Transform,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    checkpoint: CheckpointConfig,
+    ledger: Ledger,
+    progress: Progress,
+) -> Fitted:
+    """Trains, or goes on with the training that `directory` holds; what was finished comes back at once.
+
+    Args:
+      model: what the weights are of.
+      make_params: the weights to start from, transforms applied; traced for their shapes, run only for a fresh start.
+      batches: an endless iterator of `inputs`, `targets` (int32) and `mask` (float32), each (B, S), whose position
+        can be saved and set.
+      evaluate: scores weights; its figures go to the ledger.
+      directory: holds `checkpoints/`.
+      mesh: the devices.
+      transform: its `update` runs inside the step.
+      optimizer, training, checkpoint: as their own docstrings say.
+      ledger: charged with the seconds, tokens and FLOPs of the run.
+      progress: shows the run to a person.
+
+    Raises:
+      NonFiniteError: the loss or the gradient is no longer finite; the checkpoints are left as they are.
+      CheckpointError: a checkpoint cannot be written or read.
+      ValueError: the weights or the batch do not divide the mesh, or nothing in the weights trains.
+    """
+    started = time.perf_counter()
+
+    # ---- State: its shapes and where it lives ----
+    tx = make_optimizer(optimizer, training.steps)
+    abstract = jax.eval_shape(lambda: init_state(make_params(), tx, training.seed))
+    places = _state_shardings(abstract, model, mesh)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
+
+    with jax.set_mesh(mesh), progress, Checkpoints(directory / "checkpoints", checkpoint) as checkpoints:
+        # ---- Step: compiled ahead of time, so that its cost is known before it runs ----
+        step_fn = make_train_step(
+            model, tx, transform, accumulation=training.accumulation, loss_chunks=training.loss_chunks
+        )
+        jitted = jax.jit(step_fn, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
+        fresh_position = batches.get_state()
+        example = sharding.place_batch(next(batches), mesh)
+        batches.set_state(fresh_position)
+        compiled = jitted.lower(abstract, example).compile()
+        cost = compiled_cost(compiled)
+        tokens_per_step = example["inputs"].size
+
+        # ---- Start, or restart ----
+        latest = checkpoints.latest()
+        if latest is None:
+            start = jax.jit(lambda params: init_state(params, tx, training.seed), out_shardings=places)
+            state = start(make_params())
+            metrics: dict[str, float] = {}
+            measured = None
+        else:
+            state, saved = checkpoints.restore(latest, abstract)
+            batches.set_state(saved["position"])
+            ledger.restore(saved["totals"])
+            metrics, measured = saved["metrics"], saved["step_seconds"]
+        done = latest or 0
+        ledger.rewind(done)
+
+        # ---- Loop ----
+        clock = _Clock(ledger, started)
+        losses: list[float] = []
+        pending = None
+        progress.start(training.steps, done, tokens_per_step)
+        for step in range(done + 1, training.steps + 1):
+            state, result = compiled(state, sharding.place_batch(next(batches), mesh))
+            # The step before is read only now, so that the devices never wait for the host.
+            if pending is not None:
+                losses.append(_finite(pending, checkpoints, directory))
+                clock.step_done(tokens_per_step, cost.total_flops)
+                progress.advance(losses[-1], clock.recent_seconds())
+            pending = (step, result)
+
+            evaluates = step == training.steps or (training.evaluate_every and step % training.evaluate_every == 0)
+            saves = step == training.steps or step % checkpoint.every_steps == 0
+            if evaluates or saves:
+                losses.append(_finite(pending, checkpoints, directory))
+                clock.step_done(tokens_per_step, cost.total_flops)
+                progress.advance(losses[-1], clock.recent_seconds())
+                pending = None
+            if evaluates:
+                metrics = {"train_loss": losses[-1], **evaluate(state.params)}
+                clock.charge()
+                ledger.record(step, **metrics)
+            if saves:
+                clock.charge()
+                measured = clock.median_seconds()
+                saved = {"position": batches.get_state(), "totals": ledger.totals, "metrics": metrics}
+                checkpoints.save(step, state, saved | {"step_seconds": measured})
+            clock.resume()
+        checkpoints.wait()
+    return Fitted(state.params, training.steps, measured, cost, tuple(losses), ledger.totals, metrics)
+
+
+class _Clock:
+    """Charges every second of the run to the ledger, and times the steps without what happens between them."""
+
+    def __init__(self, ledger: Ledger, started: float):
+        self._ledger = ledger
+        self._charged = started
+        self._mark = time.perf_counter()
+        self._seconds: list[float] = []
+
+    def charge(self) -> None:
+        now = time.perf_counter()
+        self._ledger.charge(seconds=now - self._charged)
+        self._charged = now
+
+    def step_done(self, tokens: int, flops: int) -> None:
+        now = time.perf_counter()
+        self._seconds.append(now - self._mark)
+        self._mark = now
+        self._ledger.charge(tokens=tokens, flops=flops)
+
+    def resume(self) -> None:
+        if self._charged > self._mark:
+            self._mark = time.perf_counter()
+
+    def recent_seconds(self) -> float:
+        return statistics.median(self._seconds[-20:])
+
+    def median_seconds(self) -> float:
+        # The first step also pays for what is made on first use.
+        return statistics.median(self._seconds[1:] or self._seconds)
+
+
+def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh) -> TrainState:
+    params = sharding.shardings(abstract.params, axes_of(model, abstract.params), mesh)
+    by_path = {weights.path_name(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path, leaf):
+        # Moments are kept in dicts with the paths of the arrays that they belong to.
+        name = getattr(path[-1], "key", None)
+        return by_path.get(name, sharding.replicated(mesh))
+
+    moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
+    one = sharding.replicated(mesh)
+    return TrainState(one, params, moments, one)
+
+
+def _finite(pending: tuple[int, Any], checkpoints: Checkpoints, directory: Path) -> float:
+    step, result = pending
+    loss, norm = float(result["loss"]), float(result["gradient_norm"])
+    if math.isfinite(loss) and math.isfinite(norm):
+        return loss
+    last = checkpoints.latest()
+    kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last} in {directory}"
+    raise NonFiniteError(
+        f"The {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step}; {kept}. "
+        "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or lower optimizer.clip_norm."
+    )

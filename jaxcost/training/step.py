@@ -1,0 +1,99 @@
+"""One step of training as a pure function of state and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from jaxcost import weights
+from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.models.transformer import Transformer, unembedding
+from jaxcost.sharding import constrain
+from jaxcost.transforms import Transform
+
+Batch = dict[str, jax.Array]
+"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S)."""
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step reads and writes, and all that a checkpoint must hold of it."""
+
+    step: jax.Array
+    """int32 scalar: steps done."""
+    params: weights.Params
+    """The weights, of any kinds."""
+    optimizer: Any
+    """The optimizer's state, over the arrays that train."""
+    key: jax.Array
+    """uint32 key data; a step's key is this one folded with its number."""
+
+
+def init_state(params: weights.Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    trainable, _ = weights.partition(params)
+    if not trainable:
+        raise ValueError("Nothing in the weights trains; quantised and frozen ones need an adapter (lora) to train.")
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), key)
+
+
+def make_train_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    transform: Transform,
+    *,
+    accumulation: int = 1,
+    loss_chunks: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
+
+    `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
+    differentiated. After the update, `transform.update` moves what moves while training (gradual masks).
+    """
+
+    def loss_sum(trainable, frozen, structure, batch, key):
+        params = weights.combine(structure, trainable, frozen)
+        hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=key)
+        total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], chunks=loss_chunks)
+        return total
+
+    def train_step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        trainable, frozen = weights.partition(state.params)
+        count = jnp.sum(batch["mask"])
+        value_and_grad = jax.value_and_grad(loss_sum)
+
+        if accumulation == 1:
+            total, gradient = value_and_grad(trainable, frozen, state.params, batch, key)
+        else:
+
+            def one(carry, microbatch):
+                index, *sums = carry
+                batch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
+                new = value_and_grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index))
+                return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
+
+            microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+            (_, total, gradient), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
+
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
+        params = weights.combine(state.params, optax.apply_updates(trainable, updates), frozen)
+        params = transform.update(params, state.step)
+        metrics = {"loss": total / count, "gradient_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+
+    return train_step
+
+
+def _microbatches(x_BS: jax.Array, n: int) -> jax.Array:
+    # Strided, so that each microbatch takes rows from every device's part of the batch.
+    return jnp.moveaxis(x_BS.reshape(x_BS.shape[0] // n, n, *x_BS.shape[1:]), 1, 0)

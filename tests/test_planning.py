@@ -1,0 +1,116 @@
+"""Planning for slices that are not here."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcost.cost import hardware
+from jaxcost.planning import topology
+
+P = PartitionSpec
+LAYERS, WIDTH, BATCH, VOCABULARY = 6, 1024, 512, 32000
+MATMUL_FLOPS = 2 * BATCH * WIDTH * WIDTH
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def step(w, table, tokens):
+    """A train-like step: looks tokens up (offloaded on newer TPUs), scans matmuls, applies the gradient."""
+
+    def loss(w):
+        def layer(x, w):
+            return jnp.tanh(jnp.dot(x, w, preferred_element_type=jnp.float32)).astype(jnp.bfloat16), None
+
+        return jax.lax.scan(layer, table[tokens], w)[0].astype(jnp.float32).sum()
+
+    return w - 0.1 * jax.grad(loss)(w).astype(w.dtype)
+
+
+def arguments(mesh, batch=BATCH):
+    def spec(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    return (
+        spec((LAYERS, WIDTH, WIDTH), jnp.bfloat16, None, "tensor", None),
+        spec((VOCABULARY, WIDTH), jnp.bfloat16),
+        spec((batch,), jnp.int32, "data"),
+    )
+
+
+def test_plan_of_real_devices():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
+    plan = topology.plan_step(step, arguments(mesh), hardware.load_chip("cpu"))
+    assert (plan.chip, plan.num_devices) == ("cpu", 8)
+    assert plan.cost.total_flops == 3 * LAYERS * MATMUL_FLOPS
+    assert plan.fits is None and plan.usable_bytes is None
+    assert plan.peak_bytes > plan.cost.argument_bytes
+    assert plan.bound.seconds > 0
+
+
+def test_plan_needs_shardings():
+    with pytest.raises(ValueError, match="has a NamedSharding"):
+        topology.plan_step(step, (jax.ShapeDtypeStruct((2,), jnp.float32),), hardware.load_chip("cpu"))
+
+
+def test_missing_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(topology.PlanningUnavailable, match=r"pip install 'jaxcost\[plan\]'"):
+        topology.topology_mesh("v5e:8x16", {"data": -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("v5e", "write a chip and a shape"), ("v9:2x2", "hardware.chip is 'v9'"), ("h100:8", "not of a TPU")],
+)
+def test_wrong_topologies_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        topology.topology_mesh(name, {"data": -1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_step_compiled_for_a_slice(name):
+    """On v5p, v6e and tpu7x the look-up goes to a SparseCore, where the program must be read from the dump."""
+    pytest.importorskip("libtpu")
+    plan = topology.compile_for(name, {"data": -1, "tensor": 2}, step, arguments)
+    devices = 8 if name.startswith(("v3", "tpu7x")) else 4
+    assert plan.num_devices == plan.cost.num_devices == devices
+    assert plan.fits
+    assert plan.cost.argument_bytes <= plan.peak_bytes < plan.usable_bytes
+    assert plan.cost.flops_by_type == {"bf16": 3 * LAYERS * MATMUL_FLOPS // devices}
+    assert plan.cost.unestimated == ()
+    assert {c.times for c in plan.cost.collectives} == {LAYERS}
+    assert plan.bound.seconds >= plan.cost.flops / hardware.load_chip(plan.chip).peak("bf16")
+
+
+@pytest.mark.slow
+def test_large_lookup_is_read_from_the_dump():
+    pytest.importorskip("libtpu")
+    plan = topology.compile_for(
+        "v6e:2x2", {"data": 4, "tensor": 1}, step, functools.partial(arguments, batch=64 * BATCH)
+    )
+    assert plan.cost.total_flops == 3 * LAYERS * 64 * MATMUL_FLOPS
+
+
+@pytest.mark.slow
+def test_step_that_does_not_fit():
+    pytest.importorskip("libtpu")
+    plan = topology.compile_for(
+        "v5e:2x2", {"data": 1, "tensor": 4}, step, functools.partial(arguments, batch=4096 * BATCH)
+    )
+    assert plan.fits is False
+    assert "memory" in plan.message
+    assert plan.cost is None and plan.bound is None
+
+
+@pytest.mark.slow
+def test_wrong_mesh_for_a_slice():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="does not fill the 4 devices"):
+        topology.topology_mesh("v5e:2x2", {"data": 3})
+    with pytest.raises(ValueError, match="the compiler knows no topology"):
+        topology.topology_mesh("v5e:3x3", {"data": -1})
