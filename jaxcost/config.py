@@ -123,7 +123,7 @@ def parse(arguments_class: type[_T], argv: Sequence[str] | None = None) -> _T:
     (--model.width 512). ConfigError, in one sentence, for anything that cannot be understood.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = tyro.MISSING
+    default = tyro.MISSING_NONPROP
     if any(field.name == "experiment" for field in dataclasses.fields(arguments_class)):
         named = next((a for a in argv if a.endswith(".py")), None)
         if named is None and not set(argv) & {"-h", "--help"}:

@@ -51,9 +51,13 @@ class Session:
         self.mesh = sharding.make_mesh(experiment.mesh)
         self.transform = chain(*experiment.transforms)
 
+    def reopen(self, experiment: Experiment) -> Session:
+        """A session of another experiment with this one's tokenizer."""
+        return Session(experiment, self.tokenizer, self.quiet)
+
     def derive(self, experiment: Experiment) -> Session:
         """A session of another experiment on the same model and data, which shares what is open already."""
-        other = Session(experiment, self.tokenizer, self.quiet)
+        other = self.reopen(experiment)
         shared = ("hardware", "train_stream", "validation_stream", "scorer")
         vars(other).update({name: vars(self)[name] for name in shared if name in vars(self)})
         return other
@@ -90,9 +94,13 @@ class Session:
         places = sharding.shardings(abstract, axes_of(self.model, abstract), self.mesh)
         return jax.jit(make, out_shardings=places)(*args)
 
+    def base_params(self) -> weights.Params:
+        """New weights from the experiment's seed, without transforms."""
+        return self.place(lambda key: initialize(self.model, key)[0], self._keys()[0])
+
     def fresh_params(self) -> weights.Params:
         """New weights from the experiment's seed, transforms applied."""
-        init_key, transform_key = jax.random.split(jax.random.key(self.experiment.training.seed))
+        init_key, transform_key = self._keys()
         return self.place(lambda key: self.transform(initialize(self.model, key)[0], transform_key), init_key)
 
     @property
@@ -135,6 +143,9 @@ class Session:
                 self.quiet,
             ),
         )
+
+    def _keys(self) -> jax.Array:
+        return jax.random.split(jax.random.key(self.experiment.training.seed))
 
     def _claim(self, directory: Path) -> None:
         """Writes down what runs in a folder, or checks that the same ran there before."""

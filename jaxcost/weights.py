@@ -135,7 +135,7 @@ class Quantized(Weight):
 
     def contract(self, x, key):
         # The scale belongs to the output channel, so it is applied after the contraction: `in` times fewer products.
-        y = contract(x, self.codes.astype(x.dtype)).astype(jnp.float32) * self.scale
+        y = contract(x, self.codes.astype(x.dtype)).astype(jnp.float32) * self.scale[..., 0, :]
         return y.astype(x.dtype)
 
     def materialize(self):
@@ -158,7 +158,7 @@ class QuantSpec:
     backward_bits: int | None = 8
     """Bits of both operands of the activation's gradient; None leaves it in floating point."""
     stochastic_rounding: bool = False
-    """Round the gradient at random in the backward pass (unbiased); asks for a key in `contract`."""
+    """Round the gradient at random in the backward pass (unbiased), which asks for a key in `contract`."""
     backend: Literal["aqt", "reference"] = "aqt"
     """`aqt` computes with integers through AQT; `reference` fakes them in floats (straight-through gradients)."""
 
@@ -175,7 +175,7 @@ class QuantAware(Weight):
         if self.spec.backend == "reference":
             return contract(fake_quantize(x, self.spec.bits, axis=-1), self.materialize())
         if self.spec.stochastic_rounding and key is None:
-            raise ValueError("Stochastic rounding needs a random key: pass key= to contract.")
+            return _without_gradient(_aqt_dot(x, dense, self.spec, None))
         return _aqt_dot(x, dense, self.spec, key if self.spec.stochastic_rounding else None)
 
     def materialize(self):
@@ -344,6 +344,18 @@ def _aqt_dot(x, w, spec: QuantSpec, key):
     config = aqt_config.set_context(config, key=key, train_step=None)
     y = config(x, w.astype(x.dtype), dimension_numbers=(((x.ndim - 1,), (0,)), ((), ())))
     return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _without_gradient(y):
+    return y
+
+
+def _without_gradient_forward(y):
+    raise ValueError("The gradient of stochastic rounding needs a random key: pass key= to contract.")
+
+
+_without_gradient.defvjp(_without_gradient_forward, lambda _, g: (g,))
 
 
 def _split(key, n: int = 2):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcost.cost import hardware
+from jaxcost.cost import hardware, trace
 from jaxcost.planning import topology
 
 P = PartitionSpec
@@ -74,7 +74,7 @@ def test_wrong_topologies_are_refused(name, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_step_compiled_for_a_slice(name):
-    """On v5p, v6e and tpu7x the look-up goes to a SparseCore, where the program must be read from the dump."""
+    """On v5p, v6e and tpu7x a look-up or an exchange goes to a SparseCore, and `as_text()` fails."""
     pytest.importorskip("libtpu")
     plan = topology.compile_for(name, {"data": -1, "tensor": 2}, step, arguments)
     devices = 8 if name.startswith(("v3", "tpu7x")) else 4
@@ -88,12 +88,21 @@ def test_step_compiled_for_a_slice(name):
 
 
 @pytest.mark.slow
-def test_large_lookup_is_read_from_the_dump():
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("equation", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bhqk,bqhd->bkhd"])
+def test_batched_matmul_on_a_tpu_counts_like_the_trace(name, equation):
+    """A TPU writes batched matmuls as convolutions whose windows mostly meet holes."""
     pytest.importorskip("libtpu")
-    plan = topology.compile_for(
-        "v6e:2x2", {"data": 4, "tensor": 1}, step, functools.partial(arguments, batch=64 * BATCH)
-    )
-    assert plan.cost.total_flops == 3 * LAYERS * 64 * MATMUL_FLOPS
+    sharding = NamedSharding(topology.topology_mesh(name, {"data": -1}), P("data"))
+    shapes = {"bqhd": (8, 256, 4, 128), "bkhd": (8, 512, 4, 128), "bhqk": (8, 4, 256, 512)}
+    operands = [
+        jax.ShapeDtypeStruct(shapes[labels], jnp.bfloat16, sharding=sharding)
+        for labels in equation.split("->")[0].split(",")
+    ]
+    product = jax.jit(functools.partial(jnp.einsum, equation))
+    plan = topology.plan_step(product, tuple(operands), topology.topology_chip(name))
+    assert plan.cost.total_flops == trace.flops_of(product, *operands).flops == 2 * 8 * 4 * 256 * 512 * 128
+    assert plan.cost.unestimated == ()
 
 
 @pytest.mark.slow

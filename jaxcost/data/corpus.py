@@ -19,7 +19,8 @@ _VALIDATION_FRACTION = {"library": 0.05, "reference": 0.15}
 # Installed packages, tests, caches, what ensurepip bundles, the reference, which is a configuration of its own, and
 # `encodings`, whose files are nearly all tables of numbers.
 _SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled", "pydoc_data", "encodings")
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled")
+    + ("pydoc_data", "encodings")
 )
 # Written when Python was built or by its distributor: their text differs between machines with the same version.
 _MACHINE_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-", "sitecustomize.", "usercustomize.")

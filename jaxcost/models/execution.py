@@ -51,7 +51,11 @@ class ExecutionConfig:
     offload: tuple[str, ...] = ()
     """Activations to move to host memory until the backward pass, by name."""
     unroll: Literal["auto", "never", "always"] = "auto"
-    """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere."""
+    """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere.
+
+    What is rematerialised is scanned on CPU too: without a loop around it, that compiler finds the same values again
+    and keeps them.
+    """
 
     def __post_init__(self):
         for name in (*self.save, *self.offload):
@@ -66,9 +70,14 @@ class ExecutionConfig:
         """The compute dtype as JAX's."""
         return jnp.dtype(self.compute)
 
-    def rematerialize(self, step):
-        """Wraps a scanned step so that its backward pass keeps, offloads or recomputes as configured."""
-        if self.remat == "none" and not self.save and not self.offload:
+    @property
+    def rematerializes(self) -> bool:
+        """Whether the backward pass makes anything again or fetches it from the host."""
+        return self.remat != "none" or bool(self.save) or bool(self.offload)
+
+    def rematerialize(self, step, depth: int):
+        """Wraps the step of a scan over `depth` layers so that its backward pass keeps, offloads or recomputes."""
+        if not self.rematerializes:
             return step
         saved = set(PRESETS.get(self.remat, ())) | set(self.save)
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -77,9 +86,9 @@ class ExecutionConfig:
             offload_src="device",
             offload_dst="pinned_host",
         )
-        return jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return jax.checkpoint(step, policy=policy, prevent_cse=self.unrolled(depth) == depth)
 
     def unrolled(self, depth: int) -> int:
         """How many layers one iteration of the scan holds."""
-        on_cpu = self.unroll == "auto" and jax.default_backend() == "cpu"
+        on_cpu = self.unroll == "auto" and jax.default_backend() == "cpu" and not self.rematerializes
         return depth if on_cpu or self.unroll == "always" else 1

@@ -192,13 +192,13 @@ class Transformer(nn.Module):
             layer_key = None if key is None else jax.random.fold_in(key, index)
             return block.apply({"params": params}, x, positions_BT, cache, layer_key)
 
-        step = self.execution.rematerialize(step)
         start, written = 0, []
         for stack in stacks:
             depth = jax.tree.leaves(stack)[0].shape[0]
             cache = None if kv is None else tuple(a[start : start + depth] for a in kv)
             layers = (stack, cache, jnp.arange(start, start + depth))
-            x_BTD, cache = lax.scan(step, x_BTD, layers, unroll=self.execution.unrolled(depth))
+            wrapped = self.execution.rematerialize(step, depth)
+            x_BTD, cache = lax.scan(wrapped, x_BTD, layers, unroll=self.execution.unrolled(depth))
             start, written = start + depth, [*written, cache]
         if kv is not None:
             kv = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *written)
@@ -213,7 +213,7 @@ def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weig
 
 def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
     """`initialize` without computing anything: ShapeDtypeStructs, and the logical axis names."""
-    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
 
 

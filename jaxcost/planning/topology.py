@@ -5,6 +5,7 @@ The compiler is libtpu, from the package index; it needs no TPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -202,12 +203,23 @@ def _compile(lowered: Any, chip: hardware.Chip) -> tuple[Any, str]:
     if chip.kind != "tpu":
         compiled = lowered.compile()
         return compiled, compiled.as_text()
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _no_compilation_cache():
         compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
         dumps = list(pathlib.Path(directory).glob("*.after_codegen.txt"))
         # Small helper programs may be dumped beside the step.
         largest = max(dumps, key=lambda path: path.stat().st_size, default=None)
         return compiled, largest.read_text() if largest else compiled.as_text()
+
+
+@contextlib.contextmanager
+def _no_compilation_cache():
+    """A step from JAX's cache would leave no dump, and one for described devices cannot be read back from it."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def _split(topology: str) -> tuple[str, str]:

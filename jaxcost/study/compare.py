@@ -107,7 +107,8 @@ def _findings(rows, controls, baselines, base_score) -> list[dict[str, Any]]:
             flops = row["step_flops"] / control["step_flops"]
             text = (
                 f"{row['name']} reaches {gain / full:.1%} of the full fine-tune's improvement ({gain:.3f} of "
-                f"{full:.3f} bits per byte) with a checkpoint {ratio:.1f} times smaller and {flops:.2f} of its step's FLOPs."
+                f"{full:.3f} bits per byte) with a checkpoint {ratio:.1f} times smaller and {flops:.2f} of its "
+                "step's FLOPs."
             )
             found.append(_finding(f"{row['name']}_close_to_full", gain >= 0.85 * full and ratio >= 20, text))
         if "quantize(" in said and "lora(" not in said:

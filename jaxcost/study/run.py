@@ -79,7 +79,7 @@ def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> 
         console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({what})")
         recovery = _recovery(experiment, recipe)
         if recipe.task not in tasks:
-            tasks[recipe.task] = Session(recovery, base.tokenizer, quiet)
+            tasks[recipe.task] = base.reopen(recovery)
         session = tasks[recipe.task].derive(recovery)
         fingerprint = _fingerprint(experiment, recipe)
         path = workdir / "recipes" / recipe.name / "row.json"

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import jax
+import optax
 from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
@@ -89,16 +90,11 @@ def fit(
 
     # ---- State: its shapes and where it lives ----
     tx = make_optimizer(optimizer, training.steps)
-    abstract = jax.eval_shape(lambda: init_state(make_params(), tx, training.seed))
-    places = _state_shardings(abstract, model, mesh)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
+    jitted, abstract = jitted_step(model, make_params, tx, transform, training, mesh)
+    places = jax.tree.map(lambda a: a.sharding, abstract)
 
     with jax.set_mesh(mesh), progress, Checkpoints(directory / "checkpoints", checkpoint) as checkpoints:
         # ---- Step: compiled ahead of time, so that its cost is known before it runs ----
-        step_fn = make_train_step(
-            model, tx, transform, accumulation=training.accumulation, loss_chunks=training.loss_chunks
-        )
-        jitted = jax.jit(step_fn, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
         fresh_position = batches.get_state()
         example = sharding.place_batch(next(batches), mesh)
         batches.set_state(fresh_position)
@@ -154,6 +150,27 @@ def fit(
             clock.resume()
         checkpoints.wait()
     return Fitted(state.params, training.steps, measured, cost, tuple(losses), ledger.totals, metrics)
+
+
+def jitted_step(
+    model: Transformer,
+    make_params: Callable[[], weights.Params],
+    optimizer: optax.GradientTransformation,
+    transform: Transform,
+    training: TrainingConfig,
+    mesh: Mesh,
+) -> tuple[Any, TrainState]:
+    """The train step under `jax.jit`, its state donated, and that state's shapes and shardings; nothing is computed.
+
+    The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
+    """
+    abstract = jax.eval_shape(lambda: init_state(make_params(), optimizer, training.seed))
+    places = _state_shardings(abstract, model, mesh)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
+    step = make_train_step(
+        model, optimizer, transform, accumulation=training.accumulation, loss_chunks=training.loss_chunks
+    )
+    return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract
 
 
 class _Clock:

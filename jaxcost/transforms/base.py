@@ -44,7 +44,7 @@ class Rule:
             raise RuleError(f"The rule {self.pattern!r} is not a regular expression: {error}.") from None
 
 
-def rule(pattern: str, *, skip: bool = False, **options: Any) -> Rule:
+def rule(pattern: str, /, *, skip: bool = False, **options: Any) -> Rule:
     """A `Rule`, its options as keywords: rule('mlp/', sparsity=0.7)."""
     return Rule(pattern, skip, tuple(sorted(options.items())))
 

@@ -28,7 +28,8 @@ class lora(Transform):
     freezes_the_rest: ClassVar[bool] = True
 
     def apply(self, path: str, w: Any, key: jax.Array) -> Any:
-        if isinstance(w, Lora):
+        base = w.weight if isinstance(w, Frozen) else w
+        if isinstance(base, Lora):
             raise ValueError(f"lora: {path} has an adapter already; merge it first.")
         *stack, inward, outward = matrix_shape(path, w)
         if not 1 <= self.rank <= min(inward, outward):
@@ -39,7 +40,7 @@ class lora(Transform):
         bound = inward**-0.5
         a = jax.random.uniform(key, (*stack, inward, self.rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, self.rank, outward), jnp.float32)
-        return Lora(w.weight if isinstance(w, Frozen) else w, a, b, self.alpha / self.rank)
+        return Lora(base, a, b, self.alpha / self.rank)
 
     def describe(self):
         return f"LoRA rank {self.rank}"

@@ -77,7 +77,7 @@ class prune(Transform):
             return w.replace(u=self.apply(f"{path}/u", w.u, key), v=self.apply(f"{path}/v", w.v, key))
         if isinstance(w, QuantAware | Frozen):
             return w.replace(weight=self.apply(path, w.weight, key))
-        if isinstance(w, Quantized):
+        if isinstance(w.weight if isinstance(w, Masked) else w, Quantized):
             raise ValueError(f"prune: {path} is quantised already; prune before quantising.")
         shape = matrix_shape(path, w)
         dense, kept = (w.weight, w.mask) if isinstance(w, Masked) else (w, jnp.ones(shape, bool))

@@ -55,7 +55,7 @@ class quantize(Transform):
 
     def apply(self, path: str, w: Any, key: jax.Array) -> Any:
         matrix_shape(path, w)
-        if isinstance(w, Quantized):
+        if isinstance(w.weight if isinstance(w, Masked) else w, Quantized):
             raise ValueError(f"quantize: {path} is quantised already.")
         if isinstance(w, Lora):
             return w.replace(base=self.apply(path, w.base, key))

@@ -1,0 +1,65 @@
+"""What every script shares: quiet set-up, results as JSON, failures as one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxcost.config import parse
+
+_T = TypeVar("_T")
+
+
+def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: Sequence[str] | None = None) -> None:
+    """Parses the arguments, calls `main` with them, writes what it returns to `--json`, and exits.
+
+    `arguments_class` is a dataclass with `json: Path | None` and `debug: bool`. A failure is one line on standard
+    error and exit status 1; with `--debug`, a traceback.
+    """
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    _be_quiet()
+    try:
+        arguments = parse(arguments_class, argv)
+        _compile_once()
+        result = main(arguments)
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    except KeyboardInterrupt:
+        _fail("Interrupted; the same command goes on from the last checkpoint.", 130)
+    except Exception as error:
+        if debug:
+            raise
+        said = str(error).strip() or type(error).__name__
+        expected = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("jaxcost")
+        kind = "" if expected else f"{type(error).__name__}: "
+        _fail(kind + " ".join(said.split()), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    # Threads of a failed run (checkpoints, data) must not hold the process or print after this line.
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _be_quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _compile_once() -> None:
+    """Keeps compiled programs between runs, unless JAX's own environment variable says where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxcost" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))

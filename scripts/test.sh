@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `oracles`, `all`.
+# `oracles` compares with torch, transformers and peft, in an environment of its own (.venv-oracles).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+selection=${1:-default}
+
+run_default() {
+  use_environment .venv "[test]"
+  ruff check . && ruff format --check .
+  python -m pytest -q -m "not slow and not oracles" "$@"
+}
+
+run_slow() {
+  # libtpu, which compiles for TPUs that are not there, exists for Linux on x86-64 alone.
+  use_environment .venv "[test,plan]"
+  python -m pytest -q -m slow "$@"
+}
+
+run_oracles() (
+  # torch by itself first: other packages would pull a build with CUDA.
+  [ -x .venv-oracles/bin/python ] || "${PYTHON:-python3}" -m venv .venv-oracles
+  .venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+  use_environment .venv-oracles "[test,oracles]"
+  python -m pytest -q -m oracles "$@"
+)
+
+shift || true
+case $selection in
+  default) run_default "$@" ;;
+  slow) run_slow "$@" ;;
+  oracles) run_oracles "$@" ;;
+  all) run_default "$@" && run_slow "$@" && run_oracles "$@" ;;
+  *) echo "error: there is no selection '$selection'; use slow, oracles, all, or nothing for the default tests." >&2; exit 2 ;;
+esac
