@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
     error and exit status 1; with `--debug`, a traceback.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
-    _be_quiet()
+    if not debug:
+        _be_quiet()
     try:
         arguments = parse(arguments_class, argv)
         _compile_once()
@@ -53,7 +55,11 @@ def _fail(message: str, status: int) -> None:
 def _be_quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What fails in a thread (a checkpoint's write) is raised again where its result is awaited, and said there.
+    threading.excepthook = lambda _: None
+    sys.excepthook = lambda *_: None
 
 
 def _compile_once() -> None:

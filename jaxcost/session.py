@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_sp
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
-from jaxcost.training.loop import Fitted, fit
+from jaxcost.training.loop import Fitted, fit, jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
-from jaxcost.training.step import init_state
 from jaxcost.transforms import chain
 
 _DESCRIPTION = "experiment.json"
@@ -33,8 +32,25 @@ _TOKENIZER = "tokenizer.json"
 class Session:
     """What the scripts and the study work with. Nothing is read or compiled before it is asked for."""
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer | None = None, quiet: bool = False):
-        """Opens an experiment; a tokenizer that is given takes the place of the one that the data config names."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        tokenizer: Tokenizer | None = None,
+        quiet: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Opens an experiment.
+
+        Args:
+          experiment: what to open.
+          tokenizer: takes the place of the one that the data config names.
+          quiet: show no progress.
+          devices: what the mesh is made of; all devices if none are given.
+
+        Raises:
+          ValueError: the model or the batch does not divide over the devices.
+        """
+        self.devices = list(jax.devices() if devices is None else devices)
         self.experiment = experiment
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
@@ -46,14 +62,14 @@ class Session:
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
             )
-        experiment.check_devices(jax.device_count(), config.vocab_size)
+        experiment.check_devices(len(self.devices), config.vocab_size)
         self.model = Transformer(config, experiment.execution)
-        self.mesh = sharding.make_mesh(experiment.mesh)
+        self.mesh = sharding.make_mesh(experiment.mesh, self.devices)
         self.transform = chain(*experiment.transforms)
 
     def reopen(self, experiment: Experiment) -> Session:
         """A session of another experiment with this one's tokenizer."""
-        return Session(experiment, self.tokenizer, self.quiet)
+        return Session(experiment, self.tokenizer, self.quiet, self.devices)
 
     def derive(self, experiment: Experiment) -> Session:
         """A session of another experiment on the same model and data, which shares what is open already."""
@@ -178,8 +194,8 @@ def read_experiment(directory: Path) -> Experiment:
         raise ValueError(f"{path} is damaged ({error}); restore it, or train again in another folder.") from None
 
 
-def load_run(directory: Path) -> tuple[Session, weights.Params, int]:
-    """The session, the newest weights and their step of a training's folder.
+def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tuple[Session, weights.Params, int]:
+    """The session, the newest weights and their step of a training's folder, on this machine's devices.
 
     Raises:
       ValueError: the folder holds no run.
@@ -187,9 +203,12 @@ def load_run(directory: Path) -> tuple[Session, weights.Params, int]:
     """
     directory = Path(directory)
     experiment = read_experiment(directory)
-    session = Session(experiment, load_tokenizer(directory / _TOKENIZER))
+    session = Session(experiment, load_tokenizer(directory / _TOKENIZER), devices=devices)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
-    abstract = jax.eval_shape(lambda: init_state(session.fresh_params(), optimizer, experiment.training.seed))
+    with jax.set_mesh(session.mesh):
+        _, abstract = jitted_step(
+            session.model, session.fresh_params, optimizer, session.transform, experiment.training, session.mesh
+        )
     with Checkpoints(directory / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         if step is None:

@@ -338,8 +338,10 @@ def _aqt_dot(x, w, spec: QuantSpec, key):
         aqt_config.set_stochastic_rounding(
             config, vjp_lhs_stochastic_rounding=False, vjp_rhs_stochastic_rounding=False, implementation="jax.uniform"
         )
-    for operand in (config.fwd.dg_quantizer.lhs, config.fwd.dg_quantizer.rhs):
-        # The largest value on the largest code, so that AQT's grid is ours and what it trains is what we store.
+    products = [config.fwd] if spec.backward_bits is None else [config.fwd, config.dlhs]
+    for operand in (side for p in products for side in (p.dg_quantizer.lhs, p.dg_quantizer.rhs)):
+        # The largest value on the largest code: forward, so that AQT's grid is ours and what it trains is what we
+        # store; backward, so that no value is clipped, which would bias stochastic rounding.
         operand.numerics.preserve_max_val = True
     config = aqt_config.set_context(config, key=key, train_step=None)
     y = config(x, w.astype(x.dtype), dimension_numbers=(((x.ndim - 1,), (0,)), ((), ())))

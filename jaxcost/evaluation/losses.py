@@ -11,7 +11,13 @@ from jaxcost import weights
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, unembedding: Any, targets_BT: jax.Array, mask_BT: jax.Array, *, chunks: int = 1
+    hidden_BTD: jax.Array,
+    unembedding: Any,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    chunks: int = 1,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood in nats, and the number of targets that counted; both float32 scalars.
 
@@ -22,12 +28,13 @@ def cross_entropy(
       mask_BT: 1 where the target counts and 0 where it is padding.
       chunks: pieces that the time axis is cut into, at most; each piece's logits are made again in the backward pass,
         so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does.
+      key: random key for an unembedding whose arithmetic is random.
     """
     length = targets_BT.shape[1]
     chunks = max(n for n in range(1, min(chunks, length) + 1) if length % n == 0)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
-        logits_BtV = weights.contract(hidden_BtD, unembedding).astype(jnp.float32)
+        logits_BtV = weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32)
         chosen_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits_BtV, axis=-1) - chosen_Bt) * mask_Bt)
 

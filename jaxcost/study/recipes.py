@@ -61,11 +61,13 @@ class StudyConfig:
     shifted_data: str = "python_text/reference"
     """Dataset of the shifted domain."""
     budgets: tuple[Budget, ...] = (
-        Budget("as good as it gets", "usd", 10.0),
-        Budget("half of the bytes", "checkpoint_bytes", 0.6),
-        Budget("a third of the bytes", "checkpoint_bytes", 1 / 3),
+        Budget("the control's price or less", "usd", 1.0),
+        Budget("three quarters of the bytes", "checkpoint_bytes", 0.75),
+        Budget("half of the bytes", "checkpoint_bytes", 0.5),
     )
     """The budgets for which the best recipe is named, as Python."""
+    topology: str = "v5e:2x2"
+    """TPU slice that the base's train step is compiled for, where libtpu is installed."""
     decode_tokens: int = 64
     """Tokens decoded when the decoding speed is measured."""
     decode_batch_size: int = 8

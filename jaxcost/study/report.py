@@ -156,8 +156,20 @@ def _provenance(result: dict[str, Any]) -> str:
         f"The whole study took {totals['seconds']:,.0f} s of training runs and {totals['tokens']:,} tokens, "
         f"compilation included ({_money(totals['usd'])}).",
     ]
+    said.append(_plan_text(result["plan"]))
     said += [f"{name}: {_price(figure)}" for name, figure in result["prices"].items()]
     return _list(said)
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    if plan["step_flops"] is None:
+        return f"Compiled for {plan['topology']}: not done. {plan['why']}"
+    return (
+        f"Compiled for {plan['topology']} by its own compiler: the base's train step has "
+        f"{plan['step_flops'] / 1e9:,.2f} GFLOP and takes {plan['peak_bytes'] / 2**20:,.1f} of "
+        f"{plan['usable_bytes'] / 2**20:,.0f} MiB on each device; it cannot be faster than "
+        f"{plan['lower_bound_seconds'] * 1e6:,.0f} µs, the bound of its {plan['limit']} (from datasheet peaks)."
+    )
 
 
 def _money(usd: float | None) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxcost import serialization, weights
 from jaxcost.config import Experiment
 from jaxcost.cost.ledger import Ledger
 from jaxcost.evaluation.ngram import ngram_bits_per_byte
+from jaxcost.planning.topology import PlanningUnavailable
+from jaxcost.planning.training import plan_training
 from jaxcost.serving.engine import Engine
 from jaxcost.session import Session
 from jaxcost.study import compare, report
@@ -45,7 +48,9 @@ FIGURES = {
 """What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price."""
 
 
-def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> dict[str, Any]:
+def run_study(
+    experiment: Experiment, workdir: Path, *, quiet: bool = False, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
     """Walks the whole loop in a folder and returns what `study.json` there holds; what was finished is not repeated.
 
     Writes `study.json`, `ledger.jsonl`, `pareto.png` and `report.html`. A recipe is finished when its row is written;
@@ -58,10 +63,13 @@ def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> 
     workdir = Path(workdir)
     console = Console(stderr=True, quiet=quiet)
     study = experiment.study
-    base = Session(experiment, quiet=quiet)
+    base = Session(experiment, quiet=quiet, devices=devices)
     recipes = study.complete()
+    dense = jax.eval_shape(base.base_params)
     for recipe in recipes:
-        _recovery(experiment, recipe)  # A recipe that cannot work fails here, before anything is trained.
+        # A recipe that cannot work fails here, before anything is trained.
+        _recovery(experiment, recipe)
+        jax.eval_shape(chain(*recipe.transforms, *recipe.finish), dense)
 
     # ---- Base: trained once ----
     trained = base.train(workdir / "base", title="base")
@@ -70,6 +78,8 @@ def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> 
     ledger.charge(**trained.totals)
     ledger.record(0, event="base", score=trained.metrics["bits_per_byte"])
     baselines = _baselines(base)
+
+    plan = _plan(base)
 
     # ---- Recipes: transform, recover, verify, price ----
     tasks = {"base": base}
@@ -99,6 +109,7 @@ def run_study(experiment: Experiment, workdir: Path, *, quiet: bool = False) -> 
         "data": {"name": experiment.data.name, "shifted": study.shifted_data},
         "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
         "baselines": baselines,
+        "plan": plan,
         "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
         "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
         **compare.compare(rows, study.budgets, baselines, trained.metrics["bits_per_byte"]),
@@ -194,13 +205,29 @@ def _baselines(session: Session) -> dict[str, float]:
     return {name: ngram_bits_per_byte(train, held_out, order) for name, order in orders.items()}
 
 
+def _plan(session: Session) -> dict[str, Any]:
+    """What a TPU's own compiler says of the base's train step, or why it was not asked."""
+    topology = session.experiment.study.topology
+    found: dict[str, Any] = {"topology": topology, "peak_bytes": None, "usable_bytes": None, "fits": None}
+    found |= {"step_flops": None, "lower_bound_seconds": None, "limit": None, "why": None}
+    try:
+        plan = plan_training(session.experiment, topology, session.model.config.vocab_size)
+    except (PlanningUnavailable, ValueError) as error:
+        return found | {"why": str(error)}
+    found |= {"peak_bytes": plan.peak_bytes, "usable_bytes": plan.usable_bytes, "fits": plan.fits, "why": plan.message}
+    if plan.cost is None or plan.bound is None:
+        return found
+    bound = {"lower_bound_seconds": plan.bound.seconds, "limit": plan.bound.limit}
+    return found | {"step_flops": plan.cost.total_flops, **bound}
+
+
 def _machine(session: Session) -> dict[str, Any]:
-    device = jax.devices()[0]
+    device = session.devices[0]
     chip = session.hardware.chip
     return {
         "platform": device.platform,
         "device": device.device_kind,
-        "devices": jax.device_count(),
+        "devices": len(session.devices),
         "cpus": os.cpu_count(),
         "priced_as": chip.description,
         "jax": jax.__version__,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from flax import serialization
 
 from jaxcost.training.config import CheckpointConfig
 from jaxcost.weights import path_name
-
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class CheckpointError(RuntimeError):
@@ -125,4 +122,6 @@ def _word_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # The store's messages nest: what was asked for comes first, what the system said comes last.
+    return line if len(line) <= 300 else f"{line[:120]} ... {line[-170:]}"

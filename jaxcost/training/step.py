@@ -60,8 +60,10 @@ def make_train_step(
 
     def loss_sum(trainable, frozen, structure, batch, key):
         params = weights.combine(structure, trainable, frozen)
-        hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=key)
-        total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], chunks=loss_chunks)
+        model_key, head_key = jax.random.split(key)
+        hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=model_key)
+        targets, mask = batch["targets"], batch["mask"]
+        total, _ = cross_entropy(hidden_BSD, unembedding(params), targets, mask, chunks=loss_chunks, key=head_key)
         return total
 
     def train_step(state: TrainState, batch: Batch):

@@ -89,13 +89,17 @@ class Transform:
             settings = self._settings(path)
             if settings is not None:
                 return settings.apply(path, w, jax.random.fold_in(key, zlib.crc32(path.encode())))
-            return freeze_weight(w) if self.freezes_the_rest else w
+            return self.rest(path, w)
 
         return weights.map_weights(one, params)
 
     def apply(self, path: str, w: Any, key: jax.Array) -> Any:
         """The new weight for one that a rule picked."""
         raise TypeError(f"{type(self).__name__} does not say what it does to a weight.")
+
+    def rest(self, path: str, w: Any) -> Any:
+        """The new weight for one that no rule picked."""
+        return freeze_weight(w) if self.freezes_the_rest else w
 
     def update(self, params: Params, step: jax.Array) -> Params:
         """What happens to the weights after optimizer step `step` (from 0), inside the jitted train step."""
@@ -193,6 +197,6 @@ def freeze_weight(w: Any) -> Any:
 def matrix_shape(path: str, w: Any) -> tuple[int, ...]:
     """Shape (..., in, out) of the matrix that a weight means; ValueError where it is a vector or a scalar."""
     shape = jax.eval_shape(weights.materialize, w).shape
-    if len(shape) < 2:
+    if len(shape) - bool(re.match(r"(frozen_)?layers/", path)) < 2:
         raise ValueError(f"{path} has shape {tuple(shape)}, which is no matrix; skip it with a rule.")
     return tuple(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,8 @@ class lora(Transform):
     """Rank of the update."""
     alpha: float = 16.0
     """The update is scaled by alpha / rank."""
+    train: str = ""
+    """Regular expression for the paths of other parameters that train whole, such as 'norm/'; nothing by default."""
 
     freezes_the_rest: ClassVar[bool] = True
 
@@ -41,6 +44,9 @@ class lora(Transform):
         a = jax.random.uniform(key, (*stack, inward, self.rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, self.rank, outward), jnp.float32)
         return Lora(base, a, b, self.alpha / self.rank)
+
+    def rest(self, path: str, w: Any) -> Any:
+        return w if self.train and re.search(self.train, path) else super().rest(path, w)
 
     def describe(self):
         return f"LoRA rank {self.rank}"

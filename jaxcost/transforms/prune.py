@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,19 +90,14 @@ class prune(Transform):
                 )
             return Masked(dense, kept & _largest_of_group(weights.materialize(w), n, m))
         first = self.sparsity if self.gradual is None else self.gradual.initial_sparsity
-        return Masked(dense, _magnitude_mask(weights.materialize(dense), kept, first))
+        return Masked(dense, _magnitude_mask(weights.materialize(dense), kept, _pruned(first, shape)))
 
     def update(self, params, step):
-        if self.gradual is None:
-            return params
-
-        def tighten(params):
-            return weights.map_weights(lambda path, w: self._tightened(path, w, step), params)
-
-        return lax.cond(self.gradual.is_due(step), tighten, lambda params: params, params)
+        return weights.map_weights(lambda path, w: self._updated(path, w, step), params)
 
     def last_step(self):
-        return -1 if self.gradual is None else self.gradual.end_step
+        schedules = [dict(r.options).get("gradual", self.gradual) for r in self.rules if not r.skip]
+        return max((schedule.end_step for schedule in schedules if schedule is not None), default=-1)
 
     def describe(self):
         if self.pattern != "unstructured":
@@ -114,16 +110,24 @@ class prune(Transform):
             raise ValueError(f"prune: the pattern {self.pattern!r} is neither 'unstructured' nor N:M such as '2:4'.")
         return int(found[1]), int(found[2])
 
-    def _tightened(self, path: str, w: Any, step: jax.Array) -> Any:
+    def _updated(self, path: str, w: Any, step: jax.Array) -> Any:
         settings = self._settings(path)
-        if settings is None:
+        if settings is None or settings.gradual is None:
             return w
+        schedule, final = settings.gradual, settings.sparsity
 
         def one(node):
             if not isinstance(node, Masked):
                 return node
-            sparsity = settings.gradual.sparsity(step, settings.sparsity)
-            return node.replace(mask=_magnitude_mask(weights.materialize(node.weight), node.mask, sparsity))
+
+            def tightened():
+                shape = node.mask.shape
+                share = schedule.sparsity(step, final) * (shape[-2] * shape[-1])
+                # The last number is not left to float32, which cannot count the entries of a large matrix.
+                number = jnp.where(step >= schedule.end_step, _pruned(final, shape), jnp.round(share).astype(jnp.int32))
+                return _magnitude_mask(weights.materialize(node.weight), node.mask, number)
+
+            return node.replace(mask=lax.cond(schedule.is_due(step), tightened, lambda: node.mask))
 
         return jax.tree.map(one, w, is_leaf=lambda node: isinstance(node, Masked))
 
@@ -133,31 +137,49 @@ def _check_sparsity(name: str, value: float) -> None:
         raise ValueError(f"prune: {name} is {value}; it must be at least 0 and less than 1.")
 
 
-def _magnitude_mask(dense: jax.Array, kept: jax.Array, sparsity) -> jax.Array:
-    """`kept` without the round(sparsity · n) entries of smallest magnitude of each matrix (..., in, out)."""
-    magnitude = jnp.where(kept, jnp.abs(dense.astype(jnp.float32)), 0.0)
-    size = dense.shape[-1] * dense.shape[-2]
-    number = jnp.minimum(jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32), size - 1)
-    return kept & (magnitude >= _order_statistic(magnitude, number))
+def _pruned(sparsity: float, shape: tuple[int, ...]) -> int:
+    """How many entries of each matrix (..., in, out) go; one always stays."""
+    size = shape[-2] * shape[-1]
+    return min(round(sparsity * size), size - 1)
 
 
-def _order_statistic(values: jax.Array, rank: jax.Array) -> jax.Array:
-    """The `rank`-th smallest (from 0) of each matrix of non-negative floats, as (..., 1, 1), exactly.
+@jax.jit
+def _magnitude_mask(dense: jax.Array, kept: jax.Array, number: jax.Array | int) -> jax.Array:
+    """`kept` without the `number` entries of smallest magnitude of each matrix (..., in, out); of equals, the first.
 
-    Non-negative floats are ordered as their bit patterns are, so 31 halvings of the patterns find it. Every step is
-    a count, which a sharded matrix answers with a scalar all-reduce where a sort would gather it.
+    What is pruned already is counted first. Thresholds are found by bisection: every step of it is a count, which a
+    sharded matrix answers with a scalar all-reduce where a sort would gather it.
     """
-    bits = lax.bitcast_convert_type(values, jnp.int32)
+    # Non-negative floats are ordered as their bit patterns are.
+    magnitude = lax.bitcast_convert_type(jnp.abs(dense.astype(jnp.float32)), jnp.int32)
+    order = jnp.where(kept, magnitude + 1, 0)
+    threshold = _first(lambda bound: _count(order <= bound) >= number, dense.shape, jnp.iinfo(jnp.int32).max)
+    below, tied = order < threshold, order == threshold
+    rest = number - _count(below)
+    position = lax.broadcasted_iota(jnp.int32, dense.shape, dense.ndim - 2) * dense.shape[-1]
+    position = position + lax.broadcasted_iota(jnp.int32, dense.shape, dense.ndim - 1)
+    end = _first(
+        lambda bound: _count(tied & (position < bound)) >= rest, dense.shape, dense.shape[-2] * dense.shape[-1]
+    )
+    return kept & ~(below | (tied & (position < end)))
+
+
+def _count(chosen: jax.Array) -> jax.Array:
+    return jnp.sum(chosen, axis=(-2, -1), keepdims=True, dtype=jnp.int32)
+
+
+def _first(reached: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], largest: int) -> jax.Array:
+    """For each matrix of a stack, as (..., 1, 1), the first of the integers 0..largest that `reached` holds for."""
 
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = jnp.sum(bits <= middle, axis=(-2, -1), keepdims=True) > rank
+        enough = reached(middle)
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    start = jnp.zeros((*values.shape[:-2], 1, 1), jnp.int32)
-    _, found = lax.fori_loop(0, 31, halve, (start, jnp.full_like(start, jnp.iinfo(jnp.int32).max)))
-    return lax.bitcast_convert_type(found, jnp.float32)
+    start = jnp.zeros((*shape[:-2], 1, 1), jnp.int32)
+    low, _ = lax.fori_loop(0, int(largest).bit_length(), halve, (start, jnp.full_like(start, largest)))
+    return low
 
 
 def _largest_of_group(dense: jax.Array, n: int, m: int) -> jax.Array:

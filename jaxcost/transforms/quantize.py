@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcost.transforms.base import ALL_KERNELS, Rule, Transform, matrix_shape
+from jaxcost.transforms.base import ALL_KERNELS, Rule, Transform, freeze_weight, matrix_shape
 from jaxcost.weights import (
     Frozen,
     Lora,
@@ -65,6 +65,8 @@ class quantize(Transform):
             if isinstance(w, Frozen | QuantAware):
                 raise ValueError(f"quantize: {path} is {type(w).__name__} already and cannot be trained quantised.")
             return QuantAware(w, QuantSpec(self.bits, self.backward_bits, self.stochastic_rounding, self.backend))
+        if isinstance(w, Frozen):
+            return freeze_weight(self.apply(path, w.weight, key))
         if isinstance(w, Masked):
             return Masked(quantized(materialize(w), self.bits), w.mask)
         return quantized(materialize(w.weight if isinstance(w, QuantAware) else w), self.bits)

@@ -1,0 +1,293 @@
+"""The trainer: resuming to the same bits, refusing damaged checkpoints, full disks and non-finite losses."""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcost import weights
+from jaxcost.config import Experiment
+from jaxcost.data import DataConfig
+from jaxcost.evaluation.score import EvaluationConfig
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.session import Session, load_run
+from jaxcost.sharding import MeshConfig
+from jaxcost.training.checkpoints import CheckpointError
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.loop import NonFiniteError
+from jaxcost.training.optimizer import make_schedule
+from jaxcost.transforms import Gradual, chain, lora, prune, quantize
+
+ROOT = Path(__file__).parent.parent
+MODEL = ModelConfig(
+    vocab_size=0, width=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64, max_length=32
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where the corpus is built, once for all tests of this file."""
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def experiment(data_dir, **changes):
+    settings = {
+        "model": MODEL,
+        "data": DataConfig(name="python_text/reference", sequence_length=32, batch_size=8, data_dir=data_dir),
+        "mesh": MeshConfig(data=-1),
+        "execution": ExecutionConfig(unroll="never"),
+        "training": TrainingConfig(steps=12, evaluate_every=4),
+        "checkpoint": CheckpointConfig(every_steps=4),
+        "evaluation": EvaluationConfig(max_tokens=512),
+    }
+    return Experiment(**settings | changes)
+
+
+def session_of(value):
+    """One device unless the mesh asks for all: most of what is tested here does not depend on it."""
+    return Session(value, quiet=True, devices=jax.devices()[: 1 if value.mesh == MeshConfig(data=-1) else 8])
+
+
+def fitted(value, directory):
+    return session_of(value).train(directory)
+
+
+def bits(directory):
+    """Every array of the newest checkpoint, optimizer and key included, as saved checksums."""
+    newest = max((p for p in (directory / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    metadata = json.loads((newest / "metadata" / "metadata").read_text())
+    return int(newest.name), metadata["checksums"], metadata["position"]
+
+
+def ledger(directory):
+    """The lines of a run's ledger without what a clock put there."""
+    lines = map(json.loads, (directory / "ledger.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in ("step", "event", "tokens", "flops", "bits_per_byte")} for line in lines]
+
+
+def forget_after(directory, step):
+    """As if the run had ended right after a checkpoint."""
+    for folder in (directory / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run between two checkpoints."""
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        (),
+        (chain(quantize(), lora(rank=2)),),
+        (prune(sparsity=0.7, gradual=Gradual(end_step=9, every_steps=2)),),
+        (quantize(mode="training", stochastic_rounding=True),),
+    ],
+    ids=["dense", "qlora", "gradual", "stochastic"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
+    value = experiment(data_dir, transforms=transforms)
+    whole = fitted(value, tmp_path / "whole")
+
+    session = session_of(value)
+    evaluate, calls = session.evaluate, []
+
+    def interrupt(params):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted
+        return evaluate(params)
+
+    monkeypatch.setattr(session, "evaluate", interrupt)
+    with pytest.raises(Interrupted):
+        session.train(tmp_path / "broken")
+    assert bits(tmp_path / "broken")[0] == 4
+    again = fitted(value, tmp_path / "broken")
+
+    assert bits(tmp_path / "broken") == bits(tmp_path / "whole")
+    assert again.metrics == whole.metrics
+    assert again.losses == whole.losses[4:]
+    assert ledger(tmp_path / "broken") == ledger(tmp_path / "whole")
+
+
+def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_dir):
+    value = experiment(data_dir, training=TrainingConfig(steps=40), optimizer=OptimizerConfig(learning_rate=1e-2))
+    first = fitted(value, tmp_path)
+    again = fitted(value, tmp_path)
+    assert first.losses[-1] < first.losses[0] - 1.0
+    assert again.losses == () and again.metrics == first.metrics and again.step_seconds == first.step_seconds
+    session, params, step = load_run(tmp_path, jax.devices()[:1])
+    assert step == 40 and session.evaluate(params)["bits_per_byte"] == first.metrics["bits_per_byte"]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True))
+
+
+def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
+    trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
+    session, params, _ = load_run(tmp_path)
+    assert session.mesh.size == 8 and session.evaluate(params)["bits_per_byte"] == trained.metrics["bits_per_byte"]
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data_dir):
+    one = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path / "one")
+    training = TrainingConfig(steps=12, evaluate_every=4, accumulation=2)
+    two = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4), training=training), tmp_path / "two")
+    np.testing.assert_allclose(one.losses, two.losses, rtol=1e-5)
+
+
+def test_another_experiment_is_not_continued(tmp_path, data_dir):
+    fitted(experiment(data_dir), tmp_path)
+    other = experiment(data_dir, optimizer=OptimizerConfig(learning_rate=1.0))
+    with pytest.raises(ValueError, match=r"another optimizer\.learning_rate"):
+        fitted(other, tmp_path)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, data_dir):
+    whole = fitted(experiment(data_dir, checkpoint=CheckpointConfig(every_steps=4, keep=3)), tmp_path)
+    forget_after(tmp_path, 4)
+    moved = fitted(experiment(data_dir, mesh=MeshConfig(fsdp=2, tensor=2, data=2)), tmp_path)
+    np.testing.assert_allclose(moved.losses, whole.losses[4:], rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, data_dir):
+    fitted(experiment(data_dir), tmp_path / "good")
+    value = experiment(data_dir, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0))
+    with pytest.raises(NonFiniteError, match=r"not finite at step \d+; there is no checkpoint"):
+        fitted(value, tmp_path / "bad")
+    # Later than the first checkpoint: it stays, and is whole.
+    late = dataclasses.replace(value, optimizer=OptimizerConfig(learning_rate=1e30, schedule="constant", clip_norm=0))
+    late = dataclasses.replace(late, training=TrainingConfig(steps=12))
+    late = dataclasses.replace(late, checkpoint=CheckpointConfig(every_steps=1))
+    try:
+        fitted(late, tmp_path / "late")
+    except NonFiniteError as error:
+        assert "last good checkpoint" in str(error) or "no checkpoint" in str(error)
+    else:
+        pytest.fail("a learning rate of 1e30 trained")
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "metadata"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_earlier_one_used_once_it_is_gone(tmp_path, data_dir, damage):
+    whole = fitted(experiment(data_dir), tmp_path)
+    newest = tmp_path / "checkpoints" / "12"
+    victim = largest_file(newest / "tree")
+    if damage == "flipped":
+        content = bytearray(victim.read_bytes())
+        for position in range(len(content) // 3, len(content), 997):
+            content[position] ^= 0x10
+        victim.write_bytes(content)
+    elif damage == "truncated":
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    elif damage == "missing":
+        shutil.rmtree(newest / "tree")
+    else:
+        (newest / "metadata" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError) as error:
+        fitted(experiment(data_dir), tmp_path)
+    assert str(newest) in str(error.value) and "remove that folder to go on from step 8" in str(error.value)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(newest)
+    assert fitted(experiment(data_dir), tmp_path).losses == whole.losses[8:]
+
+
+def test_a_checkpoint_written_half_is_never_picked(tmp_path, data_dir):
+    fitted(experiment(data_dir), tmp_path)
+    done = bits(tmp_path)
+    shutil.copytree(tmp_path / "checkpoints" / "12", tmp_path / "checkpoints" / "16.orbax-checkpoint-tmp")
+    assert fitted(experiment(data_dir), tmp_path).steps == 12
+    assert bits(tmp_path) == done
+
+
+def train_command(workdir, data_dir, *extra):
+    config = ROOT / "configs" / "quickstart.py"
+    flags = "--model.width 32 --model.num-layers 2 --model.num-heads 2 --model.num-kv-heads 1 --model.head-dim 16"
+    flags += " --model.mlp-width 64 --data.name python_text/reference --data.tokenizer bytes --data.sequence-length 32"
+    flags += " --data.batch-size 8 --execution.compute float32 --training.steps 60 --training.evaluate-every 20"
+    flags += " --evaluation.max-tokens 512 --checkpoint.every-steps 5"
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), str(config)]
+    return [*script, *flags.split(), "--data.data-dir", data_dir, "--workdir", str(workdir), *extra]
+
+
+def environment():
+    return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, data_dir):
+    subprocess.run(train_command(tmp_path, data_dir, "--checkpoint.keep", "100"), env=environment(), check=True)
+    forget_after(tmp_path, 5)
+    before = bits(tmp_path)
+
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    env = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    run = subprocess.run(
+        train_command(tmp_path, data_dir), env=env, preexec_fn=no_room, capture_output=True, text=True, timeout=300
+    )
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert run.returncode == 1 and len(errors) == 1, run.stderr
+    assert "could not be written" in errors[0] and "step 5, is intact" in errors[0], errors
+    assert "Traceback" not in run.stderr
+    assert bits(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_and_the_same_command_ends_with_the_same_bits(tmp_path, data_dir):
+    subprocess.run(train_command(tmp_path / "whole", data_dir), env=environment(), check=True, capture_output=True)
+    draw, kills = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(
+            train_command(tmp_path / "killed", data_dir), env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        try:
+            # From the imports to the last checkpoint: a run takes some 6 seconds, most of it before the first step.
+            _, said = process.communicate(timeout=draw.uniform(1.0, 7.0) if kills < 20 else None)
+            assert process.returncode == 0, said
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            time.sleep(0.1)
+    assert kills >= 5
+    assert bits(tmp_path / "killed") == bits(tmp_path / "whole")
+
+
+def test_schedules_warm_up_and_end_where_they_should():
+    for schedule in ("cosine", "wsd"):
+        rate = make_schedule(OptimizerConfig(1.0, schedule, warmup_steps=10, final_fraction=0.1), 100)
+        values = np.array([float(rate(step)) for step in range(101)])
+        assert values[0] == pytest.approx(0.1) and values[:10].max() <= 1 and values.max() == pytest.approx(1.0)
+        assert values[100] == pytest.approx(0.1, abs=1e-6)
+        assert np.all(np.diff(values[10:]) <= 1e-7)
+    flat = make_schedule(OptimizerConfig(1.0, "constant", warmup_steps=0), 10)
+    assert [float(flat(step)) for step in (0, 9)] == [1.0, 1.0]
+
+
+def test_moments_exist_for_what_trains_alone(data_dir):
+    session = session_of(experiment(data_dir, transforms=(lora(rank=2),)))
+    params = session.fresh_params()
+    from jaxcost.training.optimizer import make_optimizer
+    from jaxcost.training.step import init_state
+
+    state = init_state(params, make_optimizer(OptimizerConfig(), 10), 0)
+    adapter = weights.partition(params)[0]
+    assert adapter and all(name.endswith(("/a", "/b")) for name in adapter)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in adapter.values())
