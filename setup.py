@@ -37,7 +37,14 @@ setup(
         "plan": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
         "hub": ["safetensors>=0.5,<1", "huggingface-hub>=1,<2"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7", "ruff>=0.14", "nbclient", "ipykernel"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.130,<7",
+            "ruff>=0.14",
+            "nbclient",
+            "ipykernel",
+        ],
         "oracles": ["torch==2.13.0", "transformers>=5,<6", "peft>=0.19,<0.22"],
     },
 )

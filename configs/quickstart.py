@@ -1,6 +1,7 @@
 """A small transformer on the text of Python's own standard library, and seven ways to make it cheaper.
 
-Trains 2.2 million parameters for 450 steps, then puts each recipe through the same 50 steps of recovery.
+Trains 3.7 million parameters for 420 steps, then puts each recipe through the same 32 steps of recovery. The learning
+rates of the two recipes on the shifted domain were swept, each for itself (full: 1e-3 to 6e-3; LoRA: 5e-3 to 3e-2).
 """
 
 from jaxcost.config import (
@@ -14,21 +15,21 @@ from jaxcost.config import (
     TrainingConfig,
 )
 from jaxcost.study.recipes import Recipe, StudyConfig
-from jaxcost.transforms import factorize, lora, prune, quantize
+from jaxcost.transforms import factorize, lora, prune, quantize, rule
 
 experiment = Experiment(
-    model=ModelConfig(vocab_size=0, width=192, num_layers=4, num_heads=3, num_kv_heads=3, head_dim=64, mlp_width=512),
+    model=ModelConfig(vocab_size=0, width=256, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=64, mlp_width=1024),
     data=DataConfig(
         name="python_text/library", tokenizer="bpe", bpe_vocab_size=1024, batch_size=8, sequence_length=256
     ),
     execution=ExecutionConfig(compute="bfloat16"),
     optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd", warmup_steps=20, decay_fraction=0.5),
-    training=TrainingConfig(steps=450, evaluate_every=150),
+    training=TrainingConfig(steps=420, evaluate_every=140),
     evaluation=EvaluationConfig(max_tokens=65_536),
-    checkpoint=CheckpointConfig(every_steps=150),
+    checkpoint=CheckpointConfig(every_steps=140),
     study=StudyConfig(
-        recovery_steps=50,
-        recovery_learning_rate=1e-3,
+        recovery_steps=32,
+        recovery_learning_rate=3e-4,
         shifted_data="python_text/reference",
         recipes=(
             Recipe("control"),
@@ -37,8 +38,14 @@ experiment = Experiment(
             Recipe("low_rank", transforms=(factorize(parameters=0.5),)),
             Recipe("int8_weights", finish=(quantize(),)),
             Recipe("int8_trained", transforms=(quantize(mode="training"),), finish=(quantize(),)),
-            Recipe("full_fine_tune", task="shifted"),
-            Recipe("lora", transforms=(lora(rank=4, alpha=8),), task="shifted", learning_rate=1e-2),
+            Recipe("full_fine_tune", task="shifted", learning_rate=2e-3),
+            Recipe(
+                "lora",
+                # The embedding has an adapter too, and the norms train whole: the shifted domain is another language.
+                transforms=(lora(rank=8, alpha=16, rules=(rule("(kernel|table)$"),), train="norm"),),
+                task="shifted",
+                learning_rate=8e-3,
+            ),
         ),
     ),
 )

@@ -8,8 +8,9 @@ selection=${1:-default}
 
 run_default() {
   use_environment .venv "[test]"
-  ruff check . && ruff format --check .
-  python -m pytest -q -m "not slow and not oracles" "$@"
+  ruff check .
+  ruff format --check .
+  python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles" "$@"
 }
 
 run_slow() {
@@ -31,6 +32,6 @@ case $selection in
   default) run_default "$@" ;;
   slow) run_slow "$@" ;;
   oracles) run_oracles "$@" ;;
-  all) run_default "$@" && run_slow "$@" && run_oracles "$@" ;;
+  all) run_default "$@"; run_slow "$@"; run_oracles "$@" ;;
   *) echo "error: there is no selection '$selection'; use slow, oracles, all, or nothing for the default tests." >&2; exit 2 ;;
 esac

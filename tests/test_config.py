@@ -69,7 +69,7 @@ def test_transforms_and_recipes_are_written_as_python():
         (["--model.widht", "3"], "--model.width"),
         (["--model.width", "wide"], "--model.width"),
         (["--model.width", "0"], "model.width is 0"),
-        (["--model.num-kv-heads", "2"], "multiple of model.num_kv_heads"),
+        (["--model.num-kv-heads", "3"], "multiple of model.num_kv_heads"),
         (["--data.sequence-length", "4096"], "longer than model.max_length"),
         (["--training.accumulation", "3"], "multiple of training.accumulation"),
         (["--transforms", "prume()"], "prume"),

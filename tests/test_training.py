@@ -141,9 +141,9 @@ def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data_dir):
-    one = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path / "one")
+    one = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "one")
     training = TrainingConfig(steps=12, evaluate_every=4, accumulation=2)
-    two = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4), training=training), tmp_path / "two")
+    two = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2), training=training), tmp_path / "two")
     np.testing.assert_allclose(one.losses, two.losses, rtol=1e-5)
 
 
