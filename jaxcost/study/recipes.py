@@ -62,8 +62,8 @@ class StudyConfig:
     """Dataset of the shifted domain."""
     budgets: tuple[Budget, ...] = (
         Budget("the control's price or less", "usd", 1.0),
-        Budget("three quarters of the bytes", "checkpoint_bytes", 0.75),
-        Budget("half of the bytes", "checkpoint_bytes", 0.5),
+        Budget("a third of the bytes on disk", "checkpoint_bytes", 1 / 3),
+        Budget("60 % of the FLOPs of a decoded token", "inference_flops_per_token", 0.6),
     )
     """The budgets for which the best recipe is named, as Python."""
     topology: str = "v5e:2x2"

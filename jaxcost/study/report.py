@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from jaxcost.study.compare import COSTS
@@ -51,11 +52,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             on_front = cost in row["pareto_on"]
             colour = f"C{index % 10}"
             axis.scatter(row[cost], row["score"], s=70, color=colour, marker="o" if on_front else "x", zorder=2)
-            axis.annotate(row["name"], (row[cost], row["score"]), (6, 5), textcoords="offset points", fontsize=8)
+        for names, point in _labels(known, cost):
+            axis.annotate(names, point, (6, 5), textcoords="offset points", fontsize=8)
         axis.set_xlabel(f"{label} ({_kind(rows, cost)})")
         axis.set_ylabel("bits per byte, held out (measured)")
-        axis.set_xlim(left=0)
-        axis.margins(x=0.2, y=0.15)
+        axis.set_xlim(0, 1.35 * max((row[cost] for row in known), default=1.0))
+        axis.margins(y=0.15)
         axis.grid(alpha=0.3)
         if not known:
             axis.text(0.5, 0.5, "unknown on this hardware", ha="center", transform=axis.transAxes)
@@ -64,6 +66,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
     temporary.replace(path)
+
+
+def _labels(rows: Sequence[dict[str, Any]], cost: str) -> list[tuple[str, tuple[float, float]]]:
+    """Names and points; rows that lie on each other in the picture share a label."""
+    spans = [max(row[key] for row in rows) - min(row[key] for row in rows) for key in (cost, "score")] if rows else []
+    labels: list[tuple[str, tuple[float, float]]] = []
+    for row in rows:
+        point = (row[cost], row["score"])
+        for index, (names, other) in enumerate(labels):
+            if all(abs(a - b) <= 0.03 * span for a, b, span in zip(point, other, spans, strict=True)):
+                labels[index] = (f"{names}, {row['name']}", other)
+                break
+        else:
+            labels.append((row["name"], point))
+    return labels
 
 
 def write(result: dict[str, Any], path: Path, picture: Path) -> None:
@@ -100,12 +117,12 @@ def answer(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
-    shown = Table(title="Quality against cost (lower bits/byte is better)")
-    keys = ("name", "score", "score_before_recovery", "control_score", "checkpoint_bytes", "step_flops")
+    shown = Table(title="Quality against cost (lower bits/byte is better)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    keys = ("name", "score", "score_before_recovery", "checkpoint_bytes", "step_flops")
     keys += ("step_seconds", "decode_tokens_per_second", "usd", "pareto")
     columns = [column for column in _COLUMNS if column[0] in keys]
     for key, heading, _ in columns:
-        shown.add_column(heading, justify="left" if key == "name" else "right")
+        shown.add_column(heading.replace(", ", "\n"), justify="left" if key == "name" else "right")
     for row in result["rows"]:
         shown.add_row(*(_text(row, key, form) for key, _, form in columns), end_section=_ends_task(row, result["rows"]))
     return shown
