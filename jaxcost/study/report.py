@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def table(result: dict[str, Any]) -> Table:
     keys += ("step_seconds", "decode_tokens_per_second", "usd", "pareto")
     columns = [column for column in _COLUMNS if column[0] in keys]
     for key, heading, _ in columns:
-        shown.add_column(heading.replace(", ", "\n"), justify="left" if key == "name" else "right")
+        # Narrow headings, so that the table fits a terminal of 80 columns.
+        heading = "\n".join(textwrap.wrap(heading.replace(",", ""), 9))
+        shown.add_column(heading, justify="left" if key == "name" else "right", no_wrap=True)
     for row in result["rows"]:
         shown.add_row(*(_text(row, key, form) for key, _, form in columns), end_section=_ends_task(row, result["rows"]))
     return shown
