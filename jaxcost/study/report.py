@@ -118,9 +118,11 @@ def answer(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
-    shown = Table(title="Quality against cost (lower bits/byte is better)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(
+        title="Quality against cost (lower bits/byte is better)", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     keys = ("name", "score", "score_before_recovery", "checkpoint_bytes", "step_flops")
-    keys += ("step_seconds", "decode_tokens_per_second", "usd", "pareto")
+    keys += ("step_seconds", "decode_tokens_per_second", "usd")
     columns = [column for column in _COLUMNS if column[0] in keys]
     for key, heading, _ in columns:
         # Narrow headings, so that the table fits a terminal of 80 columns.
@@ -141,7 +143,7 @@ def _text(row: dict[str, Any], key: str, form: str) -> str:
         return "unknown"
     if form == "flag":
         return "yes" if value else ""
-    return f"{value * _SCALES[form]:,.2f}" if form in _SCALES else form.format(value)
+    return f"{value * _SCALES[form]:,.1f}" if form in _SCALES else form.format(value)
 
 
 def _html_table(rows: Sequence[dict[str, Any]]) -> str:
