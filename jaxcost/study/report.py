@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from jaxcost.study.compare import COSTS
@@ -119,7 +118,7 @@ def answer(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
     shown = Table(
-        title="Quality against cost (lower bits/byte is better)", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title="Quality against cost (lower bits/byte is better)", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     keys = ("name", "score", "score_before_recovery", "checkpoint_bytes", "step_flops")
     keys += ("step_seconds", "decode_tokens_per_second", "usd")
