@@ -117,9 +117,8 @@ def answer(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
-    shown = Table(
-        title="Quality against cost (lower bits/byte is better)", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+    title = "Quality against cost (lower bits/byte is better)"
+    shown = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     keys = ("name", "score", "score_before_recovery", "checkpoint_bytes", "step_flops")
     keys += ("step_seconds", "decode_tokens_per_second", "usd")
     columns = [column for column in _COLUMNS if column[0] in keys]
@@ -128,12 +127,8 @@ def table(result: dict[str, Any]) -> Table:
         heading = "\n".join(textwrap.wrap(heading.replace(",", ""), 9))
         shown.add_column(heading, justify="left" if key == "name" else "right", no_wrap=True)
     for row in result["rows"]:
-        shown.add_row(*(_text(row, key, form) for key, _, form in columns), end_section=_ends_task(row, result["rows"]))
+        shown.add_row(*(_text(row, key, form) for key, _, form in columns))
     return shown
-
-
-def _ends_task(row, rows) -> bool:
-    return row is [r for r in rows if r["task"] == row["task"]][-1]
 
 
 def _text(row: dict[str, Any], key: str, form: str) -> str:
