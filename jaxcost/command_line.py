@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxcost.config import parse
+from jaxcost.data.files import atomic_write
 
 _T = TypeVar("_T")
 
@@ -28,11 +31,14 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
         _be_quiet()
     try:
         arguments = parse(arguments_class, argv)
+        if arguments.json is not None:
+            _check_writable(arguments.json)
+        _choose_platform()
         _compile_once()
         result = main(arguments)
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            with atomic_write(arguments.json) as file:
+                file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     except KeyboardInterrupt:
         _fail("Interrupted; the same command goes on from the last checkpoint.", 130)
     except Exception as error:
@@ -42,6 +48,24 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
         expected = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("jaxcost")
         kind = "" if expected else f"{type(error).__name__}: "
         _fail(kind + " ".join(said.split()), 1)
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--json {path}: its folder cannot be made ({error.strerror}); name another file.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--json {path} cannot be written; name a file in a folder that can.")
+
+
+def _choose_platform() -> None:
+    """Keeps an installed libtpu, which planning needs, from looking for a TPU where there is none."""
+    import jax
+
+    tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not tpu:
+        jax.config.update("jax_platforms", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
 
 
 def _fail(message: str, status: int) -> None:
@@ -59,7 +83,7 @@ def _be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # What fails in a thread (a checkpoint's write) is raised again where its result is awaited, and said there.
     threading.excepthook = lambda _: None
-    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None
 
 
 def _compile_once() -> None:

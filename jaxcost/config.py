@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import re
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -57,6 +58,7 @@ class Experiment:
     """The recipes that a study compares."""
 
     def __post_init__(self):
+        _check_finite(self)
         if self.data.sequence_length > self.model.max_length:
             raise ValueError(
                 f"data.sequence_length ({self.data.sequence_length}) is longer than model.max_length "
@@ -67,14 +69,19 @@ class Experiment:
                 f"data.batch_size ({self.data.batch_size}) must be a multiple of training.accumulation "
                 f"({self.training.accumulation})."
             )
-        if any(isinstance(t, transforms.freeze) for t in self.transforms) and self.model.num_layers < 2:
-            raise ValueError("freeze needs at least two layers; raise model.num_layers or drop the transform.")
         last = transforms.chain(*self.transforms).last_step()
         if last >= self.training.steps:
             raise ValueError(
                 f"A gradual transform ends at step {last}, but training.steps is {self.training.steps}; "
                 "train longer or let it end earlier."
             )
+
+    def trained_part(self) -> Experiment:
+        """The experiment without what does not touch a training: prices, what is kept, what is compared, where."""
+        default = Experiment()
+        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
+        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh")}
+        return dataclasses.replace(self, data=data, **rest)
 
     def check_devices(self, num_devices: int, vocab_size: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
@@ -103,11 +110,23 @@ def load(path: str | Path) -> Experiment:
         raise ConfigError(f"There is no config file {path}; the ones that come with jaxcost are in configs/.")
     try:
         found = runpy.run_path(str(path)).get("experiment")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"The config {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(found, Experiment):
         raise ConfigError(f"The config {path} does not define `experiment = Experiment(...)`.")
     return found
+
+
+def _check_finite(value: Any, path: str = "") -> None:
+    """ValueError if any number of a nested dataclass is infinite or not a number."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{path}.{field.name}".removeprefix("."))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}; give a finite number.")
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{path}[{index}]")
 
 
 Overrides = Annotated[Experiment, tyro.conf.arg(name="")]
@@ -157,10 +176,14 @@ def _python_expression(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constr
         return None
 
     def read(texts: list[str]) -> tuple:
+        kind = info.type.__args__[0]
         try:
-            return eval(f"({texts[0]},)" if texts[0].strip() else "()", {"__builtins__": {}}, dict(names))
+            found = eval(f"({texts[0]},)" if texts[0].strip() else "()", {"__builtins__": {}}, dict(names))
+            if not all(isinstance(item, kind) for item in found):
+                raise TypeError("write each with its parentheses, as in 'prune(), lora(rank=4)'")
+            return found
         except Exception as error:
-            raise ValueError(f"{texts[0]!r} is no list of {info.type.__args__[0].__name__}s ({error})") from None
+            raise ValueError(f"{texts[0]!r} is no list of {kind.__name__}s ({error})") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

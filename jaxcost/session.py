@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.transformer import Transformer, axes_of, initialize
+from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.loop import Fitted, fit, jitted_step
 from jaxcost.training.optimizer import make_optimizer
@@ -138,12 +141,24 @@ class Session:
         ValueError if the folder holds a run of another experiment.
         """
         directory = Path(directory)
-        self._claim(directory)
+        data = self.experiment.data
+        # Whatever is wrong with the data is said before the folder is claimed for this experiment.
+        self.open()
+        batches = train_batches(data, self.train_stream.tokens)
+        with _alone_in(directory):
+            self._claim(directory)
+            return self._fit(directory, batches, make_params or self.fresh_params, title)
+
+    def open(self) -> None:
+        """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
+        self.train_stream, self.scorer  # noqa: B018
+
+    def _fit(self, directory: Path, batches, make_params: Callable[[], weights.Params], title: str) -> Fitted:
         data = self.experiment.data
         return fit(
             self.model,
-            make_params or self.fresh_params,
-            train_batches(data, self.train_stream.tokens),
+            make_params,
+            batches,
             self.evaluate,
             directory=directory,
             mesh=self.mesh,
@@ -168,7 +183,7 @@ class Session:
         path = directory / _DESCRIPTION
         if path.exists():
             before = read_experiment(directory)
-            changed = serialization.differences(_trained_part(before), _trained_part(self.experiment))
+            changed = serialization.differences(before.trained_part(), self.experiment.trained_part())
             if changed:
                 raise ValueError(
                     f"{directory} holds a run with another {', '.join(changed)}; "
@@ -183,6 +198,22 @@ class Session:
         os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Holds a folder for this process; ValueError if another holds it, or if it is no folder."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; give a folder as --workdir.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"Another process is training in {directory}; wait for it, or choose another --workdir."
+            ) from None
+        yield
+
+
 def read_experiment(directory: Path) -> Experiment:
     """The experiment that a folder holds a run of; ValueError if there is none."""
     path = Path(directory) / _DESCRIPTION
@@ -195,7 +226,9 @@ def read_experiment(directory: Path) -> Experiment:
 
 
 def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tuple[Session, weights.Params, int]:
-    """The session, the newest weights and their step of a training's folder, on this machine's devices.
+    """The session, the newest weights and their step of a training's folder.
+
+    They are spread over the devices by the training's mesh where that fits them, or else put on the first one.
 
     Raises:
       ValueError: the folder holds no run.
@@ -203,6 +236,11 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     """
     directory = Path(directory)
     experiment = read_experiment(directory)
+    devices = list(jax.devices() if devices is None else devices)
+    try:
+        experiment.mesh.sizes(len(devices))
+    except ValueError:
+        experiment, devices = dataclasses.replace(experiment, mesh=MeshConfig()), devices[:1]
     session = Session(experiment, load_tokenizer(directory / _TOKENIZER), devices=devices)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with jax.set_mesh(session.mesh):
@@ -215,16 +253,3 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
             raise CheckpointError(f"{directory} has no checkpoint yet; train first, or wait for the first one.")
         state, _ = checkpoints.restore(step, abstract)
     return session, state.params, step
-
-
-def _trained_part(experiment: Experiment) -> Experiment:
-    """The experiment without what does not touch the training: how it is priced, what is kept and compared."""
-    default = Experiment()
-    return dataclasses.replace(
-        experiment,
-        hardware=default.hardware,
-        checkpoint=default.checkpoint,
-        study=default.study,
-        mesh=default.mesh,
-        data=dataclasses.replace(experiment.data, data_dir=None, cache_dir=None),
-    )

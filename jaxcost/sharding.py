@@ -24,13 +24,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "expert": ("expert",),
     "layers": (),
     "rank": (),
     "position": (),
     # Activations.
     "batch": ("data", "fsdp"),
-    "length": ("context",),
+    "length": (),
     "residual": ("tensor",),
     "head_dim": (),
 }

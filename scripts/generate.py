@@ -35,6 +35,8 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.serving.engine import Engine
     from jaxcost.session import load_run
 
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed is {arguments.seed}; it must lie between 0 and 2**32 - 1.")
     session, params, step = load_run(arguments.workdir)
     tokenizer = session.tokenizer
     prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(arguments.prompt)]).astype(np.int32)

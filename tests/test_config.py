@@ -18,7 +18,7 @@ from jaxcost.session import Session
 from jaxcost.sharding import MeshConfig
 from jaxcost.study.recipes import Budget, Recipe, StudyConfig
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
-from jaxcost.transforms import Gradual, freeze, lora, prune, rule
+from jaxcost.transforms import Gradual, lora, prune, rule
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -82,6 +82,10 @@ def test_transforms_and_recipes_are_written_as_python():
         (["--study.only", "nothing"], "nothing"),
         (["--execution.save", "quary"], "quary"),
         (["--data.tokenizer", "words"], "tokenizer"),
+        (["--optimizer.epsilon", "nan"], "optimizer.epsilon is nan"),
+        (["--hardware.usd-per-chip-hour", "inf"], "usd_per_chip_hour is inf"),
+        (["--transforms", "lora"], "parentheses"),
+        (["--training.seed", "99999999999"], "training.seed"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(argv, said):
@@ -93,6 +97,7 @@ def test_what_cannot_work_is_one_sentence(argv, said):
 def test_a_config_file_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("experiment = 1 +")
     (tmp_path / "empty.py").write_text("x = 1")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
     for name, said in (
         ("missing.py", "no config file"),
         ("broken.py", "cannot be read"),
@@ -117,7 +122,6 @@ def test_a_config_file_that_is_none_is_one_sentence(tmp_path):
         lambda: Budget("none", "usd", 0),
         lambda: StudyConfig(recipes=(Recipe("a"), Recipe("a"))),
         lambda: StudyConfig(recovery_steps=0),
-        lambda: Experiment(transforms=(freeze(),), model=ModelConfig(num_layers=1)),
         lambda: Experiment(transforms=(prune(gradual=Gradual(end_step=500)),), training=TrainingConfig(steps=100)),
     ],
 )
@@ -168,6 +172,8 @@ def test_every_script_documents_its_flags(script):
         (["--transforms", "prune(rules=(rule('no/such/weight'),))"], "matches no weight"),
         (["--data.batch-size", "7", "--mesh.data", "1", "--mesh.fsdp", "2"], "does not fit"),
         (["--nonsense", "1"], "nonsense"),
+        (["--data.validation-split", "nope"], "nope"),
+        (["--json", "/proc/nope/result.json"], "--json"),
     ],
 )
 def test_a_script_that_fails_says_so_in_one_line(tmp_path, arguments, said):

@@ -1,6 +1,7 @@
 """The trainer: resuming to the same bits, refusing damaged checkpoints, full disks and non-finite losses."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -138,6 +139,32 @@ def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
     session, params, _ = load_run(tmp_path)
     assert session.mesh.size == 8 and session.evaluate(params)["bits_per_byte"] == trained.metrics["bits_per_byte"]
+
+
+def test_a_run_opens_on_one_device_where_its_mesh_does_not_fit(tmp_path, data_dir):
+    trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path)
+    session, params, _ = load_run(tmp_path, jax.devices()[:3])
+    score = session.evaluate(params)["bits_per_byte"]
+    assert session.mesh.size == 1 and score == pytest.approx(trained.metrics["bits_per_byte"], rel=1e-5)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, data_dir):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="Another process is training"):
+            fitted(experiment(data_dir), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        fitted(experiment(data_dir), tmp_path / "file")
+
+
+def test_what_is_wrong_with_the_data_is_said_before_the_folder_is_claimed(tmp_path, data_dir):
+    data = experiment(data_dir).data
+    for split in ({"validation_split": "nope"}, {"train_split": "train[:0%]"}):
+        with pytest.raises(ValueError):
+            fitted(experiment(data_dir, data=dataclasses.replace(data, **split)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data_dir):

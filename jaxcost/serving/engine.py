@@ -68,12 +68,19 @@ class Engine:
           The new tokens of each prompt, int32.
 
         Raises:
-          ValueError: an empty prompt, or prompt and output longer than the model's `max_length`.
+          ValueError: an empty prompt or ids outside the vocabulary, a temperature or a number of tokens that makes no
+            sense, or prompt and output longer than the model's `max_length`.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        limit = self.model.config.max_length
-        if min(len(prompt) for prompt in prompts) < 1:
+        limit, vocab_size = self.model.config.max_length, self.model.config.vocab_size
+        if not prompts or min(len(prompt) for prompt in prompts) < 1:
             raise ValueError("A prompt is empty; give at least one token.")
+        if not all(np.min(prompt) >= 0 and np.max(prompt) < vocab_size for prompt in prompts):
+            raise ValueError(f"A prompt has ids outside 0 to {vocab_size - 1}; encode it with the model's tokenizer.")
+        if max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens} new tokens were asked for; ask for at least 1.")
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"The temperature is {temperature}; it must be 0 or a positive number.")
+        longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens > limit:
             raise ValueError(
                 f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the model's {limit}; "

@@ -9,6 +9,9 @@ from jaxcost.study.recipes import Budget
 
 Row = dict[str, Any]
 
+EXACT_COSTS = ("checkpoint_bytes", "inference_flops_per_token", "step_flops")
+"""The costs that a second run would repeat to the last digit; the joint front rests on these alone."""
+
 COSTS = {
     "checkpoint_bytes": "bytes on disk",
     "inference_flops_per_token": "FLOPs a decoded token",
@@ -22,9 +25,9 @@ def compare(
     rows: Sequence[Row], budgets: Sequence[Budget], baselines: dict[str, float], base_score: float
 ) -> dict[str, Any]:
     """`rows` with `control_score`, `pareto` and `pareto_on`; `winners`, one a budget; and `findings` in words."""
-    controls = {row["task"]: row for row in rows if row["control"]}
+    controls = {row["task"]: row for row in reversed(rows) if row["control"]}
     fronts = {cost: _front(rows, (cost,)) for cost in COSTS}
-    joint = _front(rows, tuple(COSTS))
+    joint = _front(rows, EXACT_COSTS)
     compared = [
         row
         | {
@@ -103,6 +106,10 @@ def _findings(rows, controls, baselines, base_score) -> list[dict[str, Any]]:
         if "lora(" in said:
             gain = row["score_before_recovery"] - row["score"]
             full = control["score_before_recovery"] - control["score"]
+            if full <= 0:
+                text = f"{row['name']}: the full fine-tune did not improve ({full:.3f}), so there is nothing to reach."
+                found.append(_finding(f"{row['name']}_close_to_full", False, text))
+                continue
             ratio = control["checkpoint_bytes"] / row["checkpoint_bytes"]
             flops = row["step_flops"] / control["step_flops"]
             text = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxcost import weights
 from jaxcost.cost.hlo import compiled_cost
+from jaxcost.data.files import atomic_write
 from jaxcost.models.transformer import init_cache
 from jaxcost.serving.engine import Engine
 
@@ -52,19 +51,17 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
     return DecodeCost(batch_size * tokens / statistics.median(seconds[1:]), flops / (batch_size * tokens))
 
 
-def export(params: weights.Params, directory: Path) -> int:
-    """Writes what a user of these weights must store, replacing what is there; returns its bytes on disk.
+def export(params: weights.Params, path: Path) -> int:
+    """Writes what a user of these weights must store to one .npz file, by path; returns its bytes on disk.
 
     Beside a frozen base, which is stored once for all of its adapters, only what trains is written. Pruned weights
-    are written as zeros, which the store's compression (zstd) then encodes.
+    are written as zeros, which the file's compression (deflate) then encodes. The same weights give the same bytes.
     """
     adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in _all(params))
     written = weights.partition(params)[0] if adapter_only else _flat(weights.map_weights(_zeroed, params))
-    directory = Path(directory).absolute()
-    shutil.rmtree(directory, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, written)
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **jax.device_get(written))
+    return path.stat().st_size
 
 
 def weight_bytes(params: weights.Params) -> int:

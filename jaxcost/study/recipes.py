@@ -61,7 +61,7 @@ class StudyConfig:
     shifted_data: str = "python_text/reference"
     """Dataset of the shifted domain."""
     budgets: tuple[Budget, ...] = (
-        Budget("the control's price or less", "usd", 1.0),
+        Budget("the control's price, give or take a tenth", "usd", 1.1),
         Budget("a third of the bytes on disk", "checkpoint_bytes", 1 / 3),
         Budget("60 % of the FLOPs of a decoded token", "inference_flops_per_token", 0.6),
     )

@@ -164,17 +164,32 @@ def _provenance(result: dict[str, Any]) -> str:
     said = [
         f"Measured on {machine['devices']} {machine['device']} device(s), {machine['cpus']} CPU cores, jax "
         f"{machine['jax']}; priced as {machine['priced_as']}.",
-        "Scores, seconds and bytes on disk are measured here. FLOPs and parameters are read off the compiled programs, "
-        "loops times their length, recomputation included. Money and energy are estimates: measured seconds of the "
-        "recovery's steps, without compilation, times the prices below.",
+        "Scores, seconds and bytes on disk are measured here. FLOPs are read off the compiled programs, loops times "
+        "their length, recomputation included. Parameters and bytes in memory are counted. Money and energy are "
+        "estimates: measured seconds of the recovery's steps, without compilation, times the prices below.",
         "On disk beside a frozen base, only what trains is counted; the base is stored once for all of its adapters.",
         "score before recovery: transformed and, where the recipe ends with one, quantised, without training on.",
-        f"The whole study took {totals['seconds']:,.0f} s of training runs and {totals['tokens']:,} tokens, "
-        f"compilation included ({_money(totals['usd'])}).",
+        f"The training runs took {totals['seconds']:,.0f} s and {totals['tokens']:,} tokens, compilation and their "
+        f"evaluations included ({_money(totals['usd'])}); scoring before recovery, decoding and what a kill undid are "
+        "not in it.",
+        "A recipe is on the joint Pareto front (green) if none of its task beats it in score, bytes on disk, FLOPs a "
+        "decoded token and FLOPs a step together: the costs that a second run repeats exactly.",
+        _estimate_text(result["estimates"]),
     ]
     said.append(_plan_text(result["plan"]))
     said += [f"{name}: {_price(figure)}" for name, figure in result["prices"].items()]
     return _list(said)
+
+
+def _estimate_text(estimates: dict[str, Any]) -> str:
+    memory = ", ".join(
+        f"{name.removesuffix('_bytes')} {v / 1e6:,.1f} MB" for name, v in estimates["memory_bytes"].items()
+    )
+    return (
+        f"Closed form of the base (estimated): {estimates['parameters']:,} parameters, "
+        f"{estimates['training_flops'] / 1e12:,.2f} TFLOP of training (model FLOPs, causal attention), memory of a "
+        f"step: {memory}."
+    )
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

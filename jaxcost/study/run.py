@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxcost import serialization, weights
 from jaxcost.config import Experiment
+from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
 from jaxcost.evaluation.ngram import ngram_bits_per_byte
 from jaxcost.planning.topology import PlanningUnavailable
@@ -33,9 +34,7 @@ FIGURES = {
     "score": "measured",
     "score_before_recovery": "measured",
     "control_score": "measured",
-    "trainable_parameters": "compiled",
     "checkpoint_bytes": "measured",
-    "weight_bytes": "measured",
     "step_flops": "compiled",
     "step_peak_bytes": "compiled",
     "inference_flops_per_token": "compiled",
@@ -45,7 +44,10 @@ FIGURES = {
     "kwh": "estimated",
     "kg_co2": "estimated",
 }
-"""What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price."""
+"""What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price.
+
+Numbers of parameters and bytes in memory are exact counts and need no label.
+"""
 
 
 def run_study(
@@ -84,21 +86,25 @@ def run_study(
     # ---- Recipes: transform, recover, verify, price ----
     tasks = {"base": base}
     rows, engine, recoveries = [], Engine(base.model), {}
+    paid: set[str] = set()
     for index, recipe in enumerate(recipes, 1):
         what = chain(*recipe.transforms, *recipe.finish).describe()
         console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({what})")
         recovery = _recovery(experiment, recipe)
         if recipe.task not in tasks:
             tasks[recipe.task] = base.reopen(recovery)
+        tasks[recipe.task].open()
         session = tasks[recipe.task].derive(recovery)
-        fingerprint = _fingerprint(experiment, recipe)
+        fingerprint = _fingerprint(experiment, recipe, _machine(base))
         path = workdir / "recipes" / recipe.name / "row.json"
         row = _finished(path, fingerprint)
         if row is None:
             row = _run_recipe(session, recipe, trained.params, engine, workdir, recoveries)
             _write_json(path, row | {"fingerprint": fingerprint})
         rows.append(row)
-        ledger.charge(**row["charged"])
+        if row["recovery"] not in paid:
+            paid.add(row["recovery"])
+            ledger.charge(**row["recovery_totals"])
         ledger.record(index, recipe=recipe.name, metric=row["metric"], score=row["score"])
 
     # ---- Report ----
@@ -109,6 +115,7 @@ def run_study(
         "data": {"name": experiment.data.name, "shifted": study.shifted_data},
         "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
         "baselines": baselines,
+        "estimates": _estimates(base),
         "plan": plan,
         "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
         "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
@@ -158,9 +165,8 @@ def _run_recipe(
 
     before = session.evaluate(finished(start()))["bits_per_byte"]
     # Recipes that differ in their finish alone share one recovery.
-    shared = _fingerprint(session.experiment, dataclasses.replace(recipe, name="shared", finish=()))
-    first_use = shared not in recoveries
-    if first_use:
+    shared = _fingerprint(session.experiment.trained_part(), dataclasses.replace(recipe, name="shared", finish=()))
+    if shared not in recoveries:
         recoveries[shared] = session.train(workdir / "recoveries" / shared, start, recipe.name)
     fitted = recoveries[shared]
     params = finished(fitted.params)
@@ -178,7 +184,7 @@ def _run_recipe(
         "score": score,
         "score_before_recovery": before,
         "trainable_parameters": trainable_parameters(fitted.params),
-        "checkpoint_bytes": export(params, workdir / "recipes" / recipe.name / "weights"),
+        "checkpoint_bytes": export(params, workdir / "recipes" / recipe.name / "weights.npz"),
         "weight_bytes": weight_bytes(params),
         "step_flops": fitted.cost.total_flops,
         "step_peak_bytes": fitted.cost.peak_bytes,
@@ -191,7 +197,8 @@ def _run_recipe(
         "kwh": kwh,
         "kg_co2": session.hardware.kg_co2(kwh),
         "figures": FIGURES,
-        "charged": fitted.totals if first_use else dict.fromkeys(fitted.totals, 0),
+        "recovery": shared,
+        "recovery_totals": fitted.totals,
     }
 
 
@@ -203,6 +210,24 @@ def _baselines(session: Session) -> dict[str, float]:
     held_out = session.tokenizer.symbols(held_out[: limit + 1] if limit else held_out)
     orders = {"unigram": 1, "trigram": 3, "five_gram": 5}
     return {name: ngram_bits_per_byte(train, held_out, order) for name, order in orders.items()}
+
+
+def _estimates(session: Session) -> dict[str, Any]:
+    """The closed form of the base model's training: model FLOPs (causal, no recomputation) and memory by category."""
+    model, data = session.model.config, session.experiment.data
+    tokens = session.experiment.training.steps * data.batch_size * data.sequence_length
+    flops = closed_form.training_flops_per_token(model, data.sequence_length)
+    width = session.model.execution.dtype.itemsize
+    memory = closed_form.training_memory(
+        model, data.batch_size, data.sequence_length, bytes_per_activation=width, remat="none"
+    )
+    cache = closed_form.kv_cache_bytes(model, session.experiment.study.decode_batch_size, model.max_length, width)
+    return {
+        "parameters": closed_form.parameter_counts(model).total,
+        "training_flops_per_token": flops,
+        "training_flops": flops * tokens,
+        "memory_bytes": dataclasses.asdict(dataclasses.replace(memory, kv_cache_bytes=cache)),
+    }
 
 
 def _plan(session: Session) -> dict[str, Any]:
@@ -234,10 +259,10 @@ def _machine(session: Session) -> dict[str, Any]:
     }
 
 
-def _fingerprint(experiment: Experiment, recipe: Recipe) -> str:
-    """Names everything that a row depends on."""
+def _fingerprint(experiment: Experiment, recipe: Recipe, machine: dict[str, Any] | None = None) -> str:
+    """Names everything that a recovery, and with the machine a row, depends on."""
     study = dataclasses.replace(experiment.study, recipes=(), only=(), budgets=())
-    said = serialization.to_json((dataclasses.replace(experiment, study=study), recipe))
+    said = serialization.to_json((dataclasses.replace(experiment, study=study), recipe)), machine
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

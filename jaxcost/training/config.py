@@ -64,6 +64,8 @@ class TrainingConfig:
         for field in ("steps", "accumulation", "loss_chunks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"training.{field} is {getattr(self, field)}; it must be at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"training.seed is {self.seed}; it must lie between 0 and 2**32 - 1.")
         if self.evaluate_every < 0:
             raise ValueError(f"training.evaluate_every is {self.evaluate_every}; it cannot be negative.")
 

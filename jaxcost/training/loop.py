@@ -174,7 +174,10 @@ def jitted_step(
 
 
 class _Clock:
-    """Charges every second of the run to the ledger, and times the steps without what happens between them."""
+    """Charges the run's seconds to the ledger, and times the steps without what happens between them.
+
+    A killed run's seconds since its last checkpoint are lost with its steps.
+    """
 
     def __init__(self, ledger: Ledger, started: float):
         self._ledger = ledger
