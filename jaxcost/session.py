@@ -236,12 +236,13 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     """
     directory = Path(directory)
     experiment = read_experiment(directory)
+    tokenizer = load_tokenizer(directory / _TOKENIZER)
     devices = list(jax.devices() if devices is None else devices)
     try:
-        experiment.mesh.sizes(len(devices))
+        session = Session(experiment, tokenizer, devices=devices)
     except ValueError:
-        experiment, devices = dataclasses.replace(experiment, mesh=MeshConfig()), devices[:1]
-    session = Session(experiment, load_tokenizer(directory / _TOKENIZER), devices=devices)
+        experiment = dataclasses.replace(experiment, mesh=MeshConfig())
+        session = Session(experiment, tokenizer, devices=devices[:1])
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with jax.set_mesh(session.mesh):
         _, abstract = jitted_step(

@@ -143,6 +143,7 @@ def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
 
 def test_a_run_opens_on_one_device_where_its_mesh_does_not_fit(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path)
+    assert load_run(tmp_path, jax.devices()[:2])[0].mesh.size == 1
     session, params, _ = load_run(tmp_path, jax.devices()[:3])
     score = session.evaluate(params)["bits_per_byte"]
     assert session.mesh.size == 1 and score == pytest.approx(trained.metrics["bits_per_byte"], rel=1e-5)
