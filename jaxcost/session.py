@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
+from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.sharding import MeshConfig
@@ -193,9 +193,8 @@ class Session:
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(directory / _TOKENIZER)
         # The description comes last: a folder without one counts as empty.
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(serialization.to_json(self.experiment), indent=1))
-        os.replace(temporary, path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(serialization.to_json(self.experiment), indent=1).encode())
 
 
 @contextlib.contextmanager

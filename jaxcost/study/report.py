@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from jaxcost.data.files import atomic_write
 from jaxcost.study.compare import COSTS
 
 _COLUMNS = (
@@ -62,10 +63,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if not known:
             axis.text(0.5, 0.5, "unknown on this hardware", ha="center", transform=axis.transAxes)
     figure.suptitle("What each cut costs and saves: lower and further left is better, o on the Pareto front, x not")
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
-    temporary.replace(path)
 
 
 def _labels(rows: Sequence[dict[str, Any]], cost: str) -> list[tuple[str, tuple[float, float]]]:
@@ -101,9 +101,8 @@ def write(result: dict[str, Any], path: Path, picture: Path) -> None:
             body += [f"<h2>Recipes on {html.escape(title)}</h2>", _html_table(rows)]
     body += ["<h2>What each figure is</h2>", _provenance(result)]
     page = _PAGE.format(body="\n".join(body))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(page.encode())
 
 
 def answer(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from jaxcost import serialization, weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
+from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.ngram import ngram_bits_per_byte
 from jaxcost.planning.topology import PlanningUnavailable
 from jaxcost.planning.training import plan_training
@@ -274,7 +275,5 @@ def _finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
