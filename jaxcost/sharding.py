@@ -35,6 +35,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 """Logical axis name → the mesh axes that split it."""
 
+COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    # Cutting matmuls into windows that wait for one shard of the weights each doubles the compiler's own estimate of
+    # a sharded step (6.6 against 3.3 seconds for Llama-3.1-8B on v6e:4x4); whole gathers overlap as well.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
+"""Platform → options for the compilation of a step, the same where it is planned and where it runs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -118,6 +125,11 @@ def _placed(path, array, names, mesh) -> NamedSharding:
                 "change the model's size or the mesh."
             )
     return NamedSharding(mesh, spec)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """The options that a step over this mesh is compiled with."""
+    return dict(COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {}))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

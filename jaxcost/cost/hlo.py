@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from jaxcost.cost import contractions, hlo_loops, hlo_text
+from jaxcost.cost import contractions, hlo_loops, hlo_text, hlo_work
 
 _CALLS = {
     "fusion": "calls",
@@ -101,6 +101,8 @@ class ProgramCost:
     """Peak bytes of the device: arguments, results and temporaries alive together."""
     unestimated: tuple[str, ...]
     """What could not be read, by name: custom kernels, loops of unknown length. In no total."""
+    work: hlo_work.Work = dataclasses.field(default_factory=hlo_work.Work)
+    """Cycles, memory traffic and kernel calls of one device."""
 
     @property
     def total_flops(self) -> int:
@@ -147,6 +149,7 @@ def program_cost(text: str, memory: Any = None) -> ProgramCost:
         temp_bytes=getattr(memory, "temp_size_in_bytes", None),
         peak_bytes=getattr(memory, "peak_memory_in_bytes", None),
         unestimated=cost.tally.listed(),
+        work=cost.work,
     )
 
 
@@ -156,9 +159,11 @@ class _Cost:
 
     tally: contractions.FlopTally = dataclasses.field(default_factory=contractions.FlopTally)
     collectives: collections.Counter[tuple[str, int, int]] = dataclasses.field(default_factory=collections.Counter)
+    work: hlo_work.Work = dataclasses.field(default_factory=hlo_work.Work)
 
     def add(self, other: _Cost, times: int = 1):
         self.tally.add(other.tally, times)
+        self.work.add(other.work, times)
         for key, count in other.collectives.items():
             self.collectives[key] += count * times
 
@@ -177,6 +182,9 @@ class _Reader:
         cost = _Cost()
         for instruction in scalars.computation.instructions.values():
             self._add_instruction(cost, scalars, instruction)
+            work = hlo_work.work_of(self._module, scalars.computation, instruction)
+            if work is not None:
+                cost.work.add(work)
         return cost
 
     def _add_instruction(self, cost: _Cost, scalars: hlo_loops.Scalars, instruction: hlo_text.Instruction):
@@ -186,12 +194,16 @@ class _Reader:
         elif opcode == "convolution":
             self._add_convolution(cost, computation, instruction)
         elif opcode in _CALLS:
-            cost.add(self.cost_of(instruction.computation(_CALLS[opcode]), scalars.operands(instruction)))
+            called = self.cost_of(instruction.computation(_CALLS[opcode]), scalars.operands(instruction))
+            if opcode != "call":
+                # What is fused, or runs beside the program, takes no time of its own.
+                called.work = hlo_work.Work()
+            cost.add(called)
         elif opcode == "while":
             self._add_loop(cost, scalars, instruction)
         elif opcode == "conditional":
             branches = [self.cost_of(branch, ()) for branch in _branches(instruction)]
-            cost.add(max(branches, key=lambda branch: branch.tally.total_flops))
+            cost.add(max(branches, key=lambda branch: (branch.tally.total_flops, sum(branch.work.cycles.values()))))
         elif opcode.removesuffix("-start") in _COLLECTIVES:
             self._add_collective(cost, computation, instruction)
         elif opcode in ("custom-call", "custom-call-start"):

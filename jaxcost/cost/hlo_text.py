@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\]")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
+_END = re.compile(r"^\}(?:, execution_thread=\"[^\"]*\")?\s*$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .* )?\{$")
 _ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = ")
@@ -22,6 +23,8 @@ class Shape:
 
     dtype: str
     sizes: tuple[int, ...]
+    space: int = 0
+    """Memory that holds it: 0 is the device's main memory; on a TPU 1 is vector memory and 5 the host's."""
 
     @property
     def num_bytes(self) -> int:
@@ -104,7 +107,7 @@ def parse_module(text: str) -> Module:
         if name is None and header and not line.startswith("HloModule"):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif name is not None and line.startswith("}"):
+        elif name is not None and _END.match(line):
             computations[name] = _parse_computation(name, lines)
             name = None
         elif name is not None:
@@ -181,8 +184,8 @@ def _end_of(text: str, start: int, stop: str) -> int:
 
 
 def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, sizes in _ARRAY.findall(text):
-        yield Shape(dtype, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size))
+    for dtype, sizes, space in _ARRAY.findall(text):
+        yield Shape(dtype, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size), int(space or 0))
 
 
 def _operands(text: str) -> Iterator[str]:

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxcost import weights
+from jaxcost.models import attention
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.sharding import constrain
 
 STACKS = ("frozen_layers", "layers")
@@ -86,6 +86,7 @@ class Attention(nn.Module):
     """Grouped-query causal attention with an optional cache."""
 
     config: ModelConfig
+    implementation: attention.Implementation = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, key):
@@ -101,17 +102,17 @@ class Attention(nn.Module):
         if c.position == "rope":
             q_BTHh = rotate(q_BTHh, positions_BT, c.rope_theta)
             k_BTKh = rotate(k_BTKh, positions_BT, c.rope_theta)
-        q_BTHh = checkpoint_name(q_BTHh, "query")
-        k_BTKh = checkpoint_name(k_BTKh, "key")
-        v_BTKh = checkpoint_name(v_BTKh, "value")
+        q_BTHh = named(q_BTHh, "query")
+        k_BTKh = named(k_BTKh, "key")
+        v_BTKh = named(v_BTKh, "value")
         if cache is None:
-            out_BTHh = jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True)
+            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation)
         else:
             cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
             slots = jnp.arange(cache[0].shape[1])
             mask_B1TS = (slots <= positions_BT[:, :, None])[:, None]
             out_BTHh = jax.nn.dot_product_attention(q_BTHh, *cache, mask=mask_B1TS)
-        out = checkpoint_name(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
+        out = named(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
         return Linear(c.width, ("heads", "embed"), name="output")(out, keys[3]), cache
 
 
@@ -125,9 +126,9 @@ class Mlp(nn.Module):
         c = self.config
         keys = _keys(key, 3)
         activation = getattr(jax.nn, c.activation)
-        up_BTF = checkpoint_name(Linear(c.mlp_width, ("embed", "mlp"), name="up")(x_BTD, keys[0]), "mlp_up")
+        up_BTF = named(Linear(c.mlp_width, ("embed", "mlp"), name="up")(x_BTD, keys[0]), "mlp_up")
         if c.gated:
-            gate_BTF = checkpoint_name(Linear(c.mlp_width, ("embed", "mlp"), name="gate")(x_BTD, keys[1]), "mlp_gate")
+            gate_BTF = named(Linear(c.mlp_width, ("embed", "mlp"), name="gate")(x_BTD, keys[1]), "mlp_gate")
             hidden_BTF = activation(gate_BTF) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
@@ -139,16 +140,18 @@ class Block(nn.Module):
     """One pre-norm transformer block."""
 
     config: ModelConfig
+    implementation: attention.Implementation = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache=None, key=None):
         key_attention, key_mlp = _keys(key, 2)
-        x_BTD = checkpoint_name(x_BTD, "layer_input")
+        x_BTD = named(x_BTD, "layer_input")
         normed = Norm(self.config, name="attention_norm")(x_BTD)
-        update, cache = Attention(self.config, name="attention")(normed, positions_BT, cache, key_attention)
-        x_BTD = x_BTD + checkpoint_name(update, "attention_projection")
+        attend = Attention(self.config, self.implementation, name="attention")
+        update, cache = attend(normed, positions_BT, cache, key_attention)
+        x_BTD = x_BTD + named(update, "attention_projection")
         normed = Norm(self.config, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + checkpoint_name(Mlp(self.config, name="mlp")(normed, key_mlp), "mlp_down")
+        x_BTD = x_BTD + named(Mlp(self.config, name="mlp")(normed, key_mlp), "mlp_down")
         return constrain(x_BTD, "batch", "length", "residual"), cache
 
 
@@ -180,7 +183,9 @@ class Transformer(nn.Module):
         return hidden_BTD, Cache(*kv, cache.length + tokens_BT.shape[1])
 
     def _blocks(self, x_BTD, positions_BT, kv, key):
-        block = Block(self.config, parent=None)
+        # One token is enough to make the parameters, and no kernel takes so few.
+        implementation = "reference" if self.is_initializing() else self.execution.attention
+        block = Block(self.config, implementation, parent=None)
         if self.is_initializing():
             self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, self.config.num_layers))
         stacks = [
@@ -206,15 +211,22 @@ class Transformer(nn.Module):
 
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
-    """The parameters (float32) and, in a tree of the same structure, their logical axis names."""
+    """The parameters (in the execution's dtype of weights) and, in a tree of that structure, their logical axis names."""
     boxed = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
+    params = jax.tree.map(lambda a: a.astype(model.execution.weights), nn.meta.unbox(boxed))
+    return params, nn.get_partition_spec(boxed)
 
 
 def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
     """`initialize` without computing anything: ShapeDtypeStructs, and the logical axis names."""
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
+    axes = []
+
+    def make():
+        params, names = initialize(model, jax.random.key(0))
+        axes.append(names)
+        return params
+
+    return jax.eval_shape(make), axes[0]
 
 
 def axes_of(model: Transformer, params: weights.Params) -> weights.Params:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcost import sharding
 from jaxcost.cost import hardware, hlo, roofline
 
 # Without these libtpu looks for a real slice and for its neighbours; they must be set before it is loaded.
@@ -168,11 +169,11 @@ def plan_step(jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.C
     with jax.set_mesh(mesh):
         lowered = jitted_step.lower(*abstract_args)
         try:
-            compiled, text = _compile(lowered, chip)
+            compiled, text = _compile(lowered, mesh)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            message = str(error).splitlines()[0]
+            message = str(error)
             return StepPlan(chip.name, mesh.size, False, None, usable_bytes, None, None, message)
     cost = hlo.program_cost(text, compiled.memory_analysis())
     moved_bytes = (cost.argument_bytes or 0) + (cost.output_bytes or 0) - (cost.alias_bytes or 0)
@@ -194,17 +195,18 @@ def _mesh_of(abstract_args: tuple[Any, ...]) -> jax.sharding.Mesh:
     raise ValueError("no argument of the step has a NamedSharding; give the jax.ShapeDtypeStructs their shardings.")
 
 
-def _compile(lowered: Any, chip: hardware.Chip) -> tuple[Any, str]:
+def _compile(lowered: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
     """The compiled step and its program's text.
 
     A TPU's program is read from the compiler's dump: `as_text()` fails on v5p, v6e and tpu7x once something is
     offloaded to a SparseCore.
     """
-    if chip.kind != "tpu":
-        compiled = lowered.compile()
+    options = sharding.compiler_options(mesh)
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as directory, _no_compilation_cache():
-        compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": directory})
         dumps = list(pathlib.Path(directory).glob("*.after_codegen.txt"))
         # Small helper programs may be dumped beside the step.
         largest = max(dumps, key=lambda path: path.stat().st_size, default=None)

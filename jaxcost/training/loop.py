@@ -98,7 +98,7 @@ def fit(
         fresh_position = batches.get_state()
         example = sharding.place_batch(next(batches), mesh)
         batches.set_state(fresh_position)
-        compiled = jitted.lower(abstract, example).compile()
+        compiled = jitted.lower(abstract, example).compile(compiler_options=sharding.compiler_options(mesh))
         cost = compiled_cost(compiled)
         tokens_per_step = example["inputs"].size
 
