@@ -181,10 +181,14 @@ class _Reader:
         scalars = hlo_loops.Scalars(self._module, self._module.computations[name], arguments)
         cost = _Cost()
         for instruction in scalars.computation.instructions.values():
-            self._add_instruction(cost, scalars, instruction)
+            part = _Cost()
+            self._add_instruction(part, scalars, instruction)
             work = hlo_work.work_of(self._module, scalars.computation, instruction)
             if work is not None:
-                cost.work.add(work)
+                kind = max(part.tally.by_type, key=part.tally.by_type.get, default="")
+                work.steps[(kind, part.tally.total_flops, work.hbm_bytes)] += 1
+                part.work.add(work)
+            cost.add(part)
         return cost
 
     def _add_instruction(self, cost: _Cost, scalars: hlo_loops.Scalars, instruction: hlo_text.Instruction):

@@ -71,11 +71,17 @@ class Work:
     """Bytes moved between the device and the host's memory."""
     kernels: collections.Counter[Kernel] = dataclasses.field(default_factory=collections.Counter)
     """Calls of Pallas kernels, and how often."""
+    steps: collections.Counter[tuple[str, int, int]] = dataclasses.field(default_factory=collections.Counter)
+    """What each instruction does: operand type, FLOPs, bytes of main memory → how often."""
     untimed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Instructions that take time and have no estimate: opcode or call target → places in the program."""
 
     def add(self, other: Work, times: int = 1):
-        for mine, theirs in ((self.cycles, other.cycles), (self.kernels, other.kernels)):
+        for mine, theirs in (
+            (self.cycles, other.cycles),
+            (self.kernels, other.kernels),
+            (self.steps, other.steps),
+        ):
             for key, count in theirs.items():
                 mine[key] += count * times
         self.hbm_bytes += other.hbm_bytes * times
