@@ -25,7 +25,7 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
     """Parses the arguments, calls `main` with them, writes what it returns to `--json`, and exits.
 
     `arguments_class` is a dataclass with `json: Path | None` and `debug: bool`. A failure is one line on standard
-    error and exit status 1; with `--debug`, a traceback.
+    error and exit status 1; with `--debug`, a traceback. A result may name its own `exit_status`.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
     if not debug:
@@ -41,6 +41,8 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
         if arguments.json is not None:
             with atomic_write(arguments.json) as file:
                 file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        if result.get("exit_status"):
+            sys.exit(result["exit_status"])
     except KeyboardInterrupt:
         _fail("Interrupted; the same command goes on from the last checkpoint.", 130)
     except Exception as error:

@@ -48,7 +48,7 @@ def test_plan_of_real_devices():
     assert plan.cost.total_flops == 3 * LAYERS * MATMUL_FLOPS
     assert plan.fits is None and plan.usable_bytes is None
     assert plan.peak_bytes > plan.cost.argument_bytes
-    assert plan.bound.seconds > 0
+    assert plan.estimate.bound.seconds > 0
 
 
 def test_plan_needs_shardings():
@@ -84,7 +84,7 @@ def test_step_compiled_for_a_slice(name):
     assert plan.cost.flops_by_type == {"bf16": 3 * LAYERS * MATMUL_FLOPS // devices}
     assert plan.cost.unestimated == ()
     assert {c.times for c in plan.cost.collectives} == {LAYERS}
-    assert plan.bound.seconds >= plan.cost.flops / hardware.load_chip(plan.chip).peak("bf16")
+    assert plan.estimate.bound.seconds >= plan.cost.flops / hardware.load_chip(plan.chip).peak("bf16")
 
 
 @pytest.mark.slow
@@ -113,7 +113,8 @@ def test_step_that_does_not_fit():
     )
     assert plan.fits is False
     assert "memory" in plan.message
-    assert plan.cost is None and plan.bound is None
+    assert plan.cost is None and plan.estimate is None
+    assert plan.needed_bytes > plan.usable_bytes
 
 
 @pytest.mark.slow

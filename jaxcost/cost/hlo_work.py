@@ -163,9 +163,7 @@ def _multiplies(module: hlo_text.Module, name: str) -> bool:
 class _Traffic:
     """Bytes that one instruction moves, slices and updates in place counted as what they touch."""
 
-    def __init__(
-        self, module: hlo_text.Module, computation: hlo_text.Computation, instruction: hlo_text.Instruction
-    ):
+    def __init__(self, module: hlo_text.Module, computation: hlo_text.Computation, instruction: hlo_text.Instruction):
         self._moved: list[tuple[int, int]] = []
         fused = instruction.computation("calls") if instruction.opcode == "fusion" else None
         inside = module.computations[fused] if fused else None

@@ -107,4 +107,3 @@ def _splash_kernel(num_heads: int, length: int):
         _splash_masks(num_heads, length),
         block_sizes=splash_attention.BlockSizes(**sizes),
     )
-

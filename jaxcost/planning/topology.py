@@ -21,7 +21,9 @@ import jax
 import numpy as np
 
 from jaxcost import sharding
-from jaxcost.cost import hardware, hlo, roofline
+from jaxcost.cost import estimate as estimates
+from jaxcost.cost import hardware, hlo
+from jaxcost.planning import memory
 
 # Without these libtpu looks for a real slice and for its neighbours; they must be set before it is loaded.
 _LIBTPU_ENVIRONMENT = {
@@ -53,10 +55,14 @@ class StepPlan:
     """Memory of one device that a program may use."""
     cost: hlo.ProgramCost | None
     """FLOPs, traffic and memory of one device; None if the step is too large to be compiled."""
-    bound: roofline.Bound | None
-    """Lower bound on the step's seconds; None if the step is too large to be compiled."""
+    estimate: estimates.Estimate | None
+    """Lower bound, compiler's and calibrated estimate of the step; None if it is too large to be compiled."""
     message: str = ""
     """What the compiler said when the step did not fit."""
+    needed_bytes: int | None = None
+    """Bytes of a device that the step needs: its peak, or what the compiler said of a step that is too large."""
+    largest: tuple[memory.Buffer, ...] = ()
+    """The largest temporaries, by what made them."""
 
 
 def topology_chip(topology: str) -> hardware.Chip:
@@ -149,17 +155,17 @@ def compile_for(
     return plan_step(jitted_step, abstract_args(mesh), topology_chip(topology))
 
 
-def plan_step(jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.Chip) -> StepPlan:
-    """Compiles a step for the devices of its arguments and reads its memory, FLOPs and lower bound.
-
-    The bound's memory term reads every argument once and writes every result that is not a reused buffer once;
-    the compiled step moves more.
+def plan_step(
+    jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.Chip, static_args: Mapping[str, Any] | None = None
+) -> StepPlan:
+    """Compiles a step for the devices of its arguments and reads its memory, FLOPs and seconds.
 
     Args:
         jitted_step: the step under `jax.jit`.
         abstract_args: its arguments, trees of `jax.ShapeDtypeStruct` with `NamedSharding`s over one mesh of devices,
             described or real; the mesh is the current one while the step is traced.
         chip: figures of the mesh's chips.
+        static_args: the step's static keyword arguments.
 
     Raises:
         ValueError: no argument says over which mesh it is sharded.
@@ -167,16 +173,19 @@ def plan_step(jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.C
     mesh = _mesh_of(abstract_args)
     usable_bytes = chip.usable_bytes_per_device.value
     with jax.set_mesh(mesh):
-        lowered = jitted_step.lower(*abstract_args)
-        try:
-            compiled, text = _compile(lowered, mesh)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            message = str(error)
-            return StepPlan(chip.name, mesh.size, False, None, usable_bytes, None, None, message)
+        lowered = jitted_step.lower(*abstract_args, **(static_args or {}))
+        with tempfile.TemporaryDirectory() as dump:
+            try:
+                compiled, text = _compile(lowered, mesh, dump)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                held = memory.argument_bytes(abstract_args)
+                needed, message = memory.read_exhausted(str(error), held), str(error).splitlines()[0]
+                largest = memory.largest_buffers(pathlib.Path(dump))
+                return StepPlan(chip.name, mesh.size, False, None, usable_bytes, None, None, message, needed, largest)
+            largest = memory.largest_buffers(pathlib.Path(dump))
     cost = hlo.program_cost(text, compiled.memory_analysis())
-    moved_bytes = (cost.argument_bytes or 0) + (cost.output_bytes or 0) - (cost.alias_bytes or 0)
     return StepPlan(
         chip=chip.name,
         num_devices=mesh.size,
@@ -184,7 +193,9 @@ def plan_step(jitted_step: Any, abstract_args: tuple[Any, ...], chip: hardware.C
         peak_bytes=cost.peak_bytes,
         usable_bytes=usable_bytes,
         cost=cost,
-        bound=roofline.lower_bound(chip, cost.flops_by_type, moved_bytes, cost.collective_bytes),
+        estimate=estimates.estimate(chip, cost),
+        needed_bytes=cost.peak_bytes,
+        largest=largest,
     )
 
 
@@ -195,8 +206,8 @@ def _mesh_of(abstract_args: tuple[Any, ...]) -> jax.sharding.Mesh:
     raise ValueError("no argument of the step has a NamedSharding; give the jax.ShapeDtypeStructs their shardings.")
 
 
-def _compile(lowered: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
-    """The compiled step and its program's text.
+def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str]:
+    """The compiled step and its program's text; what the compiler says of its memory is left in the folder `dump`.
 
     A TPU's program is read from the compiler's dump: `as_text()` fails on v5p, v6e and tpu7x once something is
     offloaded to a SparseCore.
@@ -205,9 +216,9 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
     if mesh.devices.flat[0].platform != "tpu":
         compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text()
-    with tempfile.TemporaryDirectory() as directory, _no_compilation_cache():
-        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": directory})
-        dumps = list(pathlib.Path(directory).glob("*.after_codegen.txt"))
+    with _no_compilation_cache():
+        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": dump})
+        dumps = list(pathlib.Path(dump).glob("*.after_codegen.txt"))
         # Small helper programs may be dumped beside the step.
         largest = max(dumps, key=lambda path: path.stat().st_size, default=None)
         return compiled, largest.read_text() if largest else compiled.as_text()

@@ -19,8 +19,8 @@ from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.ngram import ngram_bits_per_byte
+from jaxcost.planning.plan import plan as plan_experiment
 from jaxcost.planning.topology import PlanningUnavailable
-from jaxcost.planning.training import plan_training
 from jaxcost.serving.engine import Engine
 from jaxcost.session import Session
 from jaxcost.study import compare, report
@@ -237,13 +237,13 @@ def _plan(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {"topology": topology, "peak_bytes": None, "usable_bytes": None, "fits": None}
     found |= {"step_flops": None, "lower_bound_seconds": None, "limit": None, "why": None}
     try:
-        plan = plan_training(session.experiment, topology, session.model.config.vocab_size)
+        plan = plan_experiment(session.experiment, topology, vocab_size=session.model.config.vocab_size).compiled
     except (PlanningUnavailable, ValueError) as error:
         return found | {"why": str(error)}
     found |= {"peak_bytes": plan.peak_bytes, "usable_bytes": plan.usable_bytes, "fits": plan.fits, "why": plan.message}
-    if plan.cost is None or plan.bound is None:
+    if plan.cost is None or plan.estimate is None:
         return found
-    bound = {"lower_bound_seconds": plan.bound.seconds, "limit": plan.bound.limit}
+    bound = {"lower_bound_seconds": plan.estimate.bound.seconds, "limit": plan.estimate.bound.limit}
     return found | {"step_flops": plan.cost.total_flops, **bound}
 
 

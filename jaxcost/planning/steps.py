@@ -1,0 +1,132 @@
+"""An experiment's own steps (train, prefill, decode), traced for a mesh that this machine need not have.
+
+They are the steps that the trainer and the engine run, with the experiment's transforms; nothing is a model of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcost import sharding, weights
+from jaxcost.config import Experiment
+from jaxcost.models import attention
+from jaxcost.models.transformer import Cache, Transformer, axes_of, init_cache, initialize
+from jaxcost.serving.engine import Engine
+from jaxcost.training.loop import jitted_step
+from jaxcost.training.optimizer import make_optimizer
+from jaxcost.transforms import chain
+
+StepName = Literal["train", "prefill", "decode"]
+STEPS: tuple[StepName, ...] = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """A step ready to be compiled."""
+
+    jitted: Any
+    """The step under `jax.jit`."""
+    arguments: tuple[Any, ...]
+    """Trees of `jax.ShapeDtypeStruct` with shardings."""
+    static: dict[str, Any]
+    """Static keyword arguments."""
+    bytes_by_category: dict[str, int]
+    """Bytes of one device that the arguments take: weights, optimizer, cache, batch."""
+    tokens: int
+    """Tokens that one run of the step trains on, reads or writes."""
+
+
+def planned_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
+    """The model as a slice's own process would make it: what is `auto` follows the slice's platform, not this one's."""
+    platform = mesh.devices.flat[0].platform
+    execution, config = experiment.execution, dataclasses.replace(experiment.model, vocab_size=vocab_size)
+    implementation = attention.resolve(
+        execution.attention, platform, experiment.data.sequence_length, config.head_dim, execution.dtype.itemsize * 8
+    )
+    unroll = "never" if execution.unroll == "auto" and platform != "cpu" else execution.unroll
+    return Transformer(config, dataclasses.replace(execution, attention=implementation, unroll=unroll))
+
+
+def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
+    """One of the experiment's steps for a mesh. For serving, the batch and the context are the data config's.
+
+    Raises:
+        ValueError: the experiment does not divide over the mesh's devices.
+    """
+    experiment.check_devices(mesh.size, vocab_size)
+    with jax.set_mesh(mesh):
+        if name == "train":
+            return _train(experiment, vocab_size, mesh)
+        return _serve(name, experiment, vocab_size, mesh)
+
+
+def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
+    model = planned_model(experiment, vocab_size, mesh)
+    transform = chain(*experiment.transforms)
+    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+
+    def make_params():
+        return transform(initialize(model, jax.random.key(0))[0])
+
+    shape = (experiment.data.batch_size, experiment.data.sequence_length)
+    place = sharding.batch_sharding(mesh)
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    step, state = jitted_step(model, make_params, optimizer, transform, experiment.training, mesh)
+    trainable, _ = weights.partition(state.params)
+    categories = {
+        "weights": _device_bytes(state.params),
+        "optimizer": _device_bytes(state.optimizer),
+        "gradients": _device_bytes(trainable),
+        "batch": _device_bytes(batch),
+    }
+    return TracedStep(step, (state, batch), {}, categories, shape[0] * shape[1])
+
+
+def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
+    model = planned_model(experiment, vocab_size, mesh)
+    transform = chain(*experiment.transforms)
+    batch, length = experiment.data.batch_size, experiment.data.sequence_length
+    shapes = jax.eval_shape(lambda: transform(initialize(model, jax.random.key(0))[0]))
+    places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
+    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+    rows = _place(mesh, "batch")
+    abstract = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.dtype))
+    kv = _place(mesh, None, "batch", None, "kv_heads", None)
+    cache = Cache(_shaped(abstract.key, kv), _shaped(abstract.value, kv), _shaped(abstract.length, rows))
+    engine = Engine(model)
+    categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
+    if name == "prefill":
+        prompts = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=_place(mesh, "batch", None))
+        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
+        return TracedStep(engine.prefill, (params, prompts, lengths, cache), {}, categories, batch * length)
+    logits = jax.ShapeDtypeStruct((batch, vocab_size), jnp.float32, sharding=_place(mesh, "batch", None))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    one = sharding.replicated(mesh)
+    arguments = (params, logits, cache, _shaped(key, one), jax.ShapeDtypeStruct((), jnp.float32, sharding=one))
+    return TracedStep(engine.decode, arguments, {"steps": 1}, categories, batch)
+
+
+def _place(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, sharding.mesh_spec(PartitionSpec(*axes), mesh.shape))
+
+
+def _shaped(array: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes of a tree on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        size = leaf.dtype.itemsize
+        for n in shard:
+            size *= n
+        total += size
+    return total

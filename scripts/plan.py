@@ -1,0 +1,133 @@
+"""Says what an experiment's steps take on chips that need not be here: memory, seconds, money and energy.
+
+Exit status 2 means that the step does not fit.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from jaxcost.command_line import run
+from jaxcost.config import Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Plan the experiment of a config file on one topology, or on several, side by side."""
+
+    config: Positional[Path]
+    """Config file, such as configs/quickstart.py; its fields are the flags below."""
+    experiment: Overrides
+    topology: tuple[str, ...] = ("v5e:2x2",)
+    """Chips and shapes, such as v5e:16x16 v6e:4x4."""
+    step: Literal["train", "prefill", "decode"] = "train"
+    """Which step; for serving, data.batch_size is the batch and data.sequence_length the context."""
+    compare: Path | None = None
+    """A second config file, planned on the same topologies beside the first."""
+    json: Path | None = None
+    """File for the result as JSON."""
+    debug: bool = False
+    """Show a traceback on failure."""
+
+
+def main(arguments: Arguments) -> dict:
+    """Plans, prints the table and returns it."""
+    from jaxcost.config import load
+    from jaxcost.planning.plan import cheapest_fix, plan, vocabulary_of
+
+    named = [(str(arguments.config), arguments.experiment)]
+    if arguments.compare is not None:
+        named.append((str(arguments.compare), load(arguments.compare)))
+    plans, fix = [], None
+    console = Console()
+    with console.status("compiling"):
+        for name, experiment in named:
+            vocab_size = vocabulary_of(experiment)
+            for topology in arguments.topology:
+                made = plan(experiment, topology, arguments.step, vocab_size)
+                plans.append((name, made))
+                if made.compiled.fits is False and arguments.step == "train" and len(arguments.topology) == 1:
+                    fix = cheapest_fix(experiment, topology, vocab_size)
+    _print(console, plans)
+    for name, made in plans:
+        console.print(f"{name} on {made.topology}: {made.memory_sentence()}", highlight=False)
+    if fix is not None:
+        console.print(f"The cheapest change that fits: {fix[0]} ({_seconds(fix[1])} s a step).", highlight=False)
+    for note in _notes(arguments.experiment):
+        console.print(note, highlight=False)
+    return {
+        "schema": "jaxcost-plan-1",
+        "plans": [{"config": name} | made.as_dict() for name, made in plans],
+        "cheapest_fix": fix and fix[0],
+        "exit_status": 2 if any(made.compiled.fits is False for _, made in plans) else 0,
+    }
+
+
+def _seconds(made) -> str:
+    estimate = made.compiled.estimate
+    return "unknown" if estimate is None or estimate.seconds is None else f"{estimate.seconds:.4g}"
+
+
+def _figure(value: float | None, scale: float = 1.0, digits: int = 4) -> str:
+    return "unknown" if value is None else f"{value / scale:.{digits}g}"
+
+
+def _print(console, plans) -> None:
+    rows = [(name, made.as_dict()) for name, made in plans]
+    table = Table(title="Plan")
+    table.add_column("figure")
+    for name, row in rows:
+        table.add_column(f"{name}\n{row['step']} on {row['topology']}", justify="right")
+
+    def line(label, get):
+        table.add_row(label, *(get(row) for _, row in rows))
+
+    gib = 2**30
+    line("fits", lambda r: {True: "yes", False: "NO", None: "unknown"}[r["fits"]])
+    line("needed, GiB a device", lambda r: _figure(r["needed_bytes"], gib))
+    line("usable, GiB a device", lambda r: _figure(r["usable_bytes"], gib))
+    for part in ("weights", "optimizer", "gradients", "cache", "batch", "temporaries"):
+        line(f"  {part}, GiB", lambda r, p=part: _figure((r["memory_split_bytes"] or {}).get(p), gib))
+    line("lower bound, s", lambda r: f"{_figure(r['lower_bound_seconds'])} ({r['bound_by'] or 'unknown'})")
+    line("compiler, links hidden, s", lambda r: _figure(r["compiler_seconds"]))
+    line("compiler, links exposed, s", lambda r: _figure(r["compiler_exposed_seconds"]))
+    line("compiler's figure is", lambda r: r["compiler_source"] or "-")
+    line(
+        "calibrated, s",
+        lambda r: (
+            _figure(r["calibrated_seconds"])
+            + (f" ± {r['calibrated_error_fraction']:.0%}" if r["calibrated_error_fraction"] else "")
+        ),
+    )
+    line("FLOPs a device, T", lambda r: _figure(sum((r["flops_per_device_by_type"] or {}).values()) or None, 1e12))
+    line("memory traffic a device, GB", lambda r: _figure(r["hbm_bytes_per_device"], 1e9))
+    line("sent over links a device, GB", lambda r: _figure(r["link_bytes_per_device"], 1e9))
+    line("steps x tokens", lambda r: f"{r['steps']} x {r['tokens_per_step']}")
+    for key, label in (("chip_hours", "chip-hours"), ("usd", "US dollars"), ("kwh", "kWh"), ("kg_co2", "kg CO2")):
+        line(f"{label} ({rows[0][1]['step']}, all steps)", lambda r, k=key: _figure((r["run"] or {}).get(k)))
+    line("US dollars a million tokens", lambda r: _figure(r["usd_per_million_tokens"]))
+    line("money and energy rest on", lambda r: r["seconds_are"] or "-")
+    line("no estimate for", lambda r: "\n".join(r["unestimated_ops"]) or "-")
+    console.print(table)
+    for _, row in rows:
+        sources = {name: figure for name, figure in row["sources"].items() if figure["value"] is not None}
+        said = "; ".join(f"{n} {f['value']} ({f['source']}, {f['date']})" for n, f in sources.items())
+        console.print(f"{row['topology']}: {said or 'no price or power is known'}", highlight=False)
+
+
+def _notes(experiment) -> list[str]:
+    kinds = {type(transform).__name__ for transform in experiment.transforms}
+    if "prune" in kinds:
+        return [
+            "A mask saves no FLOPs and adds its own bytes: the matrices stay dense. It pays off once it becomes "
+            "structure (smaller matrices), or as encoded bytes on disk."
+        ]
+    return []
+
+
+if __name__ == "__main__":
+    run(main, Arguments)
