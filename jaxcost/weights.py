@@ -316,7 +316,8 @@ def _dot_backward(residuals, g):
     x, w = residuals
     dx = _product(g, w.astype(g.dtype), (g.ndim - 1,), (1,)).astype(x.dtype)
     batch = tuple(range(x.ndim - 1))
-    return dx, _product(x, g, batch, batch).astype(w.dtype)
+    # A weight in bfloat16 asks for its gradient in bfloat16, also where that is a sum over devices.
+    return dx, lax.dot_general(x, g, ((batch, batch), ((), ())), preferred_element_type=w.dtype).astype(w.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -59,6 +59,8 @@ class ExecutionConfig:
     """Dtype of activations and matmul operands; accumulators, norms and the loss stay float32."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which weights, and with them their moments, are kept."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which a matmul's weight gradient is made and summed over the devices; half the bytes in bfloat16."""
     remat: Literal["none", "full", "attention", "projections"] = "none"
     """Activations kept for the backward pass: all, only block inputs, plus attention outputs, or plus all matmuls."""
     save: tuple[str, ...] = ()

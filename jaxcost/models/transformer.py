@@ -211,7 +211,7 @@ class Transformer(nn.Module):
 
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
-    """The parameters (in the execution's dtype of weights) and, in a tree of that structure, their logical axis names."""
+    """The parameters (in the execution's dtype of weights) and a tree of their logical axis names."""
     boxed = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.tree.map(lambda a: a.astype(model.execution.weights), nn.meta.unbox(boxed))
     return params, nn.get_partition_spec(boxed)

@@ -1,7 +1,8 @@
-"""Plans that were made before: a compilation takes a minute, and the same question has the same answer.
+"""Programs that were compiled before: a compilation takes a minute, and the same question has the same answer.
 
-An entry's key covers what was asked, jaxcost's own source and the versions of the libraries that compile. An entry is
-a pickle that this user wrote; a folder that others can write to should not be named.
+An entry's key covers what was asked, the part of jaxcost's own source that decides the program, and the versions of the
+libraries that compile; what is read from a program is not cached. An entry is a compressed pickle that this user wrote;
+a folder that others can write to should not be named.
 """
 
 from __future__ import annotations
@@ -12,17 +13,30 @@ import importlib.metadata
 import os
 import pathlib
 import pickle
+import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
 from jaxcost.data.files import atomic_write
 
 _T = TypeVar("_T")
+# The rooms whose code a compiled step comes from.
+_SOURCES = (
+    "weights.py",
+    "sharding.py",
+    "transforms",
+    "models",
+    "training",
+    "evaluation",
+    "serving",
+    "planning/steps.py",
+    "planning/topology.py",
+)
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "aqtp", "jax-cuda12-plugin")
 
 
 def directory() -> pathlib.Path:
-    """Where plans are kept: $JAXCOST_PLAN_CACHE, or a folder under the user's cache."""
+    """Where programs are kept: $JAXCOST_PLAN_CACHE, or a folder under the user's cache."""
     named = os.environ.get("JAXCOST_PLAN_CACHE")
     if named:
         return pathlib.Path(named)
@@ -33,15 +47,15 @@ def cached(question: str, make: Callable[[], _T]) -> _T:
     """What `make` returns, from the cache if the same question was answered before. A broken entry is made again."""
     path = directory() / hashlib.sha256(f"{_code_version()}\n{question}".encode()).hexdigest()
     try:
-        return pickle.loads(path.read_bytes())
+        return pickle.loads(zlib.decompress(path.read_bytes()))
     except FileNotFoundError:
         pass
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError):
+    except (zlib.error, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError):
         path.unlink()
     result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write(pickle.dumps(result))
+        file.write(zlib.compress(pickle.dumps(result), level=3))
     return result
 
 
@@ -50,8 +64,9 @@ def _code_version() -> str:
     """A digest of all that decides what a compilation gives: our source and the libraries' versions."""
     digest = hashlib.sha256()
     package = pathlib.Path(__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for source in _SOURCES:
+        for path in sorted((package / source).rglob("*.py")) or [package / source]:
+            digest.update(path.read_bytes())
     for name in _LIBRARIES:
         try:
             digest.update(f"{name} {importlib.metadata.version(name)}".encode())

@@ -30,6 +30,17 @@ class Buffer:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """What `compiled.memory_analysis()` says of one device, as plain integers; None where a backend does not say."""
+
+    argument_size_in_bytes: int | None
+    output_size_in_bytes: int | None
+    alias_size_in_bytes: int | None
+    temp_size_in_bytes: int | None
+    peak_memory_in_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """Peak bytes of one device by what they hold; the parts add up to the peak."""
 
@@ -41,6 +52,12 @@ class Split:
     batch: int
     temporaries: int
     """Activations kept for the backward pass, gathered weights, and the program's working space."""
+
+
+def device_memory(compiled: Any) -> DeviceMemory:
+    """The memory analysis of a compiled function."""
+    analysis = compiled.memory_analysis()
+    return DeviceMemory(*(getattr(analysis, field.name, None) for field in dataclasses.fields(DeviceMemory)))
 
 
 def split_peak(peak_bytes: int, bytes_by_category: dict[str, int]) -> Split:

@@ -11,7 +11,7 @@ from jaxcost.cost import closed_form, hardware
 from jaxcost.data import build_tokenizer
 from jaxcost.planning import cache, memory
 from jaxcost.planning.steps import StepName, trace_step
-from jaxcost.planning.topology import StepPlan, plan_step, topology_chip, topology_devices
+from jaxcost.planning.topology import StepPlan, compile_step, read_step, topology_chip, topology_devices
 
 _GIB = 2**30
 
@@ -102,7 +102,7 @@ def vocabulary_of(experiment: Experiment) -> int:
 def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_size: int | None = None) -> Plan:
     """Compiles a step of the experiment, with its transforms, for a topology such as 'v5e:16x16'.
 
-    A plan that was made before, by the same code and libraries, comes from the cache.
+    A program that was compiled before, by the same code and libraries, comes from the cache.
 
     Raises:
         PlanningUnavailable: the compiler for the chip is not installed.
@@ -111,7 +111,8 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     vocab_size = vocab_size or vocabulary_of(experiment)
     chip = topology_chip(topology)
     question = repr((experiment.trained_part(), experiment.mesh, topology, step, vocab_size))
-    compiled, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
+    program, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
+    compiled = read_step(program, chip)
     given = dataclasses.replace(
         experiment.hardware, chip=chip.name, num_chips=max(1, compiled.num_devices // chip.devices_per_chip)
     )
@@ -123,8 +124,7 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
 def _compile(experiment: Experiment, topology: str, step: StepName, vocab_size: int):
     mesh = sharding.make_mesh(experiment.mesh, list(topology_devices(topology)))
     traced = trace_step(step, experiment, vocab_size, mesh)
-    compiled = plan_step(traced.jitted, traced.arguments, topology_chip(topology), traced.static)
-    return compiled, traced.bytes_by_category, traced.tokens
+    return compile_step(traced.jitted, traced.arguments, traced.static), traced.bytes_by_category, traced.tokens
 
 
 def cheapest_fix(experiment: Experiment, topology: str, vocab_size: int) -> tuple[str, Plan] | None:

@@ -65,6 +65,21 @@ class StepPlan:
     """The largest temporaries, by what made them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What a compiler made of a step, before anything is read from it; this is what a cache keeps."""
+
+    num_devices: int
+    text: str | None
+    """The program of one device; None if the step does not fit."""
+    memory: memory.DeviceMemory | None
+    needed_bytes: int | None
+    """Bytes of a device that the step needs; None if the compiler does not say."""
+    largest: tuple[memory.Buffer, ...] = ()
+    message: str = ""
+    """What the compiler said when the step did not fit."""
+
+
 def topology_chip(topology: str) -> hardware.Chip:
     """The chip of a topology such as `v5e:4x4`.
 
@@ -170,32 +185,56 @@ def plan_step(
     Raises:
         ValueError: no argument says over which mesh it is sharded.
     """
+    return read_step(compile_step(jitted_step, abstract_args, static_args), chip)
+
+
+def compile_step(
+    jitted_step: Any, abstract_args: tuple[Any, ...], static_args: Mapping[str, Any] | None = None
+) -> CompiledStep:
+    """The first, slow half of `plan_step`: everything that only the compiler knows."""
     mesh = _mesh_of(abstract_args)
-    usable_bytes = chip.usable_bytes_per_device.value
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = jitted_step.lower(*abstract_args, **(static_args or {}))
-        with tempfile.TemporaryDirectory() as dump:
-            try:
-                compiled, text = _compile(lowered, mesh, dump)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                held = memory.argument_bytes(abstract_args)
-                needed, message = memory.read_exhausted(str(error), held), str(error).splitlines()[0]
-                largest = memory.largest_buffers(pathlib.Path(dump))
-                return StepPlan(chip.name, mesh.size, False, None, usable_bytes, None, None, message, needed, largest)
-            largest = memory.largest_buffers(pathlib.Path(dump))
-    cost = hlo.program_cost(text, compiled.memory_analysis())
+        try:
+            compiled, text = _compile(lowered, mesh, dump)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = memory.read_exhausted(str(error), memory.argument_bytes(abstract_args))
+            message = str(error).splitlines()[0]
+            return CompiledStep(mesh.size, None, None, needed, memory.largest_buffers(pathlib.Path(dump)), message)
+        sizes = memory.device_memory(compiled)
+        largest = memory.largest_buffers(pathlib.Path(dump))
+    return CompiledStep(mesh.size, text, sizes, sizes.peak_memory_in_bytes, largest)
+
+
+def read_step(compiled: CompiledStep, chip: hardware.Chip) -> StepPlan:
+    """The second half of `plan_step`: what the compiled program costs on a chip."""
+    usable_bytes = chip.usable_bytes_per_device.value
+    if compiled.text is None:
+        return StepPlan(
+            chip=chip.name,
+            num_devices=compiled.num_devices,
+            fits=False,
+            peak_bytes=None,
+            usable_bytes=usable_bytes,
+            cost=None,
+            estimate=None,
+            message=compiled.message,
+            needed_bytes=compiled.needed_bytes,
+            largest=compiled.largest,
+        )
+    cost = hlo.program_cost(compiled.text, compiled.memory)
     return StepPlan(
         chip=chip.name,
-        num_devices=mesh.size,
+        num_devices=compiled.num_devices,
         fits=None if usable_bytes is None or cost.peak_bytes is None else cost.peak_bytes <= usable_bytes,
         peak_bytes=cost.peak_bytes,
         usable_bytes=usable_bytes,
         cost=cost,
         estimate=estimates.estimate(chip, cost),
         needed_bytes=cost.peak_bytes,
-        largest=largest,
+        largest=compiled.largest,
     )
 
 
@@ -227,12 +266,16 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
 @contextlib.contextmanager
 def _no_compilation_cache():
     """A step from JAX's cache would leave no dump, and one for described devices cannot be read back from it."""
+    from jax.experimental.compilation_cache import compilation_cache
+
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX remembers whether there is one
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _split(topology: str) -> tuple[str, str]:

@@ -59,6 +59,9 @@ def make_train_step(
     """
 
     def loss_sum(trainable, frozen, structure, batch, key):
+        if model.execution.gradients != "float32":
+            # The cast's own transpose turns the gradient back, after it was summed over the devices.
+            trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
         hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=model_key)

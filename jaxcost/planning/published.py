@@ -1,0 +1,161 @@
+"""Published training steps: what the planner is calibrated on and checked against.
+
+A file of them is described by `published-runs-1`: each run has a model's shape, a topology, a batch, a mesh, what was
+kept or offloaded, and the seconds that a step took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from jaxcost.config import Experiment
+from jaxcost.cost.estimate import Calibration, Parts
+from jaxcost.data.config import DataConfig
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import TENSORS, ExecutionConfig
+from jaxcost.planning.plan import Plan, plan
+from jaxcost.planning.topology import PlanningUnavailable, topology_chip
+from jaxcost.sharding import MeshConfig
+from jaxcost.training.config import TrainingConfig
+
+SCHEMA = "published-runs-1"
+_TENSOR_NAMES = {"decoder_layer_input": "layer_input", "out_proj": "attention_projection"}
+_SHAPE_FIELDS = {"layers", "width", "heads", "kv_heads", "head_dim", "mlp", "vocab", "gated"}
+_PRIOR = Calibration(matmul=0.9, elementwise=0.4, kernel=2.0, exposed=0.3)
+"""Where the fit starts, and what it keeps to where the runs say nothing: the matrix unit about as the compiler has it,
+memory at 1 / 2.5 of its figure, attention at half of the peak, a third of the communication exposed."""
+_PRIOR_WEIGHT = 0.05
+
+
+class CannotPlan(ValueError):
+    """A published run of a kind that cannot be compiled yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedRun:
+    """One published step and the experiment that it was."""
+
+    model: str
+    topology: str
+    chips: int
+    step_seconds: float
+    row: Mapping[str, Any]
+
+
+def read_runs(path: pathlib.Path) -> list[PublishedRun]:
+    """The runs of a file.
+
+    Raises:
+        ValueError: the file is not JSON of this schema, or a run lacks a field.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); give a file of published runs.") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("runs"), list):
+        raise ValueError(f"{path} is not a list of published runs; its schema must be {SCHEMA!r}.")
+    runs = []
+    for number, row in enumerate(content["runs"]):
+        try:
+            runs.append(PublishedRun(row["model"], row["topology"], int(row["chips"]), float(row["step_seconds"]), row))
+            row["shape"], row["sequences_per_device"], row["sequence"], row["mesh"], row["remat"], row["dtype"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: run {number} lacks or garbles {error}; complete it.") from None
+    return runs
+
+
+def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
+    """The experiment that a run was.
+
+    Raises:
+        CannotPlan: it has something that this framework's models or meshes do not, named in the sentence.
+    """
+    row, shape = run.row, run.row["shape"]
+    unknown = sorted(set(shape) - _SHAPE_FIELDS)
+    if unknown:
+        raise CannotPlan(f"the model has {', '.join(unknown)}, which the transformer does not have yet")
+    if not str(row["mesh"]).startswith("fsdp"):
+        raise CannotPlan(f"the mesh {row['mesh']!r} is not one that is only fsdp")
+    kept = {kind: tuple(_TENSOR_NAMES.get(name, name) for name in row["remat"][kind]) for kind in ("save", "offload")}
+    strangers = sorted({name for names in kept.values() for name in names} - set(TENSORS))
+    if strangers:
+        raise CannotPlan(f"the activations {', '.join(strangers)} have no name here")
+    if row["remat"].get("else") != "recompute":
+        raise CannotPlan(f"what is not kept is {row['remat'].get('else')!r}, not recomputed")
+    devices = run.chips * topology_chip(run.topology).devices_per_chip
+    return Experiment(
+        model=ModelConfig(
+            vocab_size=shape["vocab"],
+            width=shape["width"],
+            num_layers=shape["layers"],
+            num_heads=shape["heads"],
+            num_kv_heads=shape["kv_heads"],
+            head_dim=shape["head_dim"],
+            mlp_width=shape["mlp"],
+            gated=shape["gated"],
+            max_length=row["sequence"],
+        ),
+        data=DataConfig(batch_size=row["sequences_per_device"] * devices, sequence_length=row["sequence"]),
+        mesh=MeshConfig(fsdp=-1),
+        execution=ExecutionConfig(
+            compute="bfloat16",
+            weights="bfloat16" if row["dtype"].startswith("bf16 weights") else "float32",
+            gradients="bfloat16",
+            remat="full",
+            **kept,
+        ),
+        training=TrainingConfig(loss_chunks=loss_chunks),
+    )
+
+
+def plan_run(run: PublishedRun) -> Plan:
+    """The plan of a published run; its loss is made in pieces only if it does not fit otherwise.
+
+    Raises:
+        CannotPlan: the run cannot be compiled, with the reason.
+    """
+    made = None
+    for chunks in (1, 4, 16):
+        try:
+            made = plan(experiment_of(run, chunks), run.topology)
+        except PlanningUnavailable:
+            raise
+        except ValueError as error:
+            raise CannotPlan(str(error)) from error
+        if made.compiled.fits is not False:
+            return made
+    raise CannotPlan(made.memory_sentence())
+
+
+def fit(parts: Sequence[Parts], seconds: Sequence[float]) -> Calibration:
+    """The constants that make the calibrated estimate closest to published seconds, in relative error.
+
+    Least squares of log constants around `_PRIOR`, which keeps few runs from driving a constant where it has no
+    meaning; the exposed share is at most 1.
+    """
+    prior = np.log(dataclasses.astuple(_PRIOR))
+
+    def residuals(logs):
+        calibration = Calibration(*np.exp(logs))
+        errors = [calibration.seconds(p) / s - 1 for p, s in zip(parts, seconds, strict=True)]
+        return np.concatenate([errors, _PRIOR_WEIGHT * (logs - prior)])
+
+    upper = np.full(4, np.inf)
+    upper[3] = 0.0
+    found = optimize.least_squares(residuals, prior, bounds=(-np.inf, upper), loss="soft_l1", f_scale=0.05)
+    return Calibration(*(float(constant) for constant in np.exp(found.x)))
+
+
+def leave_one_out(parts: Sequence[Parts], seconds: Sequence[float]) -> list[float]:
+    """Each run's seconds as predicted with constants fitted on all the others."""
+    return [
+        fit([*parts[:i], *parts[i + 1 :]], [*seconds[:i], *seconds[i + 1 :]]).seconds(parts[i])
+        for i in range(len(parts))
+    ]
