@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.22,<0.24",
         "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
         "numpy>=2,<3",
+        "scipy>=1.13,<2",
         "tyro>=1,<2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",
@@ -34,7 +35,12 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "plan": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+        "plan": [
+            "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            # The compiler alone, without CUDA's own libraries.
+            "jax-cuda12-plugin>=0.10,<0.13; sys_platform == 'linux'",
+            "jax-cuda12-pjrt>=0.10,<0.13; sys_platform == 'linux'",
+        ],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
         "hub": ["safetensors>=0.5,<1", "huggingface-hub>=1,<2"],
         "test": [

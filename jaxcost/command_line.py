@@ -64,11 +64,12 @@ def _check_writable(path: Path) -> None:
 
 
 def _choose_platform() -> None:
-    """Keeps an installed libtpu, which planning needs, from looking for a TPU where there is none."""
+    """Keeps the compilers that planning needs from looking for chips where there are none."""
     import jax
 
     tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not tpu:
+    compilers = importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_plugins")
+    if "JAX_PLATFORMS" not in os.environ and compilers and not tpu:
         jax.config.update("jax_platforms", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
 
 

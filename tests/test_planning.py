@@ -64,7 +64,12 @@ def test_missing_compiler_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("v5e", "write a chip and a shape"), ("v9:2x2", "hardware.chip is 'v9'"), ("h100:8", "not of a TPU")],
+    [
+        ("v5e", "write a chip and a shape"),
+        ("v9:2x2", "hardware.chip is 'v9'"),
+        ("cpu:8", "of no TPU or GPU"),
+        ("h100:8", "hosts x GPUs a host"),
+    ],
 )
 def test_wrong_topologies_are_refused(name, message):
     with pytest.raises(ValueError, match=message):

@@ -134,7 +134,8 @@ def estimate(chip: hardware.Chip, cost: hlo.ProgramCost) -> Estimate:
         calibrated_error=error,
         parts=parts,
         unestimated=tuple(
-            [f"{name} (x{n})" for name, n in sorted(work.untimed.items())]
+            # Where every instruction is taken at its roofline, none is without a figure.
+            [f"{name} (x{n})" for name, n in sorted(work.untimed.items()) if parts]
             + sorted(undeclared)
             + [name for name in cost.unestimated if "tpu_custom_call" not in name]
         ),

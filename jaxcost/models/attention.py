@@ -86,7 +86,7 @@ def _splash_masks(num_heads: int, length: int):
     return masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(num_heads)])
 
 
-def _splash_kernel(num_heads: int, length: int):
+def _splash_kernel(num_heads: int, length: int, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     block = next(size for size in (SPLASH_BLOCK, 512, 256, _SPLASH_MULTIPLE) if length % size == 0)
@@ -106,4 +106,5 @@ def _splash_kernel(num_heads: int, length: int):
     return splash_attention.make_splash_mha_single_device(
         _splash_masks(num_heads, length),
         block_sizes=splash_attention.BlockSizes(**sizes),
+        interpret=interpret,
     )

@@ -57,7 +57,12 @@ class Split:
 def device_memory(compiled: Any) -> DeviceMemory:
     """The memory analysis of a compiled function."""
     analysis = compiled.memory_analysis()
-    return DeviceMemory(*(getattr(analysis, field.name, None) for field in dataclasses.fields(DeviceMemory)))
+    found = DeviceMemory(*(getattr(analysis, field.name, None) for field in dataclasses.fields(DeviceMemory)))
+    if not found.peak_memory_in_bytes and found.argument_size_in_bytes is not None:
+        # A GPU's program states no peak; its temporaries are one allocation, so all parts are alive together.
+        live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        found = dataclasses.replace(found, peak_memory_in_bytes=live + found.temp_size_in_bytes)
+    return found
 
 
 def split_peak(peak_bytes: int, bytes_by_category: dict[str, int]) -> Split:

@@ -48,6 +48,8 @@ def planned_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transf
     implementation = attention.resolve(
         execution.attention, platform, experiment.data.sequence_length, config.head_dim, execution.dtype.itemsize * 8
     )
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        implementation = "reference"  # JAX traces cuDNN's attention only where cuDNN is
     unroll = "never" if execution.unroll == "auto" and platform != "cpu" else execution.unroll
     return Transformer(config, dataclasses.replace(execution, attention=implementation, unroll=unroll))
 

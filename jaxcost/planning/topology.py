@@ -1,6 +1,7 @@
-"""Compiles a step for TPU slices that this machine does not have, and says whether it fits and how fast it could be.
+"""Compiles a step for chips that this machine does not have, and says whether it fits and how fast it could be.
 
-The compiler is libtpu, from the package index; it needs no TPU.
+The compilers are libtpu for TPU slices and JAX's CUDA plugin for NVIDIA GPUs, both from the package index; neither
+needs its chips.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from jaxcost import sharding
 from jaxcost.cost import estimate as estimates
 from jaxcost.cost import hardware, hlo
-from jaxcost.planning import memory
+from jaxcost.planning import memory, nvidia
 
 # Without these libtpu looks for a real slice and for its neighbours; they must be set before it is loaded.
 _LIBTPU_ENVIRONMENT = {
@@ -32,6 +33,7 @@ _LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # A v4 chip is one device on a real machine, as in chips.json; the compiler's default is two.
+_WRAP_PERIOD = {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16, "tpu7x": 4}
 _CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -84,11 +86,11 @@ def topology_chip(topology: str) -> hardware.Chip:
     """The chip of a topology such as `v5e:4x4`.
 
     Raises:
-        ValueError: the chip is unknown, or not a TPU.
+        ValueError: the chip is unknown, or neither a TPU nor a GPU.
     """
     chip = hardware.load_chip(_split(topology)[0])
-    if chip.kind != "tpu":
-        raise ValueError(f"the topology {topology!r} is not of a TPU; use for example 'v5e:4x4'.")
+    if chip.kind not in ("tpu", "gpu"):
+        raise ValueError(f"the topology {topology!r} is of no TPU or GPU; use for example 'v5e:4x4' or 'h100:1x8'.")
     return chip
 
 
@@ -97,20 +99,32 @@ def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tup
     """The described devices of a slice that need not exist.
 
     Args:
-        topology: chip and shape, for example `v5e:4x4` or `v5p:2x2x1`.
-        wrap: for each axis, whether its links wrap around; none does unless asked for.
+        topology: chip and shape, for example `v5e:4x4`, `v5p:2x2x1`, or hosts x GPUs a host as in `h100:8x8`.
+        wrap: for each axis of a TPU slice, whether its links wrap around; by default those that do in hardware.
 
     Raises:
-        PlanningUnavailable: libtpu is not installed.
+        PlanningUnavailable: the chip's compiler is not installed.
         ValueError: the chip is unknown or has no slice of this shape.
     """
     chip_name, shape = _split(topology)
-    topology_chip(topology)
+    chip = topology_chip(topology)
+    sizes = [int(size) for size in shape.split("x")]
+    if min(sizes) < 1:
+        raise ValueError(f"the topology {topology!r} has no chips; every size must be at least 1.")
+    if chip.kind == "gpu":
+        if len(sizes) != 2:
+            raise ValueError(f"the topology {topology!r} is not hosts x GPUs a host; write for example 'h100:8x8'.")
+        if not nvidia.installed():
+            raise PlanningUnavailable(
+                "planning for NVIDIA GPUs needs JAX's CUDA plugin; install it with pip install 'jaxcost[plan]'."
+            )
+        return tuple(nvidia.describe(chip, *sizes))
     _require_libtpu()
     from jax.experimental import topologies
 
     options = dict(_CHIP_OPTIONS.get(chip_name, {}))
-    if wrap is not None:
+    wrap = _wrap_of(chip_name, sizes) if wrap is None else wrap
+    if any(wrap):
         options["wrap"] = wrap
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
@@ -252,7 +266,10 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
     offloaded to a SparseCore.
     """
     options = sharding.compiler_options(mesh)
-    if mesh.devices.flat[0].platform != "tpu":
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu" and jax.default_backend() != "gpu":
+        options |= nvidia.COMPILER_OPTIONS
+    if platform != "tpu":
         compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text()
     with _no_compilation_cache():
@@ -284,6 +301,12 @@ def _split(topology: str) -> tuple[str, str]:
     if not match:
         raise ValueError(f"the topology is {topology!r}; write a chip and a shape, for example 'v5e:4x4'.")
     return match[1], match[2]
+
+
+def _wrap_of(chip_name: str, sizes: list[int]) -> tuple[bool, ...]:
+    """Axes whose links wrap around. Source: JAX scaling book, tpus.md: in 2D on axes of 16, in 3D on multiples of 4."""
+    period = _WRAP_PERIOD.get(chip_name)
+    return tuple(period is not None and size % period == 0 for size in sizes)
 
 
 def _require_libtpu():

@@ -1,0 +1,82 @@
+"""Described NVIDIA GPUs: XLA's GPU compiler needs a chip's figures and no chip.
+
+The figures that only the compiler's choices depend on are in `nvidia.json`; memory and bandwidth are those of
+`chips.json`. A topology is hosts x GPUs a host: `h100:8x8` is 64 GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+from typing import Any
+
+from jaxcost.cost import hardware
+
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
+"""Tuning times kernels on the chip, which is not here."""
+_RESERVED_SHARED_BYTES = 1024
+_TARGETS = json.loads((pathlib.Path(__file__).parent / "nvidia.json").read_text())["targets"]
+
+
+def installed() -> bool:
+    """Whether XLA's compiler for NVIDIA GPUs is installed."""
+    return importlib.util.find_spec("jax_plugins") is not None and any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
+    )
+
+
+def describe(chip: hardware.Chip, hosts: int, gpus_per_host: int) -> list[Any]:
+    """The described devices of so many hosts.
+
+    Raises:
+        ValueError: nothing is known of how to compile for the chip.
+    """
+    if chip.name not in _TARGETS:
+        raise ValueError(f"there is no compiler target for {chip.name!r}; choose one of {', '.join(_TARGETS)}.")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=target_config(chip),
+        topology=f"1x{hosts}x{gpus_per_host}",
+    ).devices
+
+
+def target_config(chip: hardware.Chip) -> str:
+    """XLA's `GpuTargetConfigProto` of a chip, as text."""
+    target = _TARGETS[chip.name]
+    major, minor = target["capability"].split(".")
+    # Instructions of one architecture alone, such as Hopper's asynchronous matmuls.
+    extension = " feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else ""
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {target["shared_bytes_per_core"]}
+  shared_memory_per_block_optin: {target["shared_bytes_per_core"] - _RESERVED_SHARED_BYTES}
+  threads_per_core_limit: {target["threads_per_core"]}
+  core_count: {target["cores"]}
+  fpus_per_core: {target["fpus_per_core"]}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {chip.hbm_bytes_per_second.value:.0f}
+  l2_cache_size: {target["l2_cache_bytes"]}
+  clock_rate_ghz: {target["clock_ghz"]}
+  device_memory_size: {chip.hbm_bytes.value:.0f}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor}{extension} }}
+  runtime_version: "12.8.0"
+  driver_version: "12.8.0"
+  dnn_version: "9.8.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{chip.device_kinds[0]}"
+"""

@@ -1,0 +1,367 @@
+"""From a compiled program to memory, seconds and money: the reader's work, the estimates, the cache, the scripts."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxcost import config
+from jaxcost.cost import estimate, hardware, hlo, hlo_text, hlo_work, kernels
+from jaxcost.data.config import DataConfig
+from jaxcost.models import attention
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.planning import cache, memory, published, steps, topology
+from jaxcost.planning.plan import plan
+from jaxcost.transforms import freeze, lora, prune, quantize
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A loop of three trips whose kernel's attributes hold a line that starts with a brace, as splash attention's do.
+PROGRAM = """HloModule step, is_scheduled=true, num_partitions=1
+
+%fused (a: bf16[4,64,64], b: bf16[64,64]) -> bf16[64,64] {
+  %a = bf16[4,64,64]{2,1,0} parameter(0)
+  %b = bf16[64,64]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%a, %zero, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %flat = bf16[64,64]{1,0} bitcast(%slice)
+  ROOT %dot = bf16[64,64]{1,0} convolution(%flat, %b), dim_labels=bf_io->bf
+}
+
+%body (p: (s32[], bf16[4,64,64], bf16[64,64])) -> (s32[], bf16[4,64,64], bf16[64,64]) {
+  %p = (s32[], bf16[4,64,64]{2,1,0}, bf16[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %stack = bf16[4,64,64]{2,1,0} get-tuple-element(%p), index=1
+  %x = bf16[64,64]{1,0} get-tuple-element(%p), index=2
+  %kernel = bf16[64,64]{1,0:T(8,128)S(1)} custom-call(%x), custom_call_target="tpu_custom_call", attributes={metadata={
+"blocks":"8"
+}}, metadata={op_name="jit(step)/causal/mystery/pallas_call"}
+  %mul = bf16[64,64]{1,0} fusion(%stack, %kernel), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %tanh = bf16[64,64]{1,0} tanh(%mul), backend_config={"estimated_cycles":"7"}
+  %sorted = bf16[64,64]{1,0} sort(%tanh), dimensions={0}
+  ROOT %out = (s32[], bf16[4,64,64], bf16[64,64]) tuple(%next, %stack, %sorted)
+}
+
+%condition (p.1: (s32[], bf16[4,64,64], bf16[64,64])) -> pred[] {
+  %p.1 = (s32[], bf16[4,64,64]{2,1,0}, bf16[64,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i.1, %three), direction=LT
+}
+
+ENTRY %main (s: bf16[4,64,64], x.0: bf16[64,64]) -> bf16[64,64] {
+  %s = bf16[4,64,64]{2,1,0} parameter(0)
+  %x.0 = bf16[64,64]{1,0} parameter(1)
+  %start = s32[] constant(0)
+  %init = (s32[], bf16[4,64,64], bf16[64,64]) tuple(%start, %s, %x.0)
+  %loop = (s32[], bf16[4,64,64], bf16[64,64]) while(%init), condition=%condition, body=%body
+  %last = bf16[64,64]{1,0} get-tuple-element(%loop), index=2
+  %away = (bf16[64,64]{1,0:S(5)}, bf16[64,64]{1,0}, u32[]) copy-start(%last)
+  ROOT %result = bf16[64,64]{1,0} copy(%last), backend_config={"estimated_cycles":"5"}
+}
+"""
+MATRIX_BYTES = 64 * 64 * 2
+
+
+# ---- The reader ----
+
+
+def test_cycles_are_summed_over_trips():
+    cost = hlo.program_cost(PROGRAM)
+    assert cost.flops_by_type == {"bf16": 3 * 2 * 64**3}
+    assert cost.work.cycles == {hlo_work.MATMUL: 300, hlo_work.ELEMENTWISE: 3 * 7 + 5}
+
+
+def test_bytes_are_those_of_slices_and_not_of_vector_memory():
+    work = hlo.program_cost(PROGRAM).work
+    kernel, fusion, tanh, sort = 1, 2, 2, 2  # matrices read or written in main memory: S(1) and the stack's rest not
+    away, result = 1, 2
+    assert work.hbm_bytes == (3 * (kernel + fusion + tanh + sort) + away + result) * MATRIX_BYTES
+    assert work.host_bytes == MATRIX_BYTES
+
+
+def test_what_has_no_estimate_is_listed():
+    chip = hardware.load_chip("v5e")
+    found = estimate.estimate(chip, hlo.program_cost(PROGRAM))
+    assert "sort (x1)" in found.unestimated
+    assert "kernel mystery" in found.unestimated
+    assert found.parts.matmul_seconds == pytest.approx(300 / chip.clock_hz.value)
+
+
+def test_splash_kernels_are_priced_by_the_tiles_that_they_run():
+    def shape(dtype, *sizes):
+        return hlo_text.Shape(dtype, sizes)
+
+    table, queries, keys = shape("s8", 1, 8, 8), shape("bf16", 2, 4, 8192, 128), shape("bf16", 2, 2, 8192, 128)
+    full = hlo_work.Kernel("a/splash_mha_fwd_residuals", (table, table, queries, keys, keys), (queries,))
+    causal = dataclasses.replace(full, name="a/causal/splash_mha_fwd_residuals")
+    scores = 2 * 4 * 8192**2
+    assert kernels.kernel_cost(full).flops == 2 * 2 * scores * 128
+    assert kernels.kernel_cost(causal).flops == round(2 * 2 * scores * 128 * 9 / 16)
+    backward = dataclasses.replace(full, name="a/splash_mha_dkv_no_residuals")
+    assert kernels.kernel_cost(backward).flops == 2 * kernels.kernel_cost(full).flops
+    assert kernels.kernel_cost(dataclasses.replace(full, name="a/other")) is None
+
+
+# ---- Attention ----
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_splash_attention_equals_the_reference(kv_heads, monkeypatch):
+    interpreted = functools.partial(attention._splash_kernel, interpret=True)
+    monkeypatch.setattr(attention, "_splash_kernel", interpreted)
+    shapes = [(2, 256, 4, 128), (2, 256, kv_heads, 128), (2, 256, kv_heads, 128)]
+    q, k, v = (jax.random.normal(jax.random.key(i), s, jnp.float32) for i, s in enumerate(shapes))
+
+    def loss(implementation, *args):
+        return jnp.sum(jnp.sin(attention.causal_attention(*args, implementation)))
+
+    expected = jax.value_and_grad(loss, argnums=(1, 2, 3))("reference", q, k, v)
+    found = jax.value_and_grad(loss, argnums=(1, 2, 3))("splash", q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4), found, expected)
+
+
+def test_splash_refuses_lengths_that_it_cannot_tile():
+    x = jnp.zeros((1, 100, 1, 128))
+    with pytest.raises(ValueError, match="multiple of 128 tokens, not 100"):
+        attention.causal_attention(x, x, x, "splash")
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "head", "bits", "expected"),
+    [
+        ("tpu", 1024, 128, 16, "splash"),
+        ("tpu", 1000, 128, 16, "reference"),
+        ("tpu", 1024, 64, 16, "reference"),
+        ("gpu", 1000, 64, 16, "cudnn"),
+        ("gpu", 1000, 64, 32, "reference"),
+        ("cpu", 1024, 128, 16, "reference"),
+    ],
+)
+def test_auto_takes_the_platforms_kernel_where_it_can(platform, length, head, bits, expected):
+    assert attention.resolve("auto", platform, length, head, bits) == expected
+    assert attention.resolve("reference", platform, length, head, bits) == "reference"
+
+
+# ---- Memory ----
+
+
+def test_the_split_adds_up_to_the_peak():
+    split = memory.split_peak(100, {"weights": 10, "optimizer": 20, "gradients": 10, "batch": 1})
+    assert sum(dataclasses.astuple(split)) == 100 and split.temporaries == 59
+    full = memory.split_peak(31, {"weights": 10, "optimizer": 20, "gradients": 10, "batch": 1})
+    assert sum(dataclasses.astuple(full)) == 31 and full.gradients == 0
+
+
+def test_a_program_that_is_too_large_says_how_large():
+    message = "the total memory required for HLO temporaries (35.50G) exceeds available HBM (31.24G)."
+    assert memory.read_exhausted(message, 2**30) == int(36.5 * 2**30)
+    assert memory.read_exhausted("Used 20.5G of 15.75G hbm. Exceeded", 0) == int(20.5 * 2**30)
+    assert memory.read_exhausted("no memory", 0) is None
+
+
+def experiment(**changes) -> config.Experiment:
+    base = config.Experiment(
+        model=ModelConfig(vocab_size=512, width=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32),
+        data=DataConfig(batch_size=8, sequence_length=64),
+        execution=ExecutionConfig(unroll="never"),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def planned(step="train", **changes):
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    asked = experiment(mesh=config.MeshConfig(data=2, fsdp=2, tensor=2), **changes)
+    traced = steps.trace_step(step, asked, 512, mesh)
+    return traced, topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip("cpu"), traced.static)
+
+
+@pytest.mark.parametrize("step", steps.STEPS)
+def test_peak_is_the_compilers_own(step):
+    traced, made = planned(step)
+    with jax.set_mesh(jax.tree.leaves(traced.arguments)[0].sharding.mesh):
+        analysis = traced.jitted.lower(*traced.arguments, **traced.static).compile().memory_analysis()
+    assert made.peak_bytes == pytest.approx(analysis.peak_memory_in_bytes, rel=0.01)
+    split = memory.split_peak(made.peak_bytes, traced.bytes_by_category)
+    held = split.weights + split.optimizer + split.cache + split.batch
+    assert held == pytest.approx(made.cost.argument_bytes, rel=0.02)
+
+
+def test_transforms_change_the_plan_as_they_should():
+    base, adapted, top, masked, served = (
+        planned(**changes)[1].cost
+        for changes in (
+            {},
+            {"transforms": (lora(rank=4),)},
+            {"transforms": (freeze(top_layers=1),)},
+            {"transforms": (prune(sparsity=0.5),)},
+            {"transforms": (quantize(mode="training"),)},
+        )
+    )
+    assert adapted.total_flops < 0.85 * base.total_flops
+    assert top.total_flops < 0.85 * base.total_flops
+    assert adapted.argument_bytes < 0.6 * base.argument_bytes
+    assert masked.total_flops == base.total_flops
+    assert masked.argument_bytes > base.argument_bytes
+    assert any("int" in kind for kind in served.flops_by_type)
+
+
+# ---- The cache ----
+
+
+def test_a_question_is_answered_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCOST_PLAN_CACHE", str(tmp_path))
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"answer": 42}
+
+    assert cache.cached("q", make) == cache.cached("q", make) == {"answer": 42}
+    assert len(calls) == 1
+    cache.cached("other", make)
+    assert len(calls) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken")
+    assert cache.cached("q", make) == {"answer": 42}
+
+
+# ---- Published runs ----
+
+
+def run_row(**changes):
+    shape = {"layers": 2, "width": 256, "heads": 2, "kv_heads": 2, "head_dim": 128, "mlp": 512, "vocab": 1024}
+    row = {
+        "model": "tiny",
+        "shape": shape | {"gated": True},
+        "chip": "v5e",
+        "chips": 4,
+        "topology": "v5e:2x2",
+        "sequences_per_device": 1,
+        "sequence": 256,
+        "mesh": "fsdp",
+        "remat": {"offload": [], "save": ["query"], "else": "recompute"},
+        "dtype": "bf16 activations, f32 weights and moments",
+        "step_seconds": 0.001,
+    }
+    return row | changes
+
+
+def write_runs(tmp_path, *rows):
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps({"schema": published.SCHEMA, "runs": rows}))
+    return path
+
+
+def test_a_published_run_is_an_experiment(tmp_path):
+    (run,) = published.read_runs(write_runs(tmp_path, run_row()))
+    found = published.experiment_of(run)
+    assert (found.data.batch_size, found.model.num_layers, found.execution.save) == (4, 2, ("query",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"shape": run_row()["shape"] | {"experts": 8}}, "experts"),
+        ({"mesh": "tensor 4"}, "mesh"),
+        ({"remat": {"offload": [], "save": ["strange"], "else": "recompute"}}, "strange"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(tmp_path, changes, reason):
+    (run,) = published.read_runs(write_runs(tmp_path, run_row(**changes)))
+    with pytest.raises(published.CannotPlan, match=reason):
+        published.experiment_of(run)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": "other", "runs": []}', '{"schema": "published-runs-1"}'])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    path = tmp_path / "runs.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="runs.json"):
+        published.read_runs(path)
+
+
+def test_a_run_without_a_field_is_refused(tmp_path):
+    row = run_row()
+    del row["sequence"]
+    with pytest.raises(ValueError, match="run 0 lacks"):
+        published.read_runs(write_runs(tmp_path, row))
+
+
+def test_the_fit_finds_the_constants_that_made_the_seconds():
+    truth = estimate.Calibration(matmul=0.8, elementwise=0.5, kernel=2.5, exposed=0.4)
+    rng = np.random.default_rng(0)
+    parts = [estimate.Parts(*rng.uniform(0.2, 1.0, 4)) for _ in range(20)]
+    found = published.fit(parts, [truth.seconds(p) for p in parts])
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(truth), rel=0.1)
+    predicted = published.leave_one_out(parts, [truth.seconds(p) for p in parts])
+    assert predicted == pytest.approx([truth.seconds(p) for p in parts], rel=0.05)
+
+
+# ---- The scripts, with libtpu ----
+
+
+def script(name, *arguments, cache_dir):
+    environment = os.environ | {"JAXCOST_PLAN_CACHE": str(cache_dir)}
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+
+
+@pytest.mark.slow
+def test_validate_planner_lists_every_run(tmp_path):
+    pytest.importorskip("libtpu")
+    odd = run_row(model="odd", mesh="tensor 4")
+    path, out = write_runs(tmp_path, run_row(), odd), tmp_path / "out.json"
+    done = script("validate_planner.py", path, "--json", out, cache_dir=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [row["model"] for row in result["rows"]] == ["tiny"]
+    assert result["rows"][0]["lower_bound_seconds"] < result["rows"][0]["compiler_seconds"]
+    assert [skip["model"] for skip in result["skipped"]] == ["odd"] and "mesh" in result["skipped"][0]["reason"]
+
+
+@pytest.mark.slow
+def test_plan_says_what_does_not_fit_with_status_2(tmp_path):
+    pytest.importorskip("libtpu")
+    flags = ["--topology", "v5e:2x2", "--model.width", "4096", "--model.mlp-width", "16384", "--model.num-layers", "24"]
+    out = tmp_path / "out.json"
+    done = script(
+        "plan.py",
+        ROOT / "configs/quickstart.py",
+        *flags,
+        "--json",
+        out,
+        cache_dir=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    (found,) = json.loads(out.read_text())["plans"]
+    assert found["fits"] is False and found["needed_bytes"] > found["usable_bytes"]
+    assert "does not fit: needs" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a100:1x8", "h100:2x8", "h200:1x8", "b200:1x8", "l4:1x4"])
+def test_a_step_compiled_for_gpus_that_are_not_here(name, tmp_path, monkeypatch):
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    monkeypatch.setenv("JAXCOST_PLAN_CACHE", str(tmp_path))
+    devices = 16 if name == "h100:2x8" else int(name[-1])
+    asked = experiment(
+        execution=ExecutionConfig(compute="bfloat16"), data=DataConfig(batch_size=16, sequence_length=64)
+    )
+    made = plan(asked, name, vocab_size=512)
+    assert made.compiled.num_devices == devices and made.compiled.fits
+    local = planned(data=DataConfig(batch_size=16, sequence_length=64))[1]
+    assert made.compiled.cost.total_flops == pytest.approx(local.cost.total_flops, rel=0.02)
+    assert made.compiled.estimate.compiler_seconds >= made.compiled.estimate.bound.terms["compute"]
