@@ -4,6 +4,7 @@ Exit status 2 means that the step does not fit.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,14 @@ class Arguments:
     """Which step; for serving, data.batch_size is the batch and data.sequence_length the context."""
     compare: Path | None = None
     """A second config file, planned on the same topologies beside the first."""
+    search: bool = False
+    """Look for the best mesh, rematerialisation, accumulation and loss pieces instead of taking the config's."""
+    budget_usd: float | None = None
+    """Money for all steps; a plan over it is said to be."""
+    deadline_hours: float | None = None
+    """Hours for all steps; a plan over it is said to be."""
+    picture: Path | None = None
+    """File for a picture of the seconds and the memory, such as plan.png."""
     json: Path | None = None
     """File for the result as JSON."""
     debug: bool = False
@@ -37,17 +46,32 @@ class Arguments:
 def main(arguments: Arguments) -> dict:
     """Plans, prints the table and returns it."""
     from jaxcost.config import load
+    from jaxcost.planning.picture import draw
     from jaxcost.planning.plan import cheapest_fix, plan, vocabulary_of
+    from jaxcost.planning.search import search
 
     named = [(str(arguments.config), arguments.experiment)]
     if arguments.compare is not None:
         named.append((str(arguments.compare), load(arguments.compare)))
-    plans, fix = [], None
+    plans, fix, searched = [], None, []
     console = Console()
+    for name, value in (("--budget-usd", arguments.budget_usd), ("--deadline-hours", arguments.deadline_hours)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value:g}; it must be positive.")
+    if arguments.search and arguments.step != "train":
+        raise ValueError("--search lays out the train step; use it with --step train.")
     with console.status("compiling"):
         for name, experiment in named:
             vocab_size = vocabulary_of(experiment)
             for topology in arguments.topology:
+                if arguments.search:
+                    found = search(experiment, topology, vocab_size, report=lambda said: print(said, file=sys.stderr))
+                    searched.append(
+                        {"topology": topology, "considered": found.considered, "fitting": found.fitting}
+                        | {"compiled": [candidate.flags() for candidate, _ in found.compiled]}
+                    )
+                    plans += [(candidate.flags(), made) for candidate, made in found.compiled]
+                    continue
                 made = plan(experiment, topology, arguments.step, vocab_size)
                 plans.append((name, made))
                 if made.compiled.fits is False and arguments.step == "train" and len(arguments.topology) == 1:
@@ -57,14 +81,40 @@ def main(arguments: Arguments) -> dict:
         console.print(f"{name} on {made.topology}: {made.memory_sentence()}", highlight=False)
     if fix is not None:
         console.print(f"The cheapest change that fits: {fix[0]} ({_seconds(fix[1])} s a step).", highlight=False)
+    for name, made in plans:
+        for note in _over(made, arguments):
+            console.print(f"{name} on {made.topology}: {note}", highlight=False)
+    if arguments.picture is not None:
+        draw([(name, made.as_dict()) for name, made in plans], arguments.picture)
     for note in _notes(arguments.experiment):
         console.print(note, highlight=False)
     return {
         "schema": "jaxcost-plan-1",
         "plans": [{"config": name} | made.as_dict() for name, made in plans],
         "cheapest_fix": fix and fix[0],
-        "exit_status": 2 if any(made.compiled.fits is False for _, made in plans) else 0,
+        "search": searched,
+        "exit_status": 2 if _nothing_fits(plans, arguments.search) else 0,
     }
+
+
+def _nothing_fits(plans, searched: bool) -> bool:
+    """A plan that was asked for does not fit, or none that a search found does."""
+    misfits = [made.compiled.fits is False for _, made in plans]
+    return not plans or (all(misfits) if searched else any(misfits))
+
+
+def _over(made, arguments) -> list[str]:
+    cost = made.cost
+    if cost is None:
+        return []
+    hours, said = cost.seconds / 3600, []
+    if arguments.deadline_hours is not None and hours > arguments.deadline_hours:
+        said.append(f"takes {hours:.4g} hours, over the deadline of {arguments.deadline_hours:g}.")
+    if arguments.budget_usd is not None and cost.usd is None:
+        said.append("its price is unknown; give it with --hardware.usd-per-chip-hour to hold it to the budget.")
+    elif arguments.budget_usd is not None and cost.usd > arguments.budget_usd:
+        said.append(f"costs {cost.usd:.4g} dollars, over the budget of {arguments.budget_usd:g}.")
+    return said
 
 
 def _seconds(made) -> str:

@@ -118,11 +118,13 @@ def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
 def plan_run(run: PublishedRun) -> Plan:
     """The plan of a published run; its loss is made in pieces only if it does not fit otherwise.
 
+    A run that was published as fitting and that no number of pieces makes fit is planned all the same.
+
     Raises:
         CannotPlan: the run cannot be compiled, with the reason.
     """
-    made = None
-    for chunks in (1, 4, 16):
+    compiled = None
+    for chunks in (1, 4):
         try:
             made = plan(experiment_of(run, chunks), run.topology)
         except PlanningUnavailable:
@@ -131,7 +133,10 @@ def plan_run(run: PublishedRun) -> Plan:
             raise CannotPlan(str(error)) from error
         if made.compiled.fits is not False:
             return made
-    raise CannotPlan(made.memory_sentence())
+        compiled = made if made.compiled.estimate is not None else compiled
+    if compiled is None:
+        raise CannotPlan(made.memory_sentence())
+    return compiled
 
 
 def fit(parts: Sequence[Parts], seconds: Sequence[float]) -> Calibration:
