@@ -125,7 +125,8 @@ def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tup
     options = dict(_CHIP_OPTIONS.get(chip_name, {}))
     wrap = _wrap_of(chip_name, sizes) if wrap is None else wrap
     if any(wrap):
-        options["wrap"] = wrap
+        # The compiler wants three axes, also for a chip that has two.
+        options["wrap"] = [*map(bool, wrap), False, False][:3]
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
     except jax.errors.JaxRuntimeError as error:
