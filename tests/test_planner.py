@@ -110,6 +110,9 @@ def test_splash_kernels_are_priced_by_the_tiles_that_they_run():
     scores = 2 * 4 * 8192**2
     assert kernels.kernel_cost(full).flops == 2 * 2 * scores * 128
     assert kernels.kernel_cost(causal).flops == round(2 * 2 * scores * 128 * 9 / 16)
+    one_row = (table, shape("bf16", 4, 8192, 128), shape("bf16", 2, 8192, 128))
+    single = dataclasses.replace(causal, operands=one_row)
+    assert 2 * kernels.kernel_cost(single).flops == kernels.kernel_cost(causal).flops
     backward = dataclasses.replace(full, name="a/splash_mha_dkv_no_residuals")
     assert kernels.kernel_cost(backward).flops == 2 * kernels.kernel_cost(full).flops
     assert kernels.kernel_cost(dataclasses.replace(full, name="a/other")) is None

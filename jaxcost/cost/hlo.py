@@ -38,7 +38,17 @@ _NOT_COUNTED = frozenset(
     }
 )
 # Custom calls that move or describe data and multiply nothing.
-_FREE_CUSTOM_CALLS = frozenset({"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding", "TopK"})
+_FREE_CUSTOM_CALLS = frozenset(
+    {
+        "AllocateBuffer",
+        "AssumeGatherIndicesInBound",
+        "AsyncCollectiveDone",
+        "AsyncCollectiveStart",
+        "ConcatBitcast",
+        "Sharding",
+        "TopK",
+    }
+)
 _COLLECTIVES = frozenset(
     {"all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter"}
 )

@@ -6,6 +6,7 @@ A kernel's shapes are in the compiled program; what its shapes do not tell (that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,15 +33,16 @@ _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 def _splash(kernel: hlo_work.Kernel) -> KernelCost:
     """Cost of a splash attention kernel, masked tiles skipped.
 
-    Operands of four axes are the queries (B, H, T, h) and the keys (B, K, S, h), after the mask's tables (1, T/q, S/k).
+    The first floating operands are the queries (B, H, T, h) and the keys (B, K, S, h), without B where it is 1; before
+    them stand the mask's tables (1, T/q, S/k).
     """
     part = _SPLASH.search(kernel.name)[1]
-    queries, keys = [shape for shape in kernel.operands if len(shape.sizes) == 4 and shape.dtype != "s32"][:2]
+    queries, keys = [shape for shape in kernel.operands if len(shape.sizes) >= 3 and shape.dtype[0] != "s"][:2]
     tables = [shape.sizes for shape in kernel.operands if shape.dtype in ("s8", "s16", "s32") and len(shape.sizes) == 3]
-    batch, heads, length, head_dim = queries.sizes
+    *batch, heads, length, head_dim = queries.sizes
     tiles = max(tables[0][-2:]) if tables else 1
     run = (tiles + 1) / (2 * tiles) if _in_scope(kernel, "causal") else 1.0
-    scores = batch * heads * length * keys.sizes[2] * run
+    scores = math.prod(batch) * heads * length * keys.sizes[-2] * run
     return KernelCost(
         flops=round(2 * _SPLASH_MATMULS[part] * scores * head_dim),
         operand_type=contractions.contraction_type(queries.dtype, keys.dtype),

@@ -1,0 +1,181 @@
+"""Choosing before compiling: layouts by the closed form, sizes by scaling laws, and what the scripts refuse."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxcost.config import Experiment, MeshConfig
+from jaxcost.cost import hardware
+from jaxcost.data.config import DataConfig
+from jaxcost.models.config import ModelConfig
+from jaxcost.planning import picture, scaling, search, topology
+from jaxcost.transforms import lora
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXPERIMENT = Experiment(
+    model=ModelConfig(vocab_size=512, width=256, num_layers=4, num_heads=8, num_kv_heads=8, max_length=256),
+    data=DataConfig(batch_size=64, sequence_length=256),
+)
+
+
+def found(experiment=EXPERIMENT, devices=8):
+    chip = hardware.load_chip("v5e")
+    sizes = search._sizes_of(experiment, 512)
+    return list(search.candidates(experiment, chip, devices, 512, sizes))
+
+
+# ---- Search ----
+
+
+def test_candidates_are_many_and_all_divide():
+    candidates = found()
+    assert len(candidates) >= 500
+    for candidate in candidates:
+        candidate.experiment.check_devices(8, 512)
+    assert len({candidate.flags() for candidate in candidates}) == len(candidates)
+
+
+def test_the_closed_form_ranks_as_it_should():
+    def pick(**wanted):
+        for candidate in found():
+            e = candidate.experiment
+            values = {"remat": e.execution.remat, "accumulation": e.training.accumulation, "mesh": e.mesh}
+            values["chunks"] = e.training.loss_chunks
+            if all(values[name] == value for name, value in wanted.items()):
+                return candidate
+        raise AssertionError(wanted)
+
+    sharded = {"mesh": MeshConfig(fsdp=8), "chunks": 1, "accumulation": 1}
+    none, full = pick(remat="none", **sharded), pick(remat="full", **sharded)
+    assert none.bytes_per_device > full.bytes_per_device and none.seconds < full.seconds
+    split = pick(**sharded | {"accumulation": 4}, remat="none")
+    assert split.bytes_per_device < none.bytes_per_device and split.seconds > none.seconds
+    copied = pick(**sharded | {"mesh": MeshConfig(data=8)}, remat="none")
+    assert copied.bytes_per_device > none.bytes_per_device
+
+
+def test_adapters_need_less():
+    adapted = dataclasses.replace(EXPERIMENT, transforms=(lora(rank=4),))
+    assert found(adapted)[0].bytes_per_device < found()[0].bytes_per_device
+    assert found(adapted)[0].seconds < found()[0].seconds
+
+
+@pytest.mark.slow
+def test_a_search_compiles_its_best(tmp_path, monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("JAXCOST_PLAN_CACHE", str(tmp_path))
+    result = search.search(EXPERIMENT, "v5e:2x4", 512, count=2)
+    assert result.considered >= 500 and len(result.compiled) == 2
+    first, second = (made.compiled.estimate.seconds for _, made in result.compiled)
+    assert first <= second
+
+
+# ---- Scaling laws ----
+
+
+@pytest.mark.parametrize("law", scaling.LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("flops", [1e18, 1e21, 1e24])
+def test_the_optimum_without_serving_is_the_papers_closed_form(law, flops):
+    """G (C/6)**a with G = (αA / βB)**(1 / (α + β)) and a = β / (α + β): Hoffmann et al. 2022, equation 4."""
+    g = (law.alpha * law.a / (law.beta * law.b)) ** (1 / (law.alpha + law.beta))
+    expected = g * (flops / 6) ** (law.beta / (law.alpha + law.beta))
+    parameters, tokens = scaling.optimal(law, flops)
+    assert parameters == pytest.approx(expected, rel=1e-3)
+    assert 6 * parameters * tokens == pytest.approx(flops, rel=1e-9)
+
+
+def test_serving_makes_the_best_model_smaller():
+    law = scaling.LAWS[0]
+    alone, served = scaling.optimal(law, 1e21), scaling.optimal(law, 1e21, tokens_served=1e12)
+    assert served[0] < alone[0]
+    assert 6 * served[0] * served[1] + 2 * served[0] * 1e12 == pytest.approx(1e21)
+
+
+def test_intervals_hold_the_optimum():
+    row = scaling.choices(1e21)[1]
+    assert row.parameters_interval[0] < row.parameters < row.parameters_interval[1]
+    assert row.tokens_interval[0] < row.tokens < row.tokens_interval[1]
+    assert scaling.choices(1e21)[0].parameters_interval is None
+
+
+@pytest.mark.parametrize("flops", [0.0, -1.0, math.nan])
+def test_no_money_buys_no_model(flops):
+    with pytest.raises(ValueError, match="give more money"):
+        scaling.optimal(scaling.LAWS[0], flops)
+
+
+# ---- Slices ----
+
+
+@pytest.mark.parametrize(
+    ("chip", "sizes", "wrap"),
+    [
+        ("v5e", [16, 16], (True, True)),
+        ("v6e", [8, 16], (False, True)),
+        ("v5p", [4, 4, 2], (True, True, False)),
+        ("v3", [4, 4], (False, False)),
+    ],
+)
+def test_links_wrap_where_the_hardware_has_them(chip, sizes, wrap):
+    assert topology._wrap_of(chip, sizes) == wrap
+
+
+@pytest.mark.parametrize("name", ["v5e:0x4", "h100:0x8"])
+def test_a_slice_has_chips(name):
+    with pytest.raises(ValueError, match="at least 1"):
+        topology.topology_devices(name)
+
+
+# ---- Pictures and scripts ----
+
+
+def test_a_picture_is_drawn(tmp_path):
+    row = dict.fromkeys(
+        ("compiler_seconds", "compiler_exposed_seconds", "calibrated_seconds", "usable_bytes", "memory_split_bytes")
+    )
+    row |= {"step": "train", "topology": "v5e:2x2", "lower_bound_seconds": 1.0}
+    full = row | {"usable_bytes": 2**34, "memory_split_bytes": {"weights": 2**30, "temporaries": 2**31}}
+    for name in ("plan.png", "plan.svg"):
+        picture.draw([("a", row), ("b", full)], tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def script(name, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("budget.py", "0"), "give a positive"),
+        (("budget.py", "100", "--chip", "b200"), "price of b200 is unknown"),
+        (("budget.py", "100", "--utilization", "2"), "at most 1"),
+        (("plan.py", "configs/llama2_7b.py", "--topology", "v5e"), "write a chip and a shape"),
+        (("plan.py", "configs/llama2_7b.py", "--topology", "h100:8"), "hosts x GPUs a host"),
+        (("plan.py", "configs/llama2_7b.py", "--topology", "cpu:2x2"), "of no TPU or GPU"),
+        (("validate_planner.py", "no.json"), "cannot be read"),
+    ],
+)
+def test_scripts_refuse_in_one_sentence(command, said):
+    done = script(command[0], *(str(ROOT / a) if a.startswith("configs") else a for a in command[1:]))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_budget_says_what_it_rests_on(tmp_path):
+    done = script("budget.py", "10000", "--chip", "v5p", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["flops"] == pytest.approx(10000 / 4.2 * 3600 * 459e12 * 0.4)
+    assert {row["law"] for row in result["choices"]} == {"Hoffmann", "Epoch"}
+    assert np.isfinite(result["choices"][0]["loss"])
