@@ -37,7 +37,7 @@ def draw(plans: Sequence[tuple[str, Mapping[str, Any]]], path: pathlib.Path) -> 
     seconds.set_yticks(range(len(plans)), labels, fontsize=8)
     seconds.invert_yaxis()
     seconds.set_xlabel("seconds a step")
-    seconds.legend(fontsize=7)
+    seconds.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
     left = [0.0] * len(plans)
     for part in _PARTS:
         widths = [(row["memory_split_bytes"] or {}).get(part, 0) / _GIB for _, row in plans]
@@ -49,7 +49,7 @@ def draw(plans: Sequence[tuple[str, Mapping[str, Any]]], path: pathlib.Path) -> 
             limit = row["usable_bytes"] / _GIB
             memory.plot([limit, limit], [y - 0.4, y + 0.4], color="black", label="usable" if y == 0 else None)
     memory.set_xlabel("GiB a device")
-    memory.legend(fontsize=7)
+    memory.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=7, frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.lstrip(".") or "png", dpi=150)
     with atomic_write(path) as file:
