@@ -35,12 +35,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "plan": [
-            "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
-            # The compiler alone, without CUDA's own libraries.
-            "jax-cuda12-plugin>=0.10,<0.13; sys_platform == 'linux'",
-            "jax-cuda12-pjrt>=0.10,<0.13; sys_platform == 'linux'",
-        ],
+        "plan": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+        # The compiler for NVIDIA GPUs without CUDA's own libraries. On loading, it writes of absent drivers to standard
+        # error whatever the script, so it is asked for by itself.
+        "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
         "hub": ["safetensors>=0.5,<1", "huggingface-hub>=1,<2"],
         "test": [

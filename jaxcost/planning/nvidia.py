@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -35,7 +34,6 @@ def describe(chip: hardware.Chip, hosts: int, gpus_per_host: int) -> list[Any]:
     """
     if chip.name not in _TARGETS:
         raise ValueError(f"there is no compiler target for {chip.name!r}; choose one of {', '.join(_TARGETS)}.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(
