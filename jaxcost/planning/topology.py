@@ -116,7 +116,7 @@ def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tup
             raise ValueError(f"the topology {topology!r} is not hosts x GPUs a host; write for example 'h100:8x8'.")
         if not nvidia.installed():
             raise PlanningUnavailable(
-                "planning for NVIDIA GPUs needs JAX's CUDA plugin; install it with pip install 'jaxcost[plan]'."
+                "planning for NVIDIA GPUs needs JAX's CUDA plugin; install it with pip install 'jaxcost[plan-gpu]'."
             )
         return tuple(nvidia.describe(chip, *sizes))
     _require_libtpu()
