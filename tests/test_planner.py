@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,18 @@ def test_a_program_that_is_too_large_says_how_large():
     assert memory.read_exhausted("no memory", 0) is None
 
 
+@pytest.mark.parametrize(("stated", "host", "peak"), [(300, 0, 300), (300, 50, 170), (None, None, 170)])
+def test_the_peak_leaves_out_the_hosts_memory(stated, host, peak):
+    class Compiled:
+        @staticmethod
+        def memory_analysis():
+            sizes = {"argument_size": 100, "output_size": 90, "alias_size": 80, "temp_size": 60, "host_temp_size": host}
+            named = {f"{name}_in_bytes": size for name, size in sizes.items()}
+            return types.SimpleNamespace(**named, peak_memory_in_bytes=stated)
+
+    assert memory.device_memory(Compiled).peak_memory_in_bytes == peak
+
+
 def experiment(**changes) -> config.Experiment:
     base = config.Experiment(
         model=ModelConfig(vocab_size=512, width=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32),
@@ -272,13 +285,47 @@ def test_a_published_run_is_an_experiment(tmp_path):
     (run,) = published.read_runs(write_runs(tmp_path, run_row()))
     found = published.experiment_of(run)
     assert (found.data.batch_size, found.model.num_layers, found.execution.save) == (4, 2, ("query",))
+    assert (found.execution.weights, found.optimizer.first_moment) == ("float32", "float32")
+
+
+def test_a_published_note_is_heeded(tmp_path, monkeypatch):
+    note = "first moment in bf16; vocabulary loss in 8 tiles"
+    (run,) = published.read_runs(write_runs(tmp_path, run_row(dtype="bf16 weights", note=note)))
+    found = published.experiment_of(run)
+    assert (found.execution.weights, found.optimizer.first_moment) == ("bfloat16", "bfloat16")
+    asked = []
+
+    def compile_nothing(experiment, topology):
+        asked.append(experiment.training.loss_chunks)
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(published, "plan", compile_nothing)
+    with pytest.raises(published.CannotPlan, match="no compiler"):
+        published.plan_run(run)
+    assert asked == [8]
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh"),
+    [
+        ("fsdp", config.MeshConfig(fsdp=-1)),
+        ("fsdp over 128 devices", config.MeshConfig(fsdp=-1)),
+        ("fsdp_transpose (weights sharded on the other axis)", config.MeshConfig(fsdp=-1)),
+        ("fsdp 64, tensor 4", config.MeshConfig(fsdp=64, tensor=4)),
+    ],
+)
+def test_a_published_mesh_is_read(tmp_path, text, mesh):
+    (run,) = published.read_runs(write_runs(tmp_path, run_row(mesh=text)))
+    assert published.experiment_of(run).mesh == mesh
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"shape": run_row()["shape"] | {"experts": 8}}, "experts"),
-        ({"mesh": "tensor 4"}, "mesh"),
+        ({"mesh": "pipeline 4"}, "mesh"),
+        ({"mesh": "fsdp, tensor"}, "how large"),
+        ({"dtype": "fp8"}, "fp8"),
         ({"remat": {"offload": [], "save": ["strange"], "else": "recompute"}}, "strange"),
     ],
 )
@@ -325,7 +372,7 @@ def script(name, *arguments, cache_dir):
 @pytest.mark.slow
 def test_validate_planner_lists_every_run(tmp_path):
     pytest.importorskip("libtpu")
-    odd = run_row(model="odd", mesh="tensor 4")
+    odd = run_row(model="odd", mesh="pipeline 4")
     path, out = write_runs(tmp_path, run_row(), odd), tmp_path / "out.json"
     done = script("validate_planner.py", path, "--json", out, cache_dir=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -23,12 +23,14 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.training.loop import NonFiniteError
-from jaxcost.training.optimizer import make_schedule
+from jaxcost.training.optimizer import make_optimizer, make_schedule
+from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import Gradual, chain, lora, prune, quantize
 
 ROOT = Path(__file__).parent.parent
@@ -315,12 +317,35 @@ def test_schedules_warm_up_and_end_where_they_should():
     assert [float(flat(step)) for step in (0, 9)] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_no_array_of_the_state_becomes_wider_from_step_to_step(kept, accumulation):
+    execution = ExecutionConfig(compute="bfloat16", weights=kept, gradients="bfloat16")
+    model = Transformer(dataclasses.replace(MODEL, vocab_size=64), execution)
+    optimizer, transform = make_optimizer(OptimizerConfig(first_moment="bfloat16"), 10), chain()
+    state = jax.eval_shape(lambda: init_state(initialize(model, jax.random.key(0))[0], optimizer, 0))
+    tokens = jax.ShapeDtypeStruct((4, 32), np.int32)
+    batch = {"inputs": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct((4, 32), np.float32)}
+    after, _ = jax.eval_shape(make_train_step(model, optimizer, transform, accumulation=accumulation), state, batch)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_a_narrow_first_moment_halves_its_bytes_and_trains_alike(tmp_path, data_dir):
+    losses, sizes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = OptimizerConfig(learning_rate=1e-2, first_moment=dtype)
+        losses[dtype] = fitted(experiment(data_dir, optimizer=optimizer), tmp_path / dtype).losses
+        params = {"w": jax.ShapeDtypeStruct((8, 8), np.float32)}
+        state = jax.eval_shape(make_optimizer(optimizer, 10).init, params)
+        sizes[dtype] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert (sizes["float32"], sizes["bfloat16"]) == (2 * 64 * 4, 64 * 4 + 64 * 2)
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
 def test_moments_exist_for_what_trains_alone(data_dir):
     session = session_of(experiment(data_dir, transforms=(lora(rank=2),)))
     params = session.fresh_params()
-    from jaxcost.training.optimizer import make_optimizer
-    from jaxcost.training.step import init_state
-
     state = init_state(params, make_optimizer(OptimizerConfig(), 10), 0)
     adapter = weights.partition(params)[0]
     assert adapter and all(name.endswith(("/a", "/b")) for name in adapter)

@@ -29,6 +29,7 @@ _SOURCES = (
     "training",
     "evaluation",
     "serving",
+    "planning/memory.py",
     "planning/steps.py",
     "planning/topology.py",
 )

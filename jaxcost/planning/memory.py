@@ -31,12 +31,16 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """What `compiled.memory_analysis()` says of one device, as plain integers; None where a backend does not say."""
+    """What `compiled.memory_analysis()` says of one device, as plain integers; None where a backend does not say.
+
+    The peak is the device's own memory, without what is offloaded to the host.
+    """
 
     argument_size_in_bytes: int | None
     output_size_in_bytes: int | None
     alias_size_in_bytes: int | None
     temp_size_in_bytes: int | None
+    host_temp_size_in_bytes: int | None
     peak_memory_in_bytes: int | None
 
 
@@ -58,8 +62,9 @@ def device_memory(compiled: Any) -> DeviceMemory:
     """The memory analysis of a compiled function."""
     analysis = compiled.memory_analysis()
     found = DeviceMemory(*(getattr(analysis, field.name, None) for field in dataclasses.fields(DeviceMemory)))
-    if not found.peak_memory_in_bytes and found.argument_size_in_bytes is not None:
-        # A GPU's program states no peak; its temporaries are one allocation, so all parts are alive together.
+    if found.argument_size_in_bytes is not None and (not found.peak_memory_in_bytes or found.host_temp_size_in_bytes):
+        # A GPU's program states no peak, and a TPU's that offloads counts the host's memory in it; temporaries are one
+        # allocation, so all parts are alive together.
         live = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         found = dataclasses.replace(found, peak_memory_in_bytes=live + found.temp_size_in_bytes)
     return found

@@ -30,6 +30,8 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; norms and biases have none."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 never clips."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which the first moment is kept; half the bytes in bfloat16."""
 
     def __post_init__(self):
         if self.learning_rate <= 0:

@@ -28,6 +28,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         config.beta1,
         config.beta2,
         config.epsilon,
+        mu_dtype=jnp.bfloat16 if config.first_moment == "bfloat16" else None,
         weight_decay=config.weight_decay,
         mask=lambda arrays: {path: not path.endswith(("/scale", "/bias")) for path in arrays},
     )

@@ -86,11 +86,13 @@ def make_train_step(
                 return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
 
             microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+            zeros = (jnp.zeros(()), jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), trainable))
             (_, total, gradient), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
 
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
+        # The arithmetic is float32 whatever is kept; what is kept must not become wider from step to step.
+        optimizer_state = jax.tree.map(lambda new, old: new.astype(old.dtype), optimizer_state, state.optimizer)
         params = weights.combine(state.params, optax.apply_updates(trainable, updates), frozen)
         params = transform.update(params, state.step)
         metrics = {"loss": total / count, "gradient_norm": optax.global_norm(gradient)}
