@@ -126,6 +126,11 @@ def _figure(value: float | None, scale: float = 1.0, digits: int = 4) -> str:
     return "unknown" if value is None else f"{value / scale:.{digits}g}"
 
 
+def _busy(terms: dict[str, float | None]) -> str:
+    links = [f"{_figure(seconds)} ({name})" for name, seconds in terms.items() if name not in ("compute", "memory")]
+    return "\n".join(links) or "-"
+
+
 def _print(console, plans) -> None:
     rows = [(name, made.as_dict()) for name, made in plans]
     table = Table(title="Plan")
@@ -156,6 +161,7 @@ def _print(console, plans) -> None:
     line("FLOPs a device, T", lambda r: _figure(sum((r["flops_per_device_by_type"] or {}).values()) or None, 1e12))
     line("memory traffic a device, GB", lambda r: _figure(r["hbm_bytes_per_device"], 1e9))
     line("sent over links a device, GB", lambda r: _figure(r["link_bytes_per_device"], 1e9))
+    line("links busy, s", lambda r: _busy(r["bound_terms_seconds"] or {}))
     line("steps x tokens", lambda r: f"{r['steps']} x {r['tokens_per_step']}")
     for key, label in (("chip_hours", "chip-hours"), ("usd", "US dollars"), ("kwh", "kWh"), ("kg_co2", "kg CO2")):
         line(f"{label} ({rows[0][1]['step']}, all steps)", lambda r, k=key: _figure((r["run"] or {}).get(k)))

@@ -55,14 +55,19 @@ def main(arguments: Arguments) -> dict:
             planned.append((one, published.plan_run(one)))
         except published.CannotPlan as reason:
             skipped.append({"model": one.model, "topology": one.topology, "reason": str(reason)})
-    parts = [made.compiled.estimate.parts for _, made in planned]
-    seconds = [one.step_seconds for one, _ in planned]
-    if arguments.shipped or len(planned) < 3:
-        calibrated = [load_calibration()[0].seconds(p) for p in parts]
+    # A compiler that writes no cycles, and links of unknown bandwidth, leave nothing to calibrate.
+    usable = [(one, made) for one, made in planned if made.compiled.estimate.calibrated_seconds is not None]
+    parts = [made.compiled.estimate.parts for _, made in usable]
+    seconds = [one.step_seconds for one, _ in usable]
+    if arguments.shipped or len(usable) < 3:
+        predicted = [load_calibration()[0].seconds(p) for p in parts]
         method = "constants that come with jaxcost"
     else:
-        calibrated = published.leave_one_out(parts, seconds)
+        predicted = published.leave_one_out(parts, seconds)
         method = "constants fitted on the other runs"
+    bounds = (made.compiled.estimate.bound.seconds or 0.0 for _, made in usable)
+    figures = {id(made): max(p, least) for (_, made), p, least in zip(usable, predicted, bounds, strict=True)}
+    calibrated = [figures.get(id(made)) for _, made in planned]
     rows = [
         {
             "model": one.model,
@@ -73,14 +78,14 @@ def main(arguments: Arguments) -> dict:
             "lower_bound_seconds": made.compiled.estimate.bound.seconds,
             "compiler_seconds": made.compiled.estimate.compiler_seconds,
             "calibrated_seconds": predicted,
-            "error_fraction": predicted / one.step_seconds - 1,
+            "error_fraction": None if predicted is None else predicted / one.step_seconds - 1,
             "peak_bytes": made.compiled.peak_bytes,
             "fits": made.compiled.fits,
             "unestimated_ops": list(made.compiled.estimate.unestimated),
         }
         for (one, made), predicted in zip(planned, calibrated, strict=True)
     ]
-    errors = [abs(row["error_fraction"]) for row in rows]
+    errors = [abs(row["error_fraction"]) for row in rows if row["error_fraction"] is not None]
     result = {
         "schema": "jaxcost-planner-validation-1",
         "method": method,
@@ -89,10 +94,10 @@ def main(arguments: Arguments) -> dict:
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
     }
-    if arguments.write_calibration is not None and rows:
+    if arguments.write_calibration is not None and usable:
         constants = published.fit(parts, seconds)
         stored = {"constants": dataclasses.asdict(constants), "mean_error": result["mean_error"]}
-        stored["fitted_on"] = [f"{row['model']} {row['topology']}" for row in rows]
+        stored["fitted_on"] = [f"{one.model} {one.topology}" for one, _ in usable]
         with atomic_write(arguments.write_calibration) as file:
             file.write((json_module.dumps(stored, indent=1) + "\n").encode())
     _print(console, result)
@@ -100,21 +105,21 @@ def main(arguments: Arguments) -> dict:
 
 
 def _print(console: Console, result: dict) -> None:
-    columns = ("model", "topology", "published s", "bound s", "compiler s", "calibrated s", "error", "GiB", "fits")
-    table = Table(*columns, title=f"Seconds a step; calibrated with {result['method']}")
+    table = Table(title=f"Seconds a step; calibrated with {result['method']}")
+    table.add_column("run", overflow="fold", min_width=13)
+    for column in ("published", "bound", "compiler", "calibrated", "error", "GiB"):
+        table.add_column(column, justify="right")
     for row in result["rows"]:
         figures = (row[f"{name}_seconds"] for name in ("published", "lower_bound", "compiler", "calibrated"))
-        peak = "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
         table.add_row(
-            row["model"],
-            row["topology"],
-            *(f"{figure:.3f}" for figure in figures),
-            f"{row['error_fraction']:+.1%}",
-            peak,
-            {True: "yes", False: "no", None: "unknown"}[row["fits"]],
+            f"{row['model']} {row['topology']}",
+            *("-" if figure is None else f"{figure:.4g}" for figure in figures),
+            "-" if row["error_fraction"] is None else f"{row['error_fraction']:+.1%}",
+            f"{peak}, too large" if row["fits"] is False else peak,
         )
     console.print(table)
-    if result["rows"]:
+    if result["mean_error"] is not None:
         console.print(f"mean absolute error {result['mean_error']:.1%}, worst {result['worst_error']:.1%}")
     for skip in result["skipped"]:
         console.print(f"skipped: {skip['model']} on {skip['topology']}: {skip['reason']}", highlight=False)

@@ -113,11 +113,13 @@ def test_importing_and_resolving_a_named_chip_does_not_import_jax():
 
 def test_roofline_names_its_limit():
     chip = hardware.load_chip("v5e")
-    bound = roofline.lower_bound(chip, {"bf16": 197e12, "int8": 393e12}, hbm_bytes=819e9, link_bytes=50e9)
-    assert bound.terms == {"compute": 2.0, "memory": 1.0, "links": 0.25}
+    bound = roofline.lower_bound(
+        chip, {"bf16": 197e12, "int8": 393e12}, hbm_bytes=819e9, exchange_seconds={"links x": 0.25}
+    )
+    assert bound.terms == {"compute": 2.0, "memory": 1.0, "links x": 0.25}
     assert (bound.seconds, bound.limit, bound.unknown) == (2.0, "compute", ())
     assert roofline.lower_bound(chip, {}, hbm_bytes=819e9).limit == "memory"
-    assert roofline.lower_bound(chip, {}, link_bytes=200e9).seconds == 1.0
+    assert roofline.lower_bound(chip, {}, exchange_seconds={"network": 1.0}).limit == "network"
 
 
 def test_roofline_of_one_device_of_a_chip_with_two():
@@ -126,7 +128,7 @@ def test_roofline_of_one_device_of_a_chip_with_two():
 
 
 def test_roofline_says_what_it_does_not_know():
-    bound = roofline.lower_bound(hardware.load_chip("l4"), {"f32": 1e12}, hbm_bytes=300e9, link_bytes=1)
+    bound = roofline.lower_bound(hardware.load_chip("l4"), {"f32": 1e12}, 300e9, {"links": None})
     assert (bound.seconds, bound.limit) == (1.0, "memory")
     assert bound.terms["compute"] is None and bound.terms["links"] is None
     assert bound.unknown == ("peak f32 FLOP/s", "links bandwidth")

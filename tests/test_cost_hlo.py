@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcost.cost import contractions, hlo, trace
+from jaxcost.cost import contractions, hlo, links, trace
 
 P = PartitionSpec
 
@@ -156,7 +156,7 @@ def test_sharded_matmul_splits_its_flops_and_reduces():
     assert cost.num_devices == 8
     assert cost.flops * 8 == cost.total_flops == 2 * 2 * 64 * 128 * 256 == trace.flops_of(mlp, x, up, down).flops
     # The partial sums of a device's 16 rows meet those of its one partner along `tensor`.
-    assert cost.collectives == (hlo.Collective("all-reduce", 16 * 128 * 4, 2, 1),)
+    assert cost.collectives == (links.Collective("all-reduce", 16 * 128 * 4, (0, 1), 1),)
     assert cost.collective_bytes == 16 * 128 * 4
 
 
@@ -190,7 +190,7 @@ def test_memory_of_a_donated_step():
     [("all-gather", 300), ("reduce-scatter", 75), ("all-reduce", 150), ("all-to-all", 75), ("collective-permute", 100)],
 )
 def test_link_bytes_of_a_ring_of_four(kind, expected):
-    assert hlo.Collective(kind, operand_bytes=100, group_size=4, times=2).link_bytes == 2 * expected
+    assert links.Collective(kind, operand_bytes=100, group=(0, 1, 2, 3), times=2).link_bytes == 2 * expected
 
 
 def test_batched_matmul_as_a_tpu_convolution():
@@ -253,9 +253,111 @@ def test_tpu_loop_is_read_from_its_condition():
     """1, 3, 5, 7, 9 are five trips; the exchange printed twice is one."""
     cost = hlo.program_cost(TPU_PROGRAM)
     assert cost.flops_by_type == {"bf16": 5 * MATMUL}
-    assert cost.collectives == (hlo.Collective("all-gather", 8 * 64 * 2, 2, 5),)
+    assert cost.collectives == (links.Collective("all-gather", 8 * 64 * 2, (0, 1), 5),)
     assert cost.unestimated == ("custom-call tpu_custom_call",)
     assert cost.peak_bytes is None
+
+
+# The forms in which a TPU's compiler prints an exchange, each of bf16[8,64] between four devices.
+FORMS = {
+    "plain": """
+  %out = bf16[32,64]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}""",
+    "start and done": """
+  %start = (bf16[8,64]{1,0}, bf16[32,64]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,4]<=[4]
+  %out = bf16[32,64]{1,0} all-gather-done(%start)""",
+    "fusion and clones": """
+  %first = (bf16[8,64]{1,0}, bf16[32,64]{1,0}) fusion(%x), kind=kCustom, calls=%async_collective_fusion
+  %out = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.clone""",
+    "scatter": """
+  %out = bf16[2,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter""",
+    "sparsecore": """
+  %start = ((bf16[8,64]), bf16[32,64], u32[]) async-start(%x), async_execution_thread="sparsecore", calls=%offloaded
+  %out = bf16[32,64]{1,0} async-done(%start)""",
+    "slices": """
+  %token = token[] after-all()
+  %send = (bf16[8,64]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, frontend_attributes={\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[8,64]{1,0}, u32[], token[]) recv(%token), channel_id=1, frontend_attributes={\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received = (bf16[8,64]{1,0}, token[]) recv-done(%recv), channel_id=1
+  %out = bf16[8,64]{1,0} get-tuple-element(%received), index=0""",
+}
+FORM_PROGRAM = """HloModule step, is_scheduled=true, num_partitions=4
+
+%add (a.1: bf16[], b.1: bf16[]) -> bf16[] {
+  %a.1 = bf16[] parameter(0)
+  %b.1 = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a.1, %b.1)
+}
+
+%async_collective_fusion (a.2: bf16[8,64]) -> bf16[32,64] {
+  %a.2 = bf16[8,64]{1,0} parameter(0)
+  ROOT %g.2 = bf16[32,64]{1,0} all-gather(%a.2), channel_id=7, replica_groups=mesh['axis_0'=4] {'axis_0'}
+}
+
+%async_collective_fusion.clone (a.3: bf16[8,64]) -> bf16[32,64] {
+  %a.3 = bf16[8,64]{1,0} parameter(0)
+  ROOT %g.3 = bf16[32,64]{1,0} all-gather(%a.3), channel_id=7, replica_groups=mesh['axis_0'=4] {'axis_0'}
+}
+
+%all-reduce-scatter (a.4: bf16[8,64]) -> bf16[2,64] {
+  %a.4 = bf16[8,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %r.4 = bf16[8,64]{1,0} all-reduce(%a.4), channel_id=8, replica_groups={}, to_apply=%add
+  ROOT %s.4 = bf16[2,64]{1,0} dynamic-slice(%r.4, %zero, %zero), dynamic_slice_sizes={2,64}
+}
+
+%offloaded (a.5: bf16[8,64]) -> bf16[32,64] {
+  %a.5 = bf16[8,64]{1,0} parameter(0)
+  ROOT %g.5 = bf16[32,64]{1,0} all-gather(%a.5), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {
+  %x = bf16[8,64]{1,0} parameter(0)FORM
+  ROOT %result = bf16[8,64]{1,0} copy(%x)
+}
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_an_exchange_is_one_collective(form):
+    cost = hlo.program_cost(FORM_PROGRAM.replace("FORM", FORMS[form]))
+    kind, group = {
+        "scatter": ("reduce-scatter", (0, 1, 2, 3)),
+        "slices": ("all-reduce", (0, 4)),
+    }.get(form, ("all-gather", (0, 1, 2, 3)))
+    assert cost.collectives == (links.Collective(kind, 8 * 64 * 2, group, 1),)
+    assert cost.unestimated == ()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups={}", (0, 1, 2, 3)),
+        ("replica_groups=[2,2]<=[4]", (0, 1)),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+    ],
+)
+def test_groups_are_read_in_every_form(attributes, group):
+    form = f"\n  %out = bf16[32,64]{{1,0}} all-gather(%x), channel_id=1, {attributes}, dimensions={{0}}"
+    (found,) = hlo.program_cost(FORM_PROGRAM.replace("FORM", form)).collectives
+    assert found.group == group
+
+
+def test_a_permute_is_its_first_pair():
+    form = "\n  %out = bf16[8,64]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,2},{2,0}}"
+    (found,) = hlo.program_cost(FORM_PROGRAM.replace("FORM", form)).collectives
+    assert found == links.Collective("collective-permute", 8 * 64 * 2, (0, 2), 1)
+
+
+def test_groups_that_cannot_be_read_are_listed():
+    form = "\n  %out = bf16[32,64]{1,0} all-gather(%x), channel_id=1, replica_groups=mesh['a'=4] {'a':(1)2}"
+    cost = hlo.program_cost(FORM_PROGRAM.replace("FORM", form))
+    assert cost.collectives == () and cost.unestimated == ("all-gather out: unreadable replica groups",)
 
 
 def test_text_that_is_no_program():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxcost.config import Experiment, MeshConfig
-from jaxcost.cost import hardware
+from jaxcost.cost import hardware, links
 from jaxcost.data.config import DataConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.planning import picture, scaling, search, topology
@@ -115,7 +115,7 @@ def test_no_money_buys_no_model(flops):
 
 
 @pytest.mark.parametrize(
-    ("chip", "sizes", "wrap"),
+    ("chip", "sizes", "wraps"),
     [
         ("v5e", [16, 16], (True, True)),
         ("v6e", [8, 16], (False, True)),
@@ -123,8 +123,8 @@ def test_no_money_buys_no_model(flops):
         ("v3", [4, 4], (False, False)),
     ],
 )
-def test_links_wrap_where_the_hardware_has_them(chip, sizes, wrap):
-    assert topology._wrap_of(chip, sizes) == wrap
+def test_links_wrap_where_the_hardware_has_them(chip, sizes, wraps):
+    assert links.wraps_of(hardware.load_chip(chip), sizes) == wraps
 
 
 @pytest.mark.parametrize("name", ["v5e:0x4", "h100:0x8"])

@@ -1,21 +1,24 @@
 """How long one run of a compiled program takes: three figures that are never mixed.
 
-* The **lower bound**: FLOPs over peak, bytes over bandwidth, link bytes over link bandwidth; the largest of them.
+* The **lower bound**: FLOPs over peak, bytes over bandwidth, exchanges over the links they take; the largest of them.
 * The **compiler's estimate**: the cycles that the compiler wrote on the instructions, over the clock, and each Pallas
   kernel at the peak rate. Where a compiler writes none (NVIDIA), every instruction at its own roofline, one after the
-  other. Communication fully hidden, and fully exposed.
+  other. Communication fully hidden (the longer of the two), and fully exposed (their sum).
 * The **calibrated estimate**: the compiler's figure corrected by four physical constants, fitted on published steps.
+
+None is ever below the lower bound.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 
-from jaxcost.cost import hardware, hlo, hlo_work, kernels, roofline
+from jaxcost.cost import hardware, hlo, hlo_work, kernels, links, roofline
 
 _CALIBRATION = pathlib.Path(__file__).parent / "calibration.json"
 CYCLES, INSTRUCTION_ROOFLINE = "compiler's cycles", "each instruction at its roofline"
@@ -32,7 +35,7 @@ class Parts:
     kernel_seconds: float
     """Pallas kernels at the chip's peak rate or memory bandwidth."""
     link_seconds: float
-    """Exchanges at the links' bandwidth."""
+    """Exchanges at the bandwidth of the links that they take, one after the other; 0 where that is unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Estimate:
     compiler_seconds: float | None
     """Communication fully hidden; None where a figure of the chip is unknown."""
     compiler_exposed_seconds: float | None
-    """Communication fully exposed."""
+    """Communication fully exposed; None where a bandwidth that it needs is unknown."""
     compiler_source: str
     """Where `compiler_seconds` comes from."""
     calibrated_seconds: float | None
@@ -74,8 +77,10 @@ class Estimate:
     calibrated_error: float | None
     """Mean error of the calibrated estimate on published steps that it was not fitted on, as a fraction."""
     parts: Parts | None
+    exchanges: tuple[tuple[links.Collective, links.Exchange], ...]
+    """Every kind of exchange and what one run of it takes."""
     unestimated: tuple[str, ...]
-    """Instructions that take time and are in no figure but the bound."""
+    """What takes time and is in no figure but the bound."""
 
     @property
     def seconds(self) -> float | None:
@@ -100,8 +105,8 @@ def load_calibration() -> tuple[Calibration, float]:
     return Calibration(**stored["constants"]), stored["mean_error"]
 
 
-def estimate(chip: hardware.Chip, cost: hlo.ProgramCost) -> Estimate:
-    """The three figures of a compiled program on a chip."""
+def estimate(chip: hardware.Chip, cost: hlo.ProgramCost, network: links.Network | None = None) -> Estimate:
+    """The three figures of a compiled program on chips joined by a network, by default one switch."""
     work = cost.work
     calls = {kernel: kernels.kernel_cost(kernel) for kernel in work.kernels}
     flops = dict(cost.flops_by_type)
@@ -109,9 +114,12 @@ def estimate(chip: hardware.Chip, cost: hlo.ProgramCost) -> Estimate:
         if call is not None:
             flops[call.operand_type] = flops.get(call.operand_type, 0) + call.flops * work.kernels[kernel]
     moved_bytes = (cost.argument_bytes or 0) + (cost.output_bytes or 0) - (cost.alias_bytes or 0)
-    bound = roofline.lower_bound(chip, flops, moved_bytes, cost.collective_bytes)
+    network = network or links.switched(cost.num_devices)
+    exchanges = tuple((one, links.exchange(one, chip, network)) for one in cost.collectives)
+    bound = roofline.lower_bound(chip, flops, moved_bytes, _busy_seconds(exchanges))
     undeclared = [f"kernel {kernel.name.rsplit('/', 1)[-1]}" for kernel, call in calls.items() if call is None]
-    link_seconds = bound.terms[roofline.LINKS] or 0.0
+    unpriced = sorted({f"{one.kind} over links of unknown bandwidth" for one, e in exchanges if e.seconds is None})
+    link_seconds = sum(one.times * (each.seconds or 0.0) for one, each in exchanges)
     parts = None
     if work.cycles and chip.clock_hz.value:
         parts = Parts(
@@ -124,22 +132,40 @@ def estimate(chip: hardware.Chip, cost: hlo.ProgramCost) -> Estimate:
         source = CYCLES
     else:
         compiler, source = _instruction_roofline(chip, work), INSTRUCTION_ROOFLINE
-    calibration, error = load_calibration() if parts else (None, None)
+    calibration, error = load_calibration() if parts and not unpriced else (None, None)
+    least = bound.seconds or 0.0
     return Estimate(
         bound=bound,
-        compiler_seconds=compiler,
-        compiler_exposed_seconds=None if compiler is None else compiler + link_seconds,
+        compiler_seconds=None if compiler is None else max(compiler, least),
+        compiler_exposed_seconds=None if compiler is None or unpriced else compiler + link_seconds,
         compiler_source=source,
-        calibrated_seconds=calibration.seconds(parts) if calibration else None,
+        calibrated_seconds=max(calibration.seconds(parts), least) if calibration else None,
         calibrated_error=error,
         parts=parts,
+        exchanges=exchanges,
         unestimated=tuple(
             # Where every instruction is taken at its roofline, none is without a figure.
             [f"{name} (x{n})" for name, n in sorted(work.untimed.items()) if parts]
             + sorted(undeclared)
+            + unpriced
             + [name for name in cost.unestimated if "tpu_custom_call" not in name]
         ),
     )
+
+
+def _busy_seconds(exchanges) -> dict[str, float | None]:
+    """Seconds that all exchanges keep each axis of the links and the network busy."""
+    busy: dict[str, float | None] = collections.defaultdict(float)
+
+    def add(name: str, seconds: float | None, times: int):
+        busy[name] = None if seconds is None or busy[name] is None else busy[name] + seconds * times
+
+    for one, each in exchanges:
+        for axis in each.axes:
+            add(axis, each.link_seconds, one.times)
+        if each.network_seconds != 0.0:
+            add(links.NETWORK, each.network_seconds, one.times)
+    return dict(busy)
 
 
 def _kernel_seconds(chip: hardware.Chip, work: hlo_work.Work, calls) -> float:

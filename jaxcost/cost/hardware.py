@@ -62,6 +62,12 @@ class Chip:
     """Clock of the matrix unit."""
     link_bytes_per_second: Figure = UNKNOWN
     """Chip-to-chip bandwidth over all links, both directions together."""
+    torus_axes: int = 0
+    """Axes of the torus that the links make; 0 where a switch joins the chips of a host."""
+    ring_multiple: int = 0
+    """An axis of a slice closes a ring if its size is a multiple of this; 0 where none does or it is unknown."""
+    network_bytes_per_second: Figure = UNKNOWN
+    """A chip's part of what its host sends into the data-centre network, one direction."""
     watts: Figure = UNKNOWN
     """Power of the chip; its source says whether it is a measured mean or a limit."""
 

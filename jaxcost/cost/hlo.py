@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
 from typing import Any
 
+import numpy as np
+
 from jaxcost.cost import contractions, hlo_loops, hlo_text, hlo_work
+from jaxcost.cost.links import Collective
 
 _CALLS = {
     "fusion": "calls",
@@ -31,9 +33,7 @@ _NOT_COUNTED = frozenset(
         "fft",
         "ragged-all-to-all",
         "ragged-dot",
-        "recv",
         "scaled-dot",
-        "send",
         "triangular-solve",
     }
 )
@@ -52,37 +52,6 @@ _FREE_CUSTOM_CALLS = frozenset(
 _COLLECTIVES = frozenset(
     {"all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter"}
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of exchange between devices, as often as the program runs it."""
-
-    kind: str
-    """`all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `collective-permute` or `collective-broadcast`."""
-    operand_bytes: int
-    """Bytes that one device puts in."""
-    group_size: int
-    """Devices that exchange with each other."""
-    times: int
-    """How often the program runs it."""
-
-    @property
-    def link_bytes(self) -> int:
-        """Bytes that one device sends over its links in all runs, with ring algorithms.
-
-        Source: the usual ring bounds, e.g. Thakur, Rabenseifner and Gropp 2005: an all-gather passes on n - 1
-        shards, a reduce-scatter (n - 1) / n of its input, an all-reduce both.
-        """
-        peers = self.group_size - 1
-        share = self.operand_bytes * peers // self.group_size
-        sent = {
-            "all-gather": self.operand_bytes * peers,
-            "all-reduce": 2 * share,
-            "collective-permute": self.operand_bytes,
-            "collective-broadcast": self.operand_bytes if peers else 0,
-        }
-        return sent.get(self.kind, share) * self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,25 +101,25 @@ def compiled_cost(compiled: Any) -> ProgramCost:
     return program_cost(text, compiled.memory_analysis())
 
 
-def program_cost(text: str, memory: Any = None) -> ProgramCost:
+def program_cost(text: str, memory: Any = None, num_devices: int | None = None) -> ProgramCost:
     """Reads a compiled program's text.
 
     Args:
         text: the program of one device as XLA prints it.
         memory: what `compiled.memory_analysis()` returned, if there is one.
+        num_devices: devices that run it together; by default those that it names, which are those of one slice.
 
     Raises:
         ValueError: the text is not a compiled program.
     """
     module = hlo_text.parse_module(text)
-    num_devices = module.num_partitions * module.num_replicas
-    reader = _Reader(module, num_devices)
+    reader = _Reader(module)
     cost = reader.cost_of(module.entry, ())
     collectives = tuple(Collective(*key, times) for key, times in cost.collectives.items())
     return ProgramCost(
         flops=cost.tally.total_flops,
         flops_by_type=dict(cost.tally.by_type),
-        num_devices=num_devices,
+        num_devices=num_devices or reader.num_devices,
         collectives=collectives,
         collective_bytes=sum(collective.link_bytes for collective in collectives),
         argument_bytes=getattr(memory, "argument_size_in_bytes", None),
@@ -165,10 +134,12 @@ def program_cost(text: str, memory: Any = None) -> ProgramCost:
 
 @dataclasses.dataclass
 class _Cost:
-    """Running totals of a computation; a collective's key is its kind, operand bytes and group size."""
+    """Running totals of a computation; a collective's key is its kind, operand bytes and first group."""
 
     tally: contractions.FlopTally = dataclasses.field(default_factory=contractions.FlopTally)
-    collectives: collections.Counter[tuple[str, int, int]] = dataclasses.field(default_factory=collections.Counter)
+    collectives: collections.Counter[tuple[str, int, tuple[int, ...]]] = dataclasses.field(
+        default_factory=collections.Counter
+    )
     work: hlo_work.Work = dataclasses.field(default_factory=hlo_work.Work)
 
     def add(self, other: _Cost, times: int = 1):
@@ -181,9 +152,9 @@ class _Cost:
 class _Reader:
     """Walks a module from its entry, following calls and loops."""
 
-    def __init__(self, module: hlo_text.Module, num_devices: int):
+    def __init__(self, module: hlo_text.Module):
         self._module = module
-        self._num_devices = num_devices
+        self.num_devices = module.num_partitions * module.num_replicas
         self._seen_channels: set[str] = set()
 
     def cost_of(self, name: str, arguments: hlo_loops.Values) -> _Cost:
@@ -220,6 +191,8 @@ class _Reader:
             cost.add(max(branches, key=lambda branch: (branch.tally.total_flops, sum(branch.work.cycles.values()))))
         elif opcode.removesuffix("-start") in _COLLECTIVES:
             self._add_collective(cost, computation, instruction)
+        elif opcode in ("send", "recv"):
+            self._add_transfer(cost, computation, instruction)
         elif opcode in ("custom-call", "custom-call-start"):
             self._add_custom_call(cost, scalars, instruction)
         elif opcode in _NOT_COUNTED:
@@ -241,9 +214,9 @@ class _Reader:
             cost.add(body, loop.trips)
             return
         cost.tally.add_unknown_loop(f"while {instruction.name}", body.tally)
-        for kind, operand_bytes, group_size in body.collectives:
+        for kind, operand_bytes, group in body.collectives:
             cost.tally.unestimated[
-                f"while {instruction.name}: unknown trip count, {kind} of {operand_bytes} bytes in {group_size} devices"
+                f"while {instruction.name}: unknown trip count, {kind} of {operand_bytes} bytes in {len(group)} devices"
             ] += 1
 
     def _add_dot(self, cost: _Cost, computation: hlo_text.Computation, instruction: hlo_text.Instruction):
@@ -292,11 +265,22 @@ class _Reader:
             kind = "reduce-scatter"
         operands = [computation.instructions[name] for name in instruction.operands]
         operand_bytes = sum(shape.num_bytes for operand in operands for shape in operand.shapes)
-        group_size = 2 if kind == "collective-permute" else _group_size(instruction, self._num_devices)
-        if group_size is None:
+        group = _first_group(instruction, self.num_devices)
+        if group is None:
             cost.tally.unestimated[f"{kind} {instruction.name}: unreadable replica groups"] += 1
         else:
-            cost.collectives[(kind, operand_bytes, group_size)] += 1
+            cost.collectives[(kind, operand_bytes, group)] += 1
+
+    def _add_transfer(self, cost: _Cost, computation: hlo_text.Computation, instruction: hlo_text.Instruction):
+        """Reads what slices send to each other; a program of several slices names the devices of one."""
+        kind = instruction.text(r'_xla_megascale_transfer_type="([^"]*)"')
+        slices = instruction.text(r'_xla_megascale_target="\{([\d:,]*)\}x')
+        if kind is None or slices is None:
+            cost.tally.unestimated[instruction.opcode] += 1
+        elif instruction.opcode == "send":
+            operand_bytes = sum(shape.num_bytes for shape in computation.instructions[instruction.operands[0]].shapes)
+            group = tuple(number * self.num_devices for number in range(_count(slices)))
+            cost.collectives[(kind.lower().replace("_", "-"), operand_bytes, group)] += 1
 
 
 def _listed_computations(instruction: hlo_text.Instruction, key: str) -> list[str]:
@@ -311,17 +295,32 @@ def _branches(instruction: hlo_text.Instruction) -> list[str]:
     return listed or [instruction.computation("true_computation"), instruction.computation("false_computation")]
 
 
-def _group_size(instruction: hlo_text.Instruction, num_devices: int) -> int | None:
-    """Devices of one replica group, or None if the groups are in a form that we do not read."""
+def _first_group(instruction: hlo_text.Instruction, num_devices: int) -> tuple[int, ...] | None:
+    """Devices of the first replica group (of a permute, its first pair), or None in a form that we do not read."""
+    pair = instruction.text(r"source_target_pairs=\{\{(\d+,\d+)\}")
+    listed = pair or instruction.text(r"replica_groups=\{\{([\d,]+)\}")
+    if listed:
+        return tuple(int(device) for device in listed.split(","))
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
     if mesh:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-        axes = re.fullmatch(r"'[^':]+'(?:,\s*'[^':]+')*", mesh[2])
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2])) if axes else None
-    iota = instruction.text(r"replica_groups=\[\d+,(\d+)\]<=")
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        if not re.fullmatch(r"'[^':]+'(?:,\s*'[^':]+')*", mesh[2]):
+            return None
+        grouped = re.findall(r"'([^']+)'", mesh[2])
+        order = [*(axis for axis in sizes if axis not in grouped), *grouped]
+        devices = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
+        devices = devices.transpose([list(sizes).index(axis) for axis in order])
+        return tuple(devices.reshape(-1, np.prod([sizes[axis] for axis in grouped]))[0].tolist())
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes)
     if iota:
-        return int(iota)
-    listed = instruction.text(r"replica_groups=\{\{([\d,]+)\}")
-    if listed:
-        return listed.count(",") + 1
-    return num_devices if "replica_groups={}" in instruction.attributes else None
+        sizes = [int(size) for size in iota[2].split(",")]
+        devices = np.arange(np.prod(sizes)).reshape(sizes)
+        devices = devices.transpose([int(axis) for axis in iota[3].split(",")]) if iota[3] else devices
+        return tuple(devices.reshape(-1, int(iota[1]))[0].tolist())
+    return tuple(range(num_devices)) if "replica_groups={}" in instruction.attributes else None
+
+
+def _count(ranges: str) -> int:
+    """How many numbers a list such as `1,3:5` holds."""
+    bounds = [part.split(":") for part in ranges.split(",")]
+    return sum(int(bound[-1]) - int(bound[0]) + 1 for bound in bounds)

@@ -1,4 +1,4 @@
-"""The least time that a program can take on a chip, and what sets it: the matrix unit, the memory or the links."""
+"""The least time that a program can take on a chip, and what sets it: matrix unit, memory, links or network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jaxcost.cost import hardware
 
-COMPUTE, MEMORY, LINKS = "compute", "memory", "links"
+COMPUTE, MEMORY = "compute", "memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Bound:
     seconds: float | None
     """The largest known term; None if none is known."""
     limit: str | None
-    """The term that sets `seconds`: `compute`, `memory` or `links`."""
+    """The term that sets `seconds`: `compute`, `memory`, or what an exchange keeps busy (`links x`, `network`)."""
     terms: dict[str, float | None]
     """Seconds of each term; None where a figure of the chip is unknown."""
     unknown: tuple[str, ...]
@@ -25,21 +25,24 @@ class Bound:
 
 
 def lower_bound(
-    chip: hardware.Chip, flops_by_type: Mapping[str, float], hbm_bytes: float = 0, link_bytes: float = 0
+    chip: hardware.Chip,
+    flops_by_type: Mapping[str, float],
+    hbm_bytes: float = 0,
+    exchange_seconds: Mapping[str, float | None] | None = None,
 ) -> Bound:
-    """The roofline of one device: the largest of FLOPs / peak, bytes / bandwidth and link bytes / link bandwidth.
+    """The roofline of one device: the largest of FLOPs / peak, bytes / bandwidth and the seconds of its exchanges.
 
-    Perfect overlap of the three is assumed, and peaks that no program reaches, so a real run takes longer. FLOPs of
-    several operand types share one matrix unit and add up. A device sends over its links in one direction, which is
-    half of the bandwidth that `Chip.link_bytes_per_second` states.
+    Perfect overlap of all of them is assumed, and peaks that no program reaches, so a real run takes longer. FLOPs of
+    several operand types share one matrix unit and add up.
 
-    Source: Williams, Waterman and Patterson 2009, "Roofline", with a third term for the links.
+    Source: Williams, Waterman and Patterson 2009, "Roofline", with further terms for the links.
 
     Args:
         chip: figures of a whole chip; a device is `1 / chip.devices_per_chip` of it.
         flops_by_type: FLOPs of one device by operand type.
         hbm_bytes: bytes that one device moves to and from its memory.
-        link_bytes: bytes that one device sends to others.
+        exchange_seconds: seconds that exchanges between devices keep each kind of link busy; None where the kind's
+            bandwidth is unknown.
     """
     share = 1 / chip.devices_per_chip
     terms: dict[str, float | None] = {COMPUTE: 0.0}
@@ -52,16 +55,10 @@ def lower_bound(
             terms[COMPUTE] += flops / (peak * share)
     if unknown:
         terms[COMPUTE] = terms[COMPUTE] or None
-    rates = {
-        MEMORY: (hbm_bytes, chip.hbm_bytes_per_second.value, 1),
-        LINKS: (link_bytes, chip.link_bytes_per_second.value, 2),
-    }
-    for term, (num_bytes, rate, directions) in rates.items():
-        if rate is None and num_bytes:
-            unknown.append(f"{term} bandwidth")
-            terms[term] = None
-        else:
-            terms[term] = num_bytes * directions / (rate * share) if num_bytes else 0.0
+    bandwidth = chip.hbm_bytes_per_second.value
+    terms[MEMORY] = 0.0 if not hbm_bytes else None if bandwidth is None else hbm_bytes / (bandwidth * share)
+    terms |= exchange_seconds or {}
+    unknown += [f"{term} bandwidth" for term, seconds in terms.items() if seconds is None and term != COMPUTE]
     known = {term: seconds for term, seconds in terms.items() if seconds is not None}
     limit = max(known, key=known.get) if any(known.values()) else None
     return Bound(known[limit] if limit else None, limit, terms, tuple(unknown))

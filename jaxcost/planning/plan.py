@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxcost import sharding
 from jaxcost.config import Experiment
-from jaxcost.cost import closed_form, hardware
+from jaxcost.cost import closed_form, hardware, links
 from jaxcost.data import build_tokenizer
 from jaxcost.planning import cache, memory
 from jaxcost.planning.steps import StepName, trace_step
@@ -86,12 +86,24 @@ class Plan:
             "flops_per_device_by_type": program and program.flops_by_type,
             "hbm_bytes_per_device": program and program.work.hbm_bytes,
             "link_bytes_per_device": program and program.collective_bytes,
+            "exchanges": [_exchange(*pair) for pair in estimate.exchanges] if estimate else [],
             "unestimated_ops": list(estimate.unestimated) if estimate else [],
             "run": cost and dataclasses.asdict(cost),
             "usd_per_million_tokens": self.usd_per_million_tokens,
             "sources": {name: dataclasses.asdict(figure) for name, figure in self.hardware.figures().items()},
             "message": compiled.message,
         }
+
+
+def _exchange(collective: links.Collective, each: links.Exchange) -> dict[str, Any]:
+    return {
+        "kind": collective.kind,
+        "operand_bytes": collective.operand_bytes,
+        "devices": collective.group_size,
+        "times": collective.times,
+        "over": [*each.axes, *([links.NETWORK] if each.network_seconds != 0.0 else [])],
+        "seconds": None if each.seconds is None else each.seconds * collective.times,
+    }
 
 
 def vocabulary_of(experiment: Experiment) -> int:
@@ -112,7 +124,7 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     chip = topology_chip(topology)
     question = repr((experiment.trained_part(), experiment.mesh, topology, step, vocab_size))
     program, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
-    compiled = read_step(program, chip)
+    compiled = read_step(program, chip, links.network_of(topology_devices(topology), chip))
     given = dataclasses.replace(
         experiment.hardware, chip=chip.name, num_chips=max(1, compiled.num_devices // chip.devices_per_chip)
     )

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxcost import sharding
 from jaxcost.cost import estimate as estimates
-from jaxcost.cost import hardware, hlo
+from jaxcost.cost import hardware, hlo, links
 from jaxcost.planning import memory, nvidia
 
 # Without these libtpu looks for a real slice and for its neighbours; they must be set before it is loaded.
@@ -33,7 +33,6 @@ _LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # A v4 chip is one device on a real machine, as in chips.json; the compiler's default is two.
-_WRAP_PERIOD = {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16, "tpu7x": 4}
 _CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -88,31 +87,31 @@ def topology_chip(topology: str) -> hardware.Chip:
     Raises:
         ValueError: the chip is unknown, or neither a TPU nor a GPU.
     """
-    chip = hardware.load_chip(_split(topology)[0])
+    chip = hardware.load_chip(_split(topology)[1])
     if chip.kind not in ("tpu", "gpu"):
         raise ValueError(f"the topology {topology!r} is of no TPU or GPU; use for example 'v5e:4x4' or 'h100:1x8'.")
     return chip
 
 
 @functools.cache
-def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tuple[Any, ...]:
-    """The described devices of a slice that need not exist.
+def topology_devices(topology: str) -> tuple[Any, ...]:
+    """The described devices of slices that need not exist, slice by slice.
 
     Args:
-        topology: chip and shape, for example `v5e:4x4`, `v5p:2x2x1`, or hosts x GPUs a host as in `h100:8x8`.
-        wrap: for each axis of a TPU slice, whether its links wrap around; by default those that do in hardware.
+        topology: chip and shape, for example `v5e:4x4` or `v5p:2x2x1`; two such slices are `2xv5e:4x4`; for GPUs hosts
+            x GPUs a host, as in `h100:8x8`.
 
     Raises:
         PlanningUnavailable: the chip's compiler is not installed.
         ValueError: the chip is unknown or has no slice of this shape.
     """
-    chip_name, shape = _split(topology)
+    slices, chip_name, shape = _split(topology)
     chip = topology_chip(topology)
     sizes = [int(size) for size in shape.split("x")]
-    if min(sizes) < 1:
+    if min(slices, *sizes) < 1:
         raise ValueError(f"the topology {topology!r} has no chips; every size must be at least 1.")
     if chip.kind == "gpu":
-        if len(sizes) != 2:
+        if len(sizes) != 2 or slices != 1:
             raise ValueError(f"the topology {topology!r} is not hosts x GPUs a host; write for example 'h100:8x8'.")
         if not nvidia.installed():
             raise PlanningUnavailable(
@@ -123,10 +122,12 @@ def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tup
     from jax.experimental import topologies
 
     options = dict(_CHIP_OPTIONS.get(chip_name, {}))
-    wrap = _wrap_of(chip_name, sizes) if wrap is None else wrap
-    if any(wrap):
+    wraps = links.wraps_of(chip, sizes)
+    if any(wraps):
         # The compiler wants three axes, also for a chip that has two.
-        options["wrap"] = [*map(bool, wrap), False, False][:3]
+        options["wrap"] = [*wraps, False, False][:3]
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
     except jax.errors.JaxRuntimeError as error:
@@ -134,21 +135,18 @@ def topology_devices(topology: str, wrap: tuple[bool, ...] | None = None) -> tup
     return tuple(described.devices)
 
 
-def topology_mesh(
-    topology: str, axis_sizes: Mapping[str, int], wrap: tuple[bool, ...] | None = None
-) -> jax.sharding.Mesh:
+def topology_mesh(topology: str, axis_sizes: Mapping[str, int]) -> jax.sharding.Mesh:
     """A mesh over the described devices of a slice.
 
     Args:
         topology: chip and shape, for example `v5e:4x4`.
         axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
-        wrap: as for `topology_devices`.
 
     Raises:
         PlanningUnavailable: libtpu is not installed.
         ValueError: the sizes do not multiply to the slice's devices.
     """
-    devices = topology_devices(topology, wrap)
+    devices = topology_devices(topology)
     sizes = list(axis_sizes.values())
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
@@ -166,7 +164,6 @@ def compile_for(
     axis_sizes: Mapping[str, int],
     jitted_step: Any,
     abstract_args: Callable[[jax.sharding.Mesh], tuple[Any, ...]],
-    wrap: tuple[bool, ...] | None = None,
 ) -> StepPlan:
     """Compiles a step for a slice and reads its cost.
 
@@ -175,13 +172,12 @@ def compile_for(
         axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
         jitted_step: the step under `jax.jit`, with its donations.
         abstract_args: makes the step's arguments for a mesh: trees of `jax.ShapeDtypeStruct` with shardings.
-        wrap: as for `topology_devices`.
 
     Raises:
         PlanningUnavailable: libtpu is not installed.
         ValueError: the topology or the mesh is wrong.
     """
-    mesh = topology_mesh(topology, axis_sizes, wrap)
+    mesh = topology_mesh(topology, axis_sizes)
     return plan_step(jitted_step, abstract_args(mesh), topology_chip(topology))
 
 
@@ -200,7 +196,8 @@ def plan_step(
     Raises:
         ValueError: no argument says over which mesh it is sharded.
     """
-    return read_step(compile_step(jitted_step, abstract_args, static_args), chip)
+    network = links.network_of(list(_mesh_of(abstract_args).devices.flat), chip)
+    return read_step(compile_step(jitted_step, abstract_args, static_args), chip, network)
 
 
 def compile_step(
@@ -223,8 +220,8 @@ def compile_step(
     return CompiledStep(mesh.size, text, sizes, sizes.peak_memory_in_bytes, largest)
 
 
-def read_step(compiled: CompiledStep, chip: hardware.Chip) -> StepPlan:
-    """The second half of `plan_step`: what the compiled program costs on a chip."""
+def read_step(compiled: CompiledStep, chip: hardware.Chip, network: links.Network) -> StepPlan:
+    """The second half of `plan_step`: what the compiled program costs on chips that a network joins."""
     usable_bytes = chip.usable_bytes_per_device.value
     if compiled.text is None:
         return StepPlan(
@@ -239,7 +236,7 @@ def read_step(compiled: CompiledStep, chip: hardware.Chip) -> StepPlan:
             needed_bytes=compiled.needed_bytes,
             largest=compiled.largest,
         )
-    cost = hlo.program_cost(compiled.text, compiled.memory)
+    cost = hlo.program_cost(compiled.text, compiled.memory, compiled.num_devices)
     return StepPlan(
         chip=chip.name,
         num_devices=compiled.num_devices,
@@ -247,7 +244,7 @@ def read_step(compiled: CompiledStep, chip: hardware.Chip) -> StepPlan:
         peak_bytes=cost.peak_bytes,
         usable_bytes=usable_bytes,
         cost=cost,
-        estimate=estimates.estimate(chip, cost),
+        estimate=estimates.estimate(chip, cost, network),
         needed_bytes=cost.peak_bytes,
         largest=compiled.largest,
     )
@@ -296,18 +293,14 @@ def _no_compilation_cache():
         compilation_cache.reset_cache()
 
 
-def _split(topology: str) -> tuple[str, str]:
-    """Chip and shape of a topology."""
-    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", topology)
+def _split(topology: str) -> tuple[int, str, str]:
+    """Slices, chip and shape of a topology."""
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9]*):(\d+(?:x\d+)*)", topology)
     if not match:
-        raise ValueError(f"the topology is {topology!r}; write a chip and a shape, for example 'v5e:4x4'.")
-    return match[1], match[2]
-
-
-def _wrap_of(chip_name: str, sizes: list[int]) -> tuple[bool, ...]:
-    """Axes whose links wrap around. Source: JAX scaling book, tpus.md: in 2D on axes of 16, in 3D on multiples of 4."""
-    period = _WRAP_PERIOD.get(chip_name)
-    return tuple(period is not None and size % period == 0 for size in sizes)
+        raise ValueError(
+            f"the topology is {topology!r}; write a chip and a shape, for example 'v5e:4x4', or '2xv5e:4x4' for two."
+        )
+    return int(match[1] or 1), match[2], match[3]
 
 
 def _require_libtpu():
