@@ -4,6 +4,7 @@ Exit status 2 means that the step does not fit.
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -31,10 +32,16 @@ class Arguments:
     """A second config file, planned on the same topologies beside the first."""
     search: bool = False
     """Look for the best mesh, rematerialisation, accumulation and loss pieces instead of taking the config's."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes to search beside the config's; the tokens trained on in all stay the same."""
+    top: int = 3
+    """Candidates that fit to compile on each topology of a search."""
+    processes: int = 0
+    """Compilations at once in a search; 0 takes as many as cores and memory allow."""
     budget_usd: float | None = None
-    """Money for all steps; a plan over it is said to be."""
+    """Money for all steps; a plan over it is said to be, and a search puts the fastest within it first."""
     deadline_hours: float | None = None
-    """Hours for all steps; a plan over it is said to be."""
+    """Hours for all steps; a plan over it is said to be, and a search puts the cheapest within it first."""
     picture: Path | None = None
     """File for a picture of the seconds and the memory, such as plan.png."""
     json: Path | None = None
@@ -53,32 +60,48 @@ def main(arguments: Arguments) -> dict:
     named = [(str(arguments.config), arguments.experiment)]
     if arguments.compare is not None:
         named.append((str(arguments.compare), load(arguments.compare)))
-    plans, fix, searched = [], None, []
+    plans, fix, searched, pairs = [], None, [], []
     console = Console()
     for name, value in (("--budget-usd", arguments.budget_usd), ("--deadline-hours", arguments.deadline_hours)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value:g}; it must be positive.")
-    if arguments.search and arguments.step != "train":
-        raise ValueError("--search lays out the train step; use it with --step train.")
+    for name in ("top", "processes", *(["batches"] if arguments.batches else [])):
+        value = getattr(arguments, name)
+        if min(value if name == "batches" else [value]) < (name != "processes"):
+            raise ValueError(f"--{name} is {value}; it must be positive.")
     with console.status("compiling"):
         for name, experiment in named:
             vocab_size = vocabulary_of(experiment)
             for topology in arguments.topology:
                 if arguments.search:
-                    found = search(experiment, topology, vocab_size, report=lambda said: print(said, file=sys.stderr))
-                    searched.append(
-                        {"topology": topology, "considered": found.considered, "fitting": found.fitting}
-                        | {"compiled": [candidate.flags() for candidate, _ in found.compiled]}
+                    found = search(
+                        experiment,
+                        topology,
+                        vocab_size,
+                        arguments.step,
+                        arguments.top,
+                        arguments.batches,
+                        arguments.processes,
+                        report=lambda said: print(said, file=sys.stderr),
                     )
-                    plans += [(candidate.flags(), made) for candidate, made in found.compiled]
+                    searched.append(
+                        {"config": name, "topology": topology, "considered": found.considered}
+                        | {"fitting": found.fitting, "compiled": [c.flags() for c, _ in found.compiled]}
+                    )
+                    pairs += found.compiled
                     continue
                 made = plan(experiment, topology, arguments.step, vocab_size)
                 plans.append((name, made))
                 if made.compiled.fits is False and arguments.step == "train" and len(arguments.topology) == 1:
                     fix = cheapest_fix(experiment, topology, vocab_size)
-    _print(console, plans)
-    for name, made in plans:
-        console.print(f"{name} on {made.topology}: {made.memory_sentence()}", highlight=False)
+    if arguments.search:
+        pairs.sort(key=lambda pair: _rank(pair[1], arguments))
+        plans = [(candidate.flags(), made) for candidate, made in pairs]
+        _print_found(console, pairs)
+    else:
+        _print(console, plans)
+        for name, made in plans:
+            console.print(f"{name} on {made.topology}: {made.memory_sentence()}", highlight=False)
     if fix is not None:
         console.print(f"The cheapest change that fits: {fix[0]} ({_seconds(fix[1])} s a step).", highlight=False)
     for name, made in plans:
@@ -103,6 +126,16 @@ def _nothing_fits(plans, searched: bool) -> bool:
     return not plans or (all(misfits) if searched else any(misfits))
 
 
+def _rank(made, arguments) -> tuple:
+    """What fits and is within the limits first; then by money for a token, or by time if the money is given."""
+    cost = made.cost
+    if cost is None or made.compiled.fits is False:
+        return (1, bool(_over(made, arguments)), math.inf, math.inf)
+    usd = math.inf if cost.usd is None else cost.usd
+    order = (cost.seconds, usd) if arguments.budget_usd is not None else (usd, cost.seconds)
+    return (0, bool(_over(made, arguments)), *order)
+
+
 def _over(made, arguments) -> list[str]:
     cost = made.cost
     if cost is None:
@@ -124,6 +157,29 @@ def _seconds(made) -> str:
 
 def _figure(value: float | None, scale: float = 1.0, digits: int = 4) -> str:
     return "unknown" if value is None else f"{value / scale:.{digits}g}"
+
+
+def _print_found(console, pairs) -> None:
+    table = Table(title="Compiled, the best first")
+    table.add_column("layout", overflow="fold")
+    for column in ("GiB", "s a step", "hours", "dollars", "$ a billion tokens"):
+        table.add_column(column, justify="right")
+    for candidate, made in pairs:
+        row = made.as_dict()
+        run = row["run"] or {}
+        table.add_row(
+            f"{made.topology}, {candidate.layout()}",
+            _figure(row["needed_bytes"], 2**30) + ("" if row["fits"] else ", too large"),
+            _seconds(made),
+            _figure(run.get("seconds"), 3600),
+            _figure(run.get("usd")),
+            _figure(row["usd_per_million_tokens"], 1e-3),
+        )
+    console.print(table)
+    if pairs:
+        candidate, made = pairs[0]
+        console.print(f"The best {made.memory_sentence()} Its flags:", highlight=False)
+        console.print(f"--topology {made.topology} {candidate.flags()}", highlight=False, soft_wrap=True)
 
 
 def _busy(terms: dict[str, float | None]) -> str:
@@ -166,6 +222,9 @@ def _print(console, plans) -> None:
     for key, label in (("chip_hours", "chip-hours"), ("usd", "US dollars"), ("kwh", "kWh"), ("kg_co2", "kg CO2")):
         line(f"{label} ({rows[0][1]['step']}, all steps)", lambda r, k=key: _figure((r["run"] or {}).get(k)))
     line("US dollars a million tokens", lambda r: _figure(r["usd_per_million_tokens"]))
+    line("tokens a second, all chips", lambda r: _figure(r["tokens_per_second"]))
+    if rows[0][1]["step"] == "prefill":
+        line("time to first token, s", lambda r: _figure(r["time_to_first_token_seconds"]))
     line("money and energy rest on", lambda r: r["seconds_are"] or "-")
     line("no estimate for", lambda r: "\n".join(r["unestimated_ops"]) or "-")
     console.print(table)

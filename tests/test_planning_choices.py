@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -25,10 +26,10 @@ EXPERIMENT = Experiment(
 )
 
 
-def found(experiment=EXPERIMENT, devices=8):
+def found(experiment=EXPERIMENT, **asked):
     chip = hardware.load_chip("v5e")
-    sizes = search._sizes_of(experiment, 512)
-    return list(search.candidates(experiment, chip, devices, 512, sizes))
+    devices = [types.SimpleNamespace(coords=(x, y, 0)) for y in range(4) for x in range(2)]
+    return list(search.candidates(experiment, chip, devices, 512, search.sizes_of(experiment, 512), **asked))
 
 
 # ---- Search ----
@@ -61,6 +62,42 @@ def test_the_closed_form_ranks_as_it_should():
     assert copied.bytes_per_device > none.bytes_per_device
 
 
+def test_what_is_kept_is_what_the_traced_step_keeps():
+    kept = search.sizes_of(EXPERIMENT, 512).kept_bytes
+    layers, width = EXPERIMENT.model.num_layers, EXPERIMENT.model.width
+    assert layers * width * 4 <= kept["full"] <= 2 * layers * width * 4
+    assert kept["full"] < kept["attention"] < kept["projections"] < kept["none"]
+
+
+def test_other_batches_train_on_the_same_tokens():
+    candidates = found(batches=(32, 128))
+    tokens = {c.experiment.data.batch_size: c.experiment.training.steps * c.tokens for c in candidates}
+    assert set(tokens) == {32, 64, 128} and len(set(tokens.values())) == 1
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_serving_chooses_meshes_and_batches_alone(step):
+    candidates = found(step=step, batches=(8,))
+    assert len(candidates) == len({(c.experiment.mesh, c.experiment.data.batch_size) for c in candidates}) > 8
+    assert all(c.seconds > 0 and c.bytes_per_device > 0 for c in candidates)
+
+
+def test_what_was_compiled_corrects_the_closed_form():
+    candidates = found()
+    first = next(search._frontier(search._corrected(candidates, [], math.inf)))
+
+    def compiled(needed, seconds):
+        estimate = types.SimpleNamespace(seconds=seconds)
+        return types.SimpleNamespace(compiled=types.SimpleNamespace(needed_bytes=needed, estimate=estimate))
+
+    slow = search._corrected(candidates, [(first, compiled(first.bytes_per_device, 10 * first.seconds))], math.inf)
+    others = [c for c in slow if search._kind(c) != search._kind(first)]
+    assert len(slow) == len(candidates) and others
+    large = [(first, compiled(3 * first.bytes_per_device, math.inf))]
+    fitting = search._corrected(candidates, large, 2 * first.bytes_per_device)
+    assert first in search._corrected(candidates, [], 2 * first.bytes_per_device) and first not in fitting
+
+
 def test_adapters_need_less():
     adapted = dataclasses.replace(EXPERIMENT, transforms=(lora(rank=4),))
     assert found(adapted)[0].bytes_per_device < found()[0].bytes_per_device
@@ -75,6 +112,8 @@ def test_a_search_compiles_its_best(tmp_path, monkeypatch):
     assert result.considered >= 500 and len(result.compiled) == 2
     first, second = (made.compiled.estimate.seconds for _, made in result.compiled)
     assert first <= second
+    served = search.search(EXPERIMENT, "v5e:2x4", 512, "decode", count=2, processes=2)
+    assert [made.step for _, made in served.compiled] == ["decode", "decode"]
 
 
 # ---- Scaling laws ----

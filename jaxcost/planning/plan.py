@@ -90,6 +90,9 @@ class Plan:
             "unestimated_ops": list(estimate.unestimated) if estimate else [],
             "run": cost and dataclasses.asdict(cost),
             "usd_per_million_tokens": self.usd_per_million_tokens,
+            "tokens_per_second": cost and self.tokens * self.runs / cost.seconds,
+            # Of a request that comes alone: it waits for its own prompt and for no other.
+            "time_to_first_token_seconds": cost.seconds if cost and self.step == "prefill" else None,
             "sources": {name: dataclasses.asdict(figure) for name, figure in self.hardware.figures().items()},
             "message": compiled.message,
         }

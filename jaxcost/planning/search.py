@@ -1,23 +1,32 @@
-"""The best way to lay a training step out on a slice: meshes, rematerialisation, accumulation and loss pieces.
+"""The best way to lay a step out on a slice: meshes, batches, rematerialisation, accumulation and loss pieces.
 
-Thousands of candidates go through a closed form in seconds; it only ranks them and leaves out what cannot fit. The best
-few are compiled, and what is reported of those is the compiler's.
+Thousands of candidates go through a closed form in seconds; it only ranks them and leaves out what cannot fit. Its
+activations are those that the traced step keeps; its bytes and seconds are corrected by every step that was compiled.
+The best few are compiled, and what is reported of those is the compiler's.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcost import weights
 from jaxcost.config import Experiment
-from jaxcost.cost import closed_form, hardware
+from jaxcost.cost import closed_form, hardware, links
+from jaxcost.models import attention
 from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.planning.plan import Plan, plan
+from jaxcost.planning.steps import StepName
 from jaxcost.planning.topology import topology_chip, topology_devices
 from jaxcost.sharding import MeshConfig
 from jaxcost.transforms import chain
@@ -25,11 +34,14 @@ from jaxcost.transforms import chain
 REMATS = ("none", "attention", "projections", "full")
 ACCUMULATIONS = (1, 2, 4, 8, 16, 32)
 LOSS_CHUNKS = (1, 2, 4, 8, 16)
-_MARGIN = 1.15
-"""A candidate whose closed form needs this many times the usable memory is left out; the closed form is rough."""
+_MOST_COMPILED = 4
+"""Candidates compiled at most for each that was asked for."""
+_BYTES_A_COMPILER = 6 * 2**30
+"""Host memory that one compilation of a large step takes."""
 _REACHED_PEAK, _EXPOSED = 0.55, 0.25
 """Shares of the peak that a step reaches and of its communication that is exposed; they rank, nothing more."""
 _GATHERED_LAYERS = 2
+_MEBI = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +49,35 @@ class Candidate:
     """One way to run the step, and the closed form's view of it."""
 
     experiment: Experiment
+    step: StepName
     bytes_per_device: float
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one run of the step."""
+        data = self.experiment.data
+        return data.batch_size * (1 if self.step == "decode" else data.sequence_length)
+
+    def layout(self) -> str:
+        """What was chosen, for people."""
+        e = self.experiment
+        mesh = " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(e.mesh).items() if size > 1)
+        chosen = [mesh or "one device", f"batch {e.data.batch_size}"]
+        if self.step == "train":
+            pieces = e.training.loss_chunks
+            chosen += [f"remat {e.execution.remat}", f"accumulation {e.training.accumulation}", f"loss in {pieces}"]
+        return ", ".join(chosen)
 
     def flags(self) -> str:
         """The command-line flags that ask for it."""
         e = self.experiment
-        mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(e.mesh).items())
-        return (
-            f"{mesh} --execution.remat {e.execution.remat} "
-            f"--training.accumulation {e.training.accumulation} --training.loss-chunks {e.training.loss_chunks}"
-        )
+        flags = [f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(e.mesh).items()]
+        flags.append(f"--data.batch-size {e.data.batch_size}")
+        if self.step == "train":
+            flags.append(f"--execution.remat {e.execution.remat} --training.accumulation {e.training.accumulation}")
+            flags.append(f"--training.loss-chunks {e.training.loss_chunks} --training.steps {e.training.steps}")
+        return " ".join(flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,71 +87,215 @@ class Found:
     considered: int
     """Candidates that divide over the devices and went through the closed form."""
     fitting: int
-    """Those that the closed form lets fit."""
+    """Those that the closed form lets fit, corrected by what was compiled."""
     compiled: tuple[tuple[Candidate, Plan], ...]
-    """Compiled candidates, those that fit first, the fastest of them first."""
+    """Compiled candidates, those that fit first, the fewest seconds a token first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What the closed form needs to know of the transformed weights."""
+    """What the closed form needs to know of the transformed weights and of the traced step."""
 
     weight_bytes: int
     trainable: int
     parameters: int
+    kept_bytes: Mapping[str, float]
+    """For each rematerialisation, bytes that the blocks keep for the backward pass of one token."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slice:
+    """The devices that a step is laid out on."""
+
+    chip: hardware.Chip
+    network: links.Network
+    step: StepName
+
+    def peak(self, item: int) -> float:
+        """FLOP/s of a device, or a guess that ranks as well where it is unknown."""
+        peak = self.chip.peak("bf16" if item == 2 else "f32") or self.chip.peak("bf16") or 1e12
+        return peak / self.chip.devices_per_chip
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of a device's memory."""
+        return (self.chip.hbm_bytes_per_second.value or 1e12) / self.chip.devices_per_chip
+
+    def exchange_seconds(
+        self, mesh: MeshConfig, gathered: float = 0, scattered: float = 0, reduced: float = 0, summed: float = 0
+    ) -> float:
+        """Seconds of a step's exchanges, without those over links of unknown bandwidth.
+
+        Args:
+            mesh: sizes of the mesh's axes.
+            gathered: bytes of a device's shards of the weights that `fsdp` gathers.
+            scattered: bytes of the gradients that `fsdp` sums and scatters.
+            reduced: bytes of the gradients that `data` sums.
+            summed: bytes of the activations that `tensor` sums.
+        """
+        return (
+            gathered * self._seconds_a_byte("all-gather", mesh, "fsdp")
+            + scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp")
+            + reduced * self._seconds_a_byte("all-reduce", mesh, "data")
+            + summed * self._seconds_a_byte("all-reduce", mesh, "tensor")
+        )
+
+    @functools.cache  # noqa: B019 - a slice lives as long as its search
+    def _seconds_a_byte(self, kind: str, mesh: MeshConfig, axis: str) -> float:
+        sizes = dataclasses.asdict(mesh)
+        if sizes[axis] == 1:
+            return 0.0
+        devices = np.arange(len(self.network.domains)).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name == axis else 0 for name in sizes)
+        collective = links.Collective(kind, _MEBI, tuple(devices[first].tolist()), 1)
+        return (links.exchange(collective, self.chip, self.network).seconds or 0.0) / _MEBI
 
 
 def search(
     experiment: Experiment,
     topology: str,
     vocab_size: int,
+    step: StepName = "train",
     count: int = 3,
+    batches: Sequence[int] = (),
+    processes: int = 0,
     report: Callable[[str], None] = lambda message: None,
 ) -> Found:
-    """Ranks every layout and compiles the best until `count` of them fit, or twice as many do not.
+    """Ranks every layout and compiles the best until `count` of them fit.
+
+    Args:
+        experiment: what is laid out; the tokens that it trains on in all stay the same.
+        topology: chip and shape, for example `v5e:16x16`.
+        vocab_size: rows of the embedding table.
+        step: which step is laid out; only training has more to choose than the mesh and the batch.
+        count: candidates that fit to compile.
+        batches: batch sizes to try beside the experiment's own.
+        processes: compilations at once; 0 takes as many as the machine's cores and memory allow.
+        report: told of the progress, a line at a time.
 
     Raises:
         PlanningUnavailable: the compiler for the chip is not installed.
         ValueError: the topology does not exist, or no layout divides over its devices.
     """
     chip = topology_chip(topology)
-    devices = len(topology_devices(topology))
-    sizes = _sizes_of(experiment, vocab_size)
-    considered = list(candidates(experiment, chip, devices, vocab_size, sizes))
+    devices = topology_devices(topology)
+    sizes = sizes_of(experiment, vocab_size)
+    considered = list(candidates(experiment, chip, devices, vocab_size, sizes, step, batches))
     if not considered:
         raise ValueError(
-            f"no mesh of {devices} devices divides this model and a batch of {experiment.data.batch_size}; "
+            f"no mesh of {len(devices)} devices divides this model and a batch of {experiment.data.batch_size}; "
             "change data.batch_size or the topology."
         )
     usable = chip.usable_bytes_per_device.value or math.inf
-    fitting = sorted((c for c in considered if c.bytes_per_device <= usable * _MARGIN), key=lambda c: c.seconds)
-    report(f"{len(considered)} candidates, {len(fitting)} may fit")
+    processes = processes or _processes()
     made: list[tuple[Candidate, Plan]] = []
-    for candidate in fitting[: 3 * count]:
-        report(f"compiling {candidate.flags()}")
-        made.append((candidate, plan(candidate.experiment, topology, "train", vocab_size)))
-        if sum(p.compiled.fits is not False for _, p in made) == count:
+    while sum(p.compiled.fits is not False for _, p in made) < count and len(made) < _MOST_COMPILED * count:
+        fitting = _corrected(considered, made, usable)
+        if not made:
+            report(f"{len(considered)} candidates, {len(fitting)} may fit")
+        tried = {id(candidate) for candidate, _ in made}
+        best = [c for c in _frontier(fitting) if id(c) not in tried][:processes]
+        if not best:
             break
-    made.sort(key=lambda pair: (pair[1].compiled.fits is False, _seconds(pair[1])))
-    return Found(len(considered), len(fitting), tuple(made))
+        for candidate in best:
+            report(f"compiling {candidate.flags()}")
+        made += zip(best, _compile(best, topology, vocab_size, processes), strict=True)
+    made.sort(key=lambda pair: (pair[1].compiled.fits is False, _seconds(pair[1]) / pair[0].tokens))
+    return Found(len(considered), len(_corrected(considered, made, usable)), tuple(made))
 
 
 def candidates(
-    experiment: Experiment, chip: hardware.Chip, devices: int, vocab_size: int, sizes: _Sizes
+    experiment: Experiment,
+    chip: hardware.Chip,
+    devices: Sequence[jax.Device],
+    vocab_size: int,
+    sizes: _Sizes,
+    step: StepName = "train",
+    batches: Sequence[int] = (),
 ) -> Iterator[Candidate]:
-    """Every layout that divides over the devices."""
-    for mesh in _meshes(devices):
+    """Every layout that divides over the devices, in the order of the slice."""
+    slice_ = _Slice(chip, links.network_of(devices, chip), step)
+    for mesh, batch in itertools.product(_meshes(len(devices)), dict.fromkeys([experiment.data.batch_size, *batches])):
+        data = dataclasses.replace(experiment.data, batch_size=batch)
+        steps = -(-experiment.training.steps * experiment.data.batch_size // batch)
         for remat, accumulation, chunks in itertools.product(REMATS, ACCUMULATIONS, LOSS_CHUNKS):
-            if experiment.data.batch_size % accumulation or experiment.data.sequence_length % chunks:
+            if step != "train":
+                remat, accumulation, chunks = experiment.execution.remat, 1, 1
+            if batch % accumulation or experiment.data.sequence_length % chunks:
                 continue
-            training = dataclasses.replace(experiment.training, accumulation=accumulation, loss_chunks=chunks)
+            training = dataclasses.replace(
+                experiment.training, accumulation=accumulation, loss_chunks=chunks, steps=steps
+            )
             execution = dataclasses.replace(experiment.execution, remat=remat)
-            changed = dataclasses.replace(experiment, mesh=mesh, execution=execution, training=training)
+            changed = dataclasses.replace(experiment, mesh=mesh, data=data, execution=execution, training=training)
             try:
-                changed.check_devices(devices, vocab_size)
+                changed.check_devices(len(devices), vocab_size)
             except ValueError:
                 continue  # does not divide
-            yield Candidate(changed, *_closed_form(changed, chip, vocab_size, sizes))
+            form = _training_form if step == "train" else _serving_form
+            yield Candidate(changed, step, *form(changed, slice_, vocab_size, sizes))
+            if step != "train":
+                break
+
+
+def _corrected(
+    considered: Sequence[Candidate], made: Sequence[tuple[Candidate, Plan]], usable: float
+) -> list[Candidate]:
+    """The candidates that may fit, their closed form corrected by what compiled ones of the same kind needed."""
+    byte_ratios: dict[tuple, list[float]] = {}
+    second_ratios: dict[tuple, list[float]] = {}
+    for candidate, compiled in made:
+        if compiled.compiled.needed_bytes:
+            ratio = compiled.compiled.needed_bytes / candidate.bytes_per_device
+            byte_ratios.setdefault(_kind(candidate), []).append(ratio)
+        if math.isfinite(_seconds(compiled)):
+            second_ratios.setdefault(_kind(candidate), []).append(_seconds(compiled) / candidate.seconds)
+    known = [ratio for ratios in second_ratios.values() for ratio in ratios]
+    usual = sum(known) / len(known) if known else 1.0
+    fitting = []
+    for candidate in considered:
+        needed = candidate.bytes_per_device * max(byte_ratios.get(_kind(candidate), [1.0]))
+        if needed <= usable:
+            ratios = second_ratios.get(_kind(candidate), [usual])
+            seconds = candidate.seconds * sum(ratios) / len(ratios)
+            fitting.append((seconds / candidate.tokens, candidate))
+    return [candidate for _, candidate in sorted(fitting, key=lambda pair: pair[0])]
+
+
+def _kind(candidate: Candidate) -> tuple:
+    """What the closed form is wrong about in the same way."""
+    return candidate.experiment.execution.remat, candidate.experiment.mesh.tensor > 1
+
+
+def _frontier(fitting: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The first of those that differ in nothing that matters: pieces and accumulation are there to save memory."""
+    seen = set()
+    for candidate in fitting:
+        e = candidate.experiment
+        key = (e.mesh, e.data.batch_size, e.execution.remat)
+        if key not in seen:
+            seen.add(key)
+            yield candidate
+
+
+def _compile(chosen: Sequence[Candidate], topology: str, vocab_size: int, processes: int) -> list[Plan]:
+    questions = [(candidate.experiment, topology, candidate.step, vocab_size) for candidate in chosen]
+    if processes > 1 and len(questions) > 1:
+        # The workers leave their programs in the cache; a plan itself is quickly made again.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            list(pool.map(_plan, questions))
+    return [_plan(question) for question in questions]
+
+
+def _plan(question) -> Plan:
+    return plan(*question)
+
+
+def _processes() -> int:
+    """Compilations that this machine can run side by side; one keeps about two cores busy."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(os.cpu_count() // 2, memory // _BYTES_A_COMPILER))
 
 
 def _meshes(devices: int) -> Iterator[MeshConfig]:
@@ -131,21 +305,54 @@ def _meshes(devices: int) -> Iterator[MeshConfig]:
             yield MeshConfig(data=data, fsdp=fsdp, tensor=devices // (data * fsdp))
 
 
-def _sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
-    model = Transformer(dataclasses.replace(experiment.model, vocab_size=vocab_size), experiment.execution)
+def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
+    """Sizes of the transformed weights, and of what each rematerialisation keeps, from traces alone."""
+    config = dataclasses.replace(experiment.model, vocab_size=vocab_size)
     transform = chain(*experiment.transforms)
+    model = Transformer(config, experiment.execution)
     params = jax.eval_shape(lambda: transform(initialize(model, jax.random.key(0))[0]))
     trainable, _ = weights.partition(params)
     leaves = jax.tree.leaves(params)
+    kept = {
+        remat: _kept_bytes(Transformer(config, _scanned(experiment, remat)), params, experiment.data.sequence_length)
+        for remat in REMATS
+    }
     return _Sizes(
         weight_bytes=sum(a.size * a.dtype.itemsize for a in leaves),
         trainable=sum(a.size for a in trainable.values()),
         parameters=closed_form.parameter_counts(model.config).total,
+        kept_bytes=kept,
     )
 
 
-def _closed_form(experiment: Experiment, chip: hardware.Chip, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
-    """Bytes of a device and seconds of a step, roughly."""
+def _scanned(experiment: Experiment, remat: str):
+    # A kernel that never stores the scores, as on the chips; which one is all the same to what it keeps.
+    length, execution = experiment.data.sequence_length, experiment.execution
+    implementation = attention.resolve("auto", "tpu", length, experiment.model.head_dim, 16)
+    return dataclasses.replace(execution, remat=remat, unroll="never", attention=implementation)
+
+
+def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> float:
+    """Bytes that the forward pass keeps for the backward pass of one token, the weights themselves left out."""
+
+    def residuals(rows: int) -> int:
+        def backward(params):
+            trainable, frozen = weights.partition(params)
+
+            def hidden(trainable):
+                tokens = jnp.zeros((rows, length), jnp.int32)
+                key = jax.random.key(0)
+                return model.apply({"params": weights.combine(params, trainable, frozen)}, tokens, key=key)[0]
+
+            return jax.vjp(hidden, trainable)[1]
+
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(backward, params)))
+
+    return (residuals(2) - residuals(1)) / length
+
+
+def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
+    """Bytes of a device and seconds of a train step, roughly."""
     e, model = experiment, dataclasses.replace(experiment.model, vocab_size=vocab_size)
     ways = e.mesh.fsdp * e.mesh.tensor
     devices = ways * e.mesh.data
@@ -153,20 +360,13 @@ def _closed_form(experiment: Experiment, chip: hardware.Chip, vocab_size: int, s
     tokens = e.data.batch_size * length / (e.mesh.data * e.mesh.fsdp)
     live = tokens / e.training.accumulation
     item = e.execution.dtype.itemsize
-    layer = sizes.parameters / model.num_layers * item / e.mesh.tensor
 
-    elements = closed_form.activation_elements_per_token(model, length, stored_attention_matrix=False)
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    kept = {
-        "none": model.num_layers * elements,
-        "projections": model.num_layers * (3 * width + heads + 2 * model.mlp_width) + elements,
-        "attention": model.num_layers * (width + model.num_heads * model.head_dim) + elements,
-        "full": model.num_layers * width + elements,
-    }[e.execution.remat]
+    kept, layer = sizes.kept_bytes[e.execution.remat], sizes.kept_bytes["none"] / model.num_layers
     logits = 2 * 4 * vocab_size / e.training.loss_chunks
-    held = (sizes.weight_bytes + 12 * sizes.trainable) / ways + _GATHERED_LAYERS * layer
+    gathered = _GATHERED_LAYERS * sizes.parameters / model.num_layers * item / e.mesh.tensor
+    held = (sizes.weight_bytes + 12 * sizes.trainable) / ways + gathered
     accumulated = 4 * sizes.trainable / ways if e.training.accumulation > 1 else 0
-    num_bytes = held + accumulated + live * (kept * item + logits) / e.mesh.tensor
+    num_bytes = held + accumulated + live * (kept + layer + logits) / e.mesh.tensor
 
     again = {"none": 0.0, "projections": 0.1, "attention": 0.9, "full": 1.0}[e.execution.remat]
     model_flops = closed_form.training_flops_per_token(model, length)
@@ -175,16 +375,40 @@ def _closed_form(experiment: Experiment, chip: hardware.Chip, vocab_size: int, s
     flops = (model_flops + again * (full_flops - model_flops) + repeated_loss) * e.data.batch_size * length / devices
     frozen = 1 - sizes.trainable / max(sizes.trainable, sizes.parameters)
     flops *= 1 - frozen / 3
-    peak = (chip.peak("bf16" if item == 2 else "f32") or chip.peak("bf16") or 1e12) / chip.devices_per_chip
 
-    gathers = (3 if e.execution.remat != "none" else 2) * item * e.training.accumulation
-    shard = sizes.parameters / e.mesh.tensor
+    passes, accumulation = 3 if e.execution.remat != "none" else 2, e.training.accumulation
+    gradients = 2 if e.execution.gradients == "bfloat16" else 4
     trained = sizes.trainable / e.mesh.tensor
-    sent = (gathers * shard + 4 * trained * e.training.accumulation) * (1 - 1 / e.mesh.fsdp)
-    sent += 2 * 4 * trained / e.mesh.fsdp * (1 - 1 / e.mesh.data)
-    sent += 8 * model.num_layers * tokens * width * item * (1 - 1 / e.mesh.tensor)
-    links = (chip.link_bytes_per_second.value or math.inf) / chip.devices_per_chip / 2
-    return num_bytes, flops / (peak * _REACHED_PEAK) + _EXPOSED * sent / links
+    exchanged = slice_.exchange_seconds(
+        e.mesh,
+        gathered=passes * accumulation * item * sizes.parameters / ways,
+        scattered=gradients * accumulation * trained,
+        reduced=gradients * trained / e.mesh.fsdp,
+        # Both projections out of a block, forwards and backwards, and forwards again where that is made again.
+        summed=(4 + 2 * again) * model.num_layers * tokens * width * item,
+    )
+    return num_bytes, flops / (slice_.peak(item) * _REACHED_PEAK) + _EXPOSED * exchanged
+
+
+def _serving_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
+    """Bytes of a device and seconds of a prefill or a decode step, roughly."""
+    e, model = experiment, dataclasses.replace(experiment.model, vocab_size=vocab_size)
+    ways = e.mesh.fsdp * e.mesh.tensor
+    devices = ways * e.mesh.data
+    item, length = e.execution.dtype.itemsize, e.data.sequence_length
+    read = 1 if slice_.step == "decode" else length
+    rows = e.data.batch_size / (e.mesh.data * e.mesh.fsdp)
+    cache = closed_form.kv_cache_bytes(model, e.data.batch_size, length, item) / devices
+    working = rows * read * (2 * model.width + 2 * model.mlp_width / e.mesh.tensor) * item
+    num_bytes = sizes.weight_bytes / ways + cache + working + rows * 4 * vocab_size / e.mesh.tensor
+    flops = e.data.batch_size * read * closed_form.forward_flops_per_token(model, length, "full") / devices
+    moved = sizes.weight_bytes / e.mesh.tensor + cache
+    exchanged = slice_.exchange_seconds(
+        e.mesh,
+        gathered=sizes.weight_bytes / ways,
+        summed=2 * model.num_layers * rows * read * model.width * item,
+    )
+    return num_bytes, max(flops / slice_.peak(item), moved / slice_.bandwidth) + exchanged
 
 
 def _seconds(made: Plan) -> float:
