@@ -1,7 +1,11 @@
 """Planning for slices that are not here."""
 
 import functools
+import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +66,48 @@ def test_missing_compiler_says_what_to_install(monkeypatch):
         topology.topology_mesh("v5e:8x16", {"data": -1})
 
 
+@pytest.mark.parametrize(("version", "refused"), [("0.0.9", True), ("0.0.42", False), ("0.1", False)])
+def test_a_libtpu_older_than_jax_is_refused_before_it_crashes(version, refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(topology, "_libtpu_of_jax", lambda: "0.0.42")
+    if refused:
+        with pytest.raises(topology.PlanningUnavailable, match=r"libtpu 0.0.9 is older.*pip install 'libtpu>=0.0.42'"):
+            topology._require_libtpu()
+    else:
+        topology._require_libtpu()
+
+
+def test_jax_names_the_libtpu_that_it_was_made_for():
+    assert topology._numbers(topology._libtpu_of_jax()) >= (0, 0, 40)
+
+
+@pytest.mark.slow
+def test_a_libtpu_that_another_process_holds_is_one_sentence(tmp_path):
+    pytest.importorskip("libtpu")
+    ask = "from jaxcost.planning.topology import topology_devices as t; print(len(t('v5e:2x2')), flush=True)"
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c"]
+    holder = subprocess.Popen(
+        [*command, f"{ask}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert holder.stdout.readline() == b"4\n"
+        second = subprocess.run([*command, ask], capture_output=True, text=True, env=environment)
+        assert "PlanningUnavailable: another process holds libtpu; wait for it" in second.stderr
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+        third = subprocess.run([*command, ask], capture_output=True, text=True, env=environment)
+        assert (third.stdout, third.stderr) == ("4\n", "")
+    finally:
+        holder.communicate(b"\n")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("v5e", "write a chip and a shape"),
+        ("0xv5e:2x2", "has no chips"),
+        ("2xh100:1x8", "hosts x GPUs a host"),
         ("v9:2x2", "hardware.chip is 'v9'"),
         ("cpu:8", "of no TPU or GPU"),
         ("h100:8", "hosts x GPUs a host"),

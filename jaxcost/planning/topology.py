@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +39,7 @@ _CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 class PlanningUnavailable(RuntimeError):
-    """The compiler for the described chips is not installed."""
+    """The compiler for the described chips is not installed, too old, or held by another process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,8 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             raise PlanningUnavailable(
                 "planning for NVIDIA GPUs needs JAX's CUDA plugin; install it with pip install 'jaxcost[plan-gpu]'."
             )
-        return tuple(nvidia.describe(chip, *sizes))
+        with _native_messages_held():
+            return tuple(nvidia.describe(chip, *sizes))
     _require_libtpu()
     from jax.experimental import topologies
 
@@ -129,9 +132,15 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
     if slices > 1:
         options["num_slices"] = slices
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
+        with _native_messages_held():
+            described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{shape}", **options)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"the compiler knows no topology {topology!r}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        if "lockfile" in said or "already in use" in said:
+            raise PlanningUnavailable(
+                f"another process holds libtpu; wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({said})."
+            ) from error
+        raise ValueError(f"the compiler knows no topology {topology!r}: {said}") from error
     return tuple(described.devices)
 
 
@@ -303,13 +312,49 @@ def _split(topology: str) -> tuple[int, str, str]:
     return int(match[1] or 1), match[2], match[3]
 
 
+@contextlib.contextmanager
+def _native_messages_held():
+    """Holds back what a compiler's library writes to standard error, of chips that are not here, unless it fails."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "wb") as shown:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            shown.write(held.read())
+            raise
+        finally:
+            os.dup2(shown.fileno(), 2)
+
+
 def _require_libtpu():
     """Prepares the environment for libtpu.
 
     Raises:
-        PlanningUnavailable: it is not installed.
+        PlanningUnavailable: it is not installed, or older than the one that JAX was made for.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise PlanningUnavailable("planning for TPUs needs libtpu; install it with pip install 'jaxcost[plan]'.")
+    installed, wanted = importlib.metadata.version("libtpu"), _libtpu_of_jax()
+    if wanted and _numbers(installed) < _numbers(wanted):
+        # It would crash the process: a step is in a form that it does not know.
+        raise PlanningUnavailable(
+            f"libtpu {installed} is older than the {wanted} that JAX {jax.__version__} was made for; upgrade it with "
+            f"pip install 'libtpu>={wanted}'."
+        )
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _libtpu_of_jax() -> str | None:
+    """The version of libtpu that JAX's own metadata names."""
+    for requirement in importlib.metadata.requires("jax") or ():
+        match = re.match(r"libtpu[=~><]=([\d.]*\d)", requirement)
+        if match:
+            return match[1]
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
