@@ -54,6 +54,8 @@ class Experiment:
     """The chips that the run is priced on."""
     transforms: tuple[transforms.Transform, ...] = ()
     """Transforms of the weights before training, as Python: 'lora(rank=4), prune(sparsity=0.5)'."""
+    calibration: transforms.CalibrationConfig = transforms.CalibrationConfig()
+    """The data that transforms may look at."""
     study: recipes.StudyConfig = recipes.StudyConfig()
     """The recipes that a study compares."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -20,13 +21,13 @@ from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.score import Scorer
-from jaxcost.models.transformer import Transformer, axes_of, initialize
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, unembedding
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.loop import Fitted, fit, jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
-from jaxcost.transforms import chain
+from jaxcost.transforms import Transform, calibrated, chain
 
 _DESCRIPTION = "experiment.json"
 _TOKENIZER = "tokenizer.json"
@@ -119,8 +120,20 @@ class Session:
 
     def fresh_params(self) -> weights.Params:
         """New weights from the experiment's seed, transforms applied."""
-        init_key, transform_key = self._keys()
-        return self.place(lambda key: self.transform(initialize(self.model, key)[0], transform_key), init_key)
+        return self.transformed(self.transform, self.base_params(), self._keys()[1])
+
+    def abstract_params(self) -> weights.Params:
+        """The shapes of the transformed weights, as ShapeDtypeStructs."""
+        return self.transform.abstract(abstract(self.model)[0])
+
+    def transformed(self, transform: Transform, params: weights.Params, key: jax.Array) -> weights.Params:
+        """The transformed weights, calibrated on the training split where a transform asks for it.
+
+        Raises:
+          CalibrationError: the data are of no use.
+          ValueError: a weight cannot be transformed so.
+        """
+        return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
 
     @property
     def peak_flops_per_second(self) -> float | None:
@@ -157,6 +170,7 @@ class Session:
         data = self.experiment.data
         return fit(
             self.model,
+            self.abstract_params(),
             make_params,
             batches,
             self.evaluate,
@@ -174,6 +188,15 @@ class Session:
                 self.quiet,
             ),
         )
+
+    def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"])
+        return weights.contract(hidden_BSD, unembedding(params))
+
+    def _calibration_batches(self) -> Iterator[dict[str, jax.Array]]:
+        batches = train_batches(self.experiment.data, self.train_stream.tokens)
+        for batch in itertools.islice(batches, self.experiment.calibration.batches):
+            yield sharding.place_batch(batch, self.mesh)
 
     def _keys(self) -> jax.Array:
         return jax.random.split(jax.random.key(self.experiment.training.seed))
@@ -245,7 +268,7 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with jax.set_mesh(session.mesh):
         _, abstract = jitted_step(
-            session.model, session.fresh_params, optimizer, session.transform, experiment.training, session.mesh
+            session.model, session.abstract_params(), optimizer, session.transform, experiment.training, session.mesh
         )
     with Checkpoints(directory / "checkpoints") as checkpoints:
         step = checkpoints.latest()

@@ -28,7 +28,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "rank": (),
     "position": (),
     # Activations.
-    "batch": ("data", "fsdp"),
+    # In this order: with data before fsdp and one row a device, XLA (0.10.2) permutes the rows of the product of a
+    # matrix that fsdp x tensor split over a mesh of all three axes, and does not permute them back.
+    "batch": ("fsdp", "data"),
     "length": (),
     "residual": ("tensor",),
     "head_dim": (),

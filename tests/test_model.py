@@ -418,6 +418,20 @@ def test_training_on_a_mesh_equals_training_on_one_device(name, mesh_name):
     assert jax.tree.structure(got_state) == jax.tree.structure(want_state)
 
 
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_one_row_a_device_is_scored_as_on_one_device(mesh_name):
+    params, mesh = params_of("llama"), sharding.make_mesh(MESHES[mesh_name])
+    model, tokens = Transformer(SMALL), random_tokens((4, 8), SMALL.vocab_size)
+
+    def hidden(params, tokens):
+        return model.apply({"params": params}, tokens)[0]
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
+        found = jax.jit(hidden)(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)))
+    np.testing.assert_allclose(found, jax.jit(hidden)(params, tokens), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_training_moves_what_trains_and_nothing_else(name):
     before = TRANSFORMS[name](params_of("llama"))

@@ -19,10 +19,12 @@ from jaxcost.weights import (
     Lora,
     LowRank,
     Masked,
+    Observed,
     QuantAware,
     Quantized,
     QuantSpec,
     Weight,
+    blank_inputs,
     contract,
     fake_quantize,
     materialize,
@@ -56,6 +58,10 @@ def masked(key, stack, inward, outward, rank, inner=dense):
     return Masked(inner(key, stack, inward, outward, rank), mask_for(key, stack, inward, outward))
 
 
+def observed(key, stack, inward, outward, rank, inner=dense):
+    return Observed(inner(key, stack, inward, outward, rank), blank_inputs((*stack, inward, outward), gram=True))
+
+
 KINDS = {
     "dense": dense,
     "masked": masked,
@@ -65,6 +71,7 @@ KINDS = {
     "aqt": lambda *args: QuantAware(dense(*args), AQT),
     "reference": lambda *args: QuantAware(dense(*args), REFERENCE),
     "frozen": lambda *args: Frozen(dense(*args)),
+    "observed": lambda *args: observed(*args),
 }
 """name → a builder (key, stack, inward, outward, rank) of each kind around dense arrays."""
 
@@ -78,6 +85,7 @@ SLOTS = {
     "aqt.weight": lambda inner: lambda *args: QuantAware(inner(*args), AQT),
     "reference.weight": lambda inner: lambda *args: QuantAware(inner(*args), REFERENCE),
     "frozen.weight": lambda inner: lambda *args: Frozen(inner(*args)),
+    "observed.weight": lambda inner: lambda *args: observed(*args, inner=inner),
 }
 """Every place inside a kind that holds a weight → the builder of that kind with another kind in that place."""
 
@@ -98,9 +106,9 @@ def test_every_kind_and_every_place_that_holds_a_weight_is_in_the_lists():
         (kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.type == "Any"
     }
     listed = {"masked": "Masked", "low_rank": "LowRank", "lora": "Lora", "frozen": "Frozen"}
-    listed |= {"aqt": "QuantAware", "reference": "QuantAware"}
+    listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed"}
     assert holding == {(listed[kind], field) for kind, field in (slot.split(".") for slot in SLOTS)}
-    assert len(BUILDERS) == 8 + 9 * 8
+    assert len(BUILDERS) == len(KINDS) * (1 + len(SLOTS))
 
 
 # ---- The law ----
@@ -123,7 +131,7 @@ def error_bound(size_x, error_x, w, dtype):
 
     def through(size_x, error_x, w):
         size_w = np.abs(np.asarray(materialize(w), np.float64))
-        if isinstance(w, Frozen):
+        if isinstance(w, Frozen | Observed):
             return through(size_x, error_x, w.weight)
         if isinstance(w, LowRank):
             return in_a_row(size_x, error_x, w.u, w.v)

@@ -22,7 +22,7 @@ from jaxcost.data.files import atomic_write
 _T = TypeVar("_T")
 # The rooms whose code a compiled step comes from.
 _SOURCES = (
-    "weights.py",
+    "weights",
     "sharding.py",
     "transforms",
     "models",

@@ -24,7 +24,7 @@ from jaxcost import weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
 from jaxcost.models import attention
-from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.planning.plan import Plan, plan
 from jaxcost.planning.steps import StepName
 from jaxcost.planning.topology import topology_chip, topology_devices
@@ -310,7 +310,7 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
     config = dataclasses.replace(experiment.model, vocab_size=vocab_size)
     transform = chain(*experiment.transforms)
     model = Transformer(config, experiment.execution)
-    params = jax.eval_shape(lambda: transform(initialize(model, jax.random.key(0))[0]))
+    params = transform.abstract(abstract(model)[0])
     trainable, _ = weights.partition(params)
     leaves = jax.tree.leaves(params)
     kept = {

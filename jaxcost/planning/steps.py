@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.models import attention
-from jaxcost.models.transformer import Cache, Transformer, axes_of, init_cache, initialize
+from jaxcost.models.transformer import Cache, Transformer, abstract, axes_of, init_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.training.loop import jitted_step
 from jaxcost.training.optimizer import make_optimizer
@@ -72,14 +72,13 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
 
-    def make_params():
-        return transform(initialize(model, jax.random.key(0))[0])
-
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = sharding.batch_sharding(mesh)
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
-    step, state = jitted_step(model, make_params, optimizer, transform, experiment.training, mesh)
+    step, state = jitted_step(
+        model, transform.abstract(abstract(model)[0]), optimizer, transform, experiment.training, mesh
+    )
     trainable, _ = weights.partition(state.params)
     categories = {
         "weights": _device_bytes(state.params),
@@ -94,13 +93,13 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     model = planned_model(experiment, vocab_size, mesh)
     transform = chain(*experiment.transforms)
     batch, length = experiment.data.batch_size, experiment.data.sequence_length
-    shapes = jax.eval_shape(lambda: transform(initialize(model, jax.random.key(0))[0]))
+    shapes = transform.abstract(abstract(model)[0])
     places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
     rows = _place(mesh, "batch")
-    abstract = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.dtype))
+    empty = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.dtype))
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
-    cache = Cache(_shaped(abstract.key, kv), _shaped(abstract.value, kv), _shaped(abstract.length, rows))
+    cache = Cache(_shaped(empty.key, kv), _shaped(empty.value, kv), _shaped(empty.length, rows))
     engine = Engine(model)
     categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
     if name == "prefill":

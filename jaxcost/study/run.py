@@ -72,7 +72,7 @@ def run_study(
     for recipe in recipes:
         # A recipe that cannot work fails here, before anything is trained.
         _recovery(experiment, recipe)
-        jax.eval_shape(chain(*recipe.transforms, *recipe.finish), dense)
+        chain(*recipe.transforms, *recipe.finish).abstract(dense)
 
     # ---- Base: trained once ----
     trained = base.train(workdir / "base", title="base")
@@ -159,10 +159,10 @@ def _run_recipe(
     finish = chain(*recipe.finish)
 
     def start():
-        return session.place(lambda params: session.transform(params, key), base_params)
+        return session.transformed(session.transform, base_params, key)
 
     def finished(params):
-        return session.place(lambda params: finish(params, key), params) if recipe.finish else params
+        return session.transformed(finish, params, key)
 
     before = session.evaluate(finished(start()))["bits_per_byte"]
     # Recipes that differ in their finish alone share one recovery.

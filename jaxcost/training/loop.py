@@ -53,6 +53,7 @@ class Fitted:
 
 def fit(
     model: Transformer,
+    abstract_params: weights.Params,
     make_params: Callable[[], weights.Params],
     batches: grain.DatasetIterator,
     evaluate: Callable[[weights.Params], dict[str, float]],
@@ -70,7 +71,8 @@ def fit(
 
     Args:
       model: what the weights are of.
-      make_params: the weights to start from, transforms applied; traced for their shapes, run only for a fresh start.
+      abstract_params: the shapes of the weights, transforms applied, as ShapeDtypeStructs.
+      make_params: makes those weights; called only for a fresh start.
       batches: an endless iterator of `inputs`, `targets` (int32) and `mask` (float32), each (B, S), whose position
         can be saved and set.
       evaluate: scores weights; its figures go to the ledger.
@@ -90,7 +92,7 @@ def fit(
 
     # ---- State: its shapes and where it lives ----
     tx = make_optimizer(optimizer, training.steps)
-    jitted, abstract = jitted_step(model, make_params, tx, transform, training, mesh)
+    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh)
     places = jax.tree.map(lambda a: a.sharding, abstract)
 
     with jax.set_mesh(mesh), progress, Checkpoints(directory / "checkpoints", checkpoint) as checkpoints:
@@ -154,7 +156,7 @@ def fit(
 
 def jitted_step(
     model: Transformer,
-    make_params: Callable[[], weights.Params],
+    abstract_params: weights.Params,
     optimizer: optax.GradientTransformation,
     transform: Transform,
     training: TrainingConfig,
@@ -164,7 +166,7 @@ def jitted_step(
 
     The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
     """
-    abstract = jax.eval_shape(lambda: init_state(make_params(), optimizer, training.seed))
+    abstract = jax.eval_shape(lambda params: init_state(params, optimizer, training.seed), abstract_params)
     places = _state_shardings(abstract, model, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
     step = make_train_step(

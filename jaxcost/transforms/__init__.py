@@ -1,6 +1,17 @@
 """Pure functions from weights to weights, each picking its weights by path rules; see `base`."""
 
-from jaxcost.transforms.base import Chain, Covered, Rule, RuleError, Transform, chain, rule
+from jaxcost.transforms.base import (
+    Calibration,
+    CalibrationError,
+    Chain,
+    Covered,
+    Rule,
+    RuleError,
+    Transform,
+    chain,
+    rule,
+)
+from jaxcost.transforms.calibration import CalibrationConfig, calibrate, calibrated
 from jaxcost.transforms.factorize import factorize
 from jaxcost.transforms.freeze import freeze
 from jaxcost.transforms.lora import lora
@@ -8,12 +19,17 @@ from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
 
 __all__ = [
+    "Calibration",
+    "CalibrationConfig",
+    "CalibrationError",
     "Chain",
     "Covered",
     "Gradual",
     "Rule",
     "RuleError",
     "Transform",
+    "calibrate",
+    "calibrated",
     "chain",
     "factorize",
     "freeze",

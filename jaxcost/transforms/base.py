@@ -7,6 +7,8 @@ with its options, that can be chained.
     params = sparse(params, key)
 
 It is a frozen dataclass, so it can stand in a config, be compared and hashed, and prints as what one would type.
+
+Some need to know what a weight is multiplied with; `calibration` gathers that, and `statistics` says how much of it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,23 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 
 from jaxcost import weights
-from jaxcost.weights import Params
+from jaxcost.weights import Inputs, Params
+
+Statistics = Literal["none", "norms", "gram"]
+"""What a transform must know of a weight's inputs: nothing, their norms and largest values, or their products too."""
+
+Calibration = Mapping[str, Inputs]
+"""Statistics of the inputs of weights, by the weight's path."""
+
+
+class CalibrationError(ValueError):
+    """A transform lacks the statistics that it needs, or they are of no use."""
 
 
 class RuleError(ValueError):
@@ -80,22 +93,72 @@ class Transform:
     freezes_the_rest: ClassVar[bool] = False
     """Whether what no rule picks is frozen, so that only what the transform adds trains."""
 
-    def __call__(self, params: Params, key: jax.Array | None = None) -> Params:
-        """The transformed tree. `key` seeds random initial values; each weight derives its own from its path."""
+    def __call__(self, params: Params, key: jax.Array | None = None, calibration: Calibration | None = None) -> Params:
+        """The transformed tree.
+
+        Args:
+          params: the weights.
+          key: seeds random initial values; each weight derives its own from its path.
+          calibration: statistics of what the picked weights are multiplied with, for transforms that ask for them.
+
+        Raises:
+          RuleError: a rule picks nothing.
+          CalibrationError: the statistics of a weight are needed and not given.
+          ValueError: a picked weight cannot be transformed so.
+        """
         self.coverage(params)
         key = jax.random.key(0) if key is None else key
 
         def one(path, w):
             settings = self._settings(path)
-            if settings is not None:
-                return settings.apply(path, w, jax.random.fold_in(key, zlib.crc32(path.encode())))
-            return self.rest(path, w)
+            if settings is None:
+                return self.rest(path, w)
+            inputs = (calibration or {}).get(path)
+            if settings.statistics() != "none" and inputs is None:
+                raise CalibrationError(
+                    f"{type(self).__name__}: nothing is known of the inputs of {path}, which {settings.describe()} "
+                    "needs; calibrate on some data first."
+                )
+            return settings.apply(path, w, jax.random.fold_in(key, zlib.crc32(path.encode())), inputs)
 
         return weights.map_weights(one, params)
 
-    def apply(self, path: str, w: Any, key: jax.Array) -> Any:
-        """The new weight for one that a rule picked."""
+    def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:
+        """The new weight for one that a rule picked; `inputs` is given where `statistics` asks for it."""
         raise TypeError(f"{type(self).__name__} does not say what it does to a weight.")
+
+    def statistics(self) -> Statistics:
+        """What `apply` must know of a weight's inputs."""
+        return "none"
+
+    def picked(self, params: Params) -> dict[str, Transform]:
+        """The path of every weight that a rule picks → the transform with the options for it."""
+        found: dict[str, Transform] = {}
+
+        def one(path, _):
+            settings = self._settings(path)
+            if settings is not None:
+                found[path] = settings
+
+        weights.map_weights(one, params)
+        return found
+
+    def abstract(self, params: Params) -> Params:
+        """The shapes of the transformed tree as ShapeDtypeStructs; needs no calibration and computes nothing."""
+
+        def blank(params):
+            wanted = {path: one.statistics() for path, one in self.picked(params).items()}
+            calibration = {}
+
+            def one(path, w):
+                if wanted.get(path, "none") != "none":
+                    shape = weights.materialize(w).shape
+                    calibration[path] = weights.blank_inputs(shape, gram=wanted[path] == "gram")
+
+            weights.map_weights(one, params)
+            return self(params, None, calibration)
+
+        return jax.eval_shape(blank, params)
 
     def rest(self, path: str, w: Any) -> Any:
         """The new weight for one that no rule picked."""
@@ -159,10 +222,23 @@ class Chain(Transform):
     rules: tuple[Rule, ...] = ()
     transforms: tuple[Transform, ...] = ()
 
-    def __call__(self, params, key=None):
+    def __call__(self, params, key=None, calibration=None):
+        """One after the other; a calibration is of the weights as they come in, whatever the earlier ones change.
+
+        `calibration.calibrated` gathers new statistics before each that asks for them.
+        """
+        for one, one_key in self.steps(key):
+            params = one(params, one_key, calibration)
+        return params
+
+    def steps(self, key: jax.Array | None = None) -> list[tuple[Transform, jax.Array]]:
+        """The transforms, each with its key."""
         key = jax.random.key(0) if key is None else key
-        for index, transform in enumerate(self.transforms):
-            params = transform(params, jax.random.fold_in(key, index))
+        return [(one, jax.random.fold_in(key, index)) for index, one in enumerate(self.transforms)]
+
+    def abstract(self, params):
+        for one in self.transforms:
+            params = one.abstract(params)
         return params
 
     def update(self, params, step):
@@ -180,7 +256,7 @@ class Chain(Transform):
         rows = []
         for transform in self.transforms:
             rows += transform.coverage(params)
-            params = jax.eval_shape(transform, params)
+            params = transform.abstract(params)
         return rows
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcost.transforms.base import Transform, matrix_shape
-from jaxcost.weights import Frozen, LowRank, Weight
+from jaxcost.weights import Frozen, Inputs, LowRank, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class factorize(Transform):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"factorize: rank is {self.rank}; it must be at least 1.")
 
-    def apply(self, path: str, w: Any, key: jax.Array) -> Any:
+    def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:
         if isinstance(w, Frozen):
-            return w.replace(weight=self.apply(path, w.weight, key))
+            return w.replace(weight=self.apply(path, w.weight, key, inputs))
         if isinstance(w, Weight):
             raise ValueError(
                 f"factorize: {path} is {type(w).__name__} already; factorize comes before other transforms."

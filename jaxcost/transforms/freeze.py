@@ -26,7 +26,7 @@ class freeze(Transform):
 
     freezes_the_rest: ClassVar[bool] = True
 
-    def __call__(self, params, key=None):
+    def __call__(self, params, key=None, calibration=None):
         self.coverage(params)
         if "frozen_layers" in params:
             raise ValueError("freeze: the model is frozen already; apply freeze once.")
@@ -37,14 +37,14 @@ class freeze(Transform):
                 f"choose from 1 to {depth - 1}."
             )
         rest = {name: tree for name, tree in params.items() if name != "layers"}
-        frozen = super().__call__(rest, key)
+        frozen = super().__call__(rest, key, calibration)
         cut = depth - self.top_layers
         lower = jax.tree.map(lambda a: a[:cut], params["layers"])
         frozen["frozen_layers"] = map_weights(lambda _, w: freeze_weight(w), lower)
         frozen["layers"] = jax.tree.map(lambda a: a[cut:], params["layers"])
         return frozen
 
-    def apply(self, path, w, key):
+    def apply(self, path, w, key, inputs=None):
         return w
 
     def coverage(self, params):

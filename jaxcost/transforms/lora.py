@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcost.transforms.base import Transform, matrix_shape
-from jaxcost.weights import Frozen, Lora
+from jaxcost.weights import Frozen, Inputs, Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class lora(Transform):
 
     freezes_the_rest: ClassVar[bool] = True
 
-    def apply(self, path: str, w: Any, key: jax.Array) -> Any:
+    def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:
         base = w.weight if isinstance(w, Frozen) else w
         if isinstance(base, Lora):
             raise ValueError(f"lora: {path} has an adapter already; merge it first.")

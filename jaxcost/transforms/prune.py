@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.transforms.base import Transform, matrix_shape
-from jaxcost.weights import Frozen, Lora, LowRank, Masked, QuantAware, Quantized
+from jaxcost.weights import Frozen, Inputs, Lora, LowRank, Masked, QuantAware, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +71,13 @@ class prune(Transform):
             if self.gradual is not None:
                 raise ValueError("prune: a gradual schedule needs pattern='unstructured'; N:M masks are made at once.")
 
-    def apply(self, path: str, w: Any, key: jax.Array) -> Any:
+    def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:
         if isinstance(w, Lora):
-            return w.replace(base=self.apply(path, w.base, key))
+            return w.replace(base=self.apply(path, w.base, key, inputs))
         if isinstance(w, LowRank):
             return w.replace(u=self.apply(f"{path}/u", w.u, key), v=self.apply(f"{path}/v", w.v, key))
         if isinstance(w, QuantAware | Frozen):
-            return w.replace(weight=self.apply(path, w.weight, key))
+            return w.replace(weight=self.apply(path, w.weight, key, inputs))
         if isinstance(w.weight if isinstance(w, Masked) else w, Quantized):
             raise ValueError(f"prune: {path} is quantised already; prune before quantising.")
         shape = matrix_shape(path, w)

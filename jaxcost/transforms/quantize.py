@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxcost.transforms.base import ALL_KERNELS, Rule, Transform, freeze_weight, matrix_shape
 from jaxcost.weights import (
     Frozen,
+    Inputs,
     Lora,
     LowRank,
     Masked,
@@ -53,12 +54,12 @@ class quantize(Transform):
         if self.backward_bits not in (None, 4, 8):
             raise ValueError(f"quantize: backward_bits is {self.backward_bits}; it must be 4, 8 or None.")
 
-    def apply(self, path: str, w: Any, key: jax.Array) -> Any:
+    def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:
         matrix_shape(path, w)
         if isinstance(w.weight if isinstance(w, Masked) else w, Quantized):
             raise ValueError(f"quantize: {path} is quantised already.")
         if isinstance(w, Lora):
-            return w.replace(base=self.apply(path, w.base, key))
+            return w.replace(base=self.apply(path, w.base, key, inputs))
         if isinstance(w, LowRank):
             return w.replace(u=self.apply(path, w.u, key), v=self.apply(path, w.v, key))
         if self.mode == "training":
@@ -66,7 +67,7 @@ class quantize(Transform):
                 raise ValueError(f"quantize: {path} is {type(w).__name__} already and cannot be trained quantised.")
             return QuantAware(w, QuantSpec(self.bits, self.backward_bits, self.stochastic_rounding, self.backend))
         if isinstance(w, Frozen):
-            return freeze_weight(self.apply(path, w.weight, key))
+            return freeze_weight(self.apply(path, w.weight, key, inputs))
         if isinstance(w, Masked):
             return Masked(quantized(materialize(w), self.bits), w.mask)
         return quantized(materialize(w.weight if isinstance(w, QuantAware) else w), self.bits)

@@ -1,0 +1,79 @@
+"""Weights that are, or are changed by, products of two thin factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxcost.weights.base import (
+    Weight,
+    contract,
+    factor_axes,
+    logical_axes,
+    materialize,
+    matmul,
+    nothing,
+    split,
+    trainable,
+)
+
+
+@struct.dataclass
+class LowRank(Weight):
+    """The product u @ v of rank r, contracted from the left so that the product never exists."""
+
+    u: Any
+    """(..., in, r)."""
+    v: Any
+    """(..., r, out)."""
+
+    def contract(self, x, key):
+        key_u, key_v = split(key)
+        return contract(contract(x, self.u, key_u), self.v, key_v)
+
+    def materialize(self):
+        return matmul(materialize(self.u), materialize(self.v))
+
+    def logical_axes(self, axes):
+        axes_u, axes_v = factor_axes(axes)
+        return self.replace(u=logical_axes(self.u, axes_u), v=logical_axes(self.v, axes_v))
+
+    def trainable(self):
+        return self.replace(u=trainable(self.u), v=trainable(self.v))
+
+
+@struct.dataclass
+class Lora(Weight):
+    """A frozen base plus a trained update of rank r, applied on the activation: x·base + scale·(x·a)·b.
+
+    Materialising base + scale·a·b in the forward pass would cost a full fine-tune's FLOPs. Source: Hu et al. 2021,
+    arXiv:2106.09685.
+    """
+
+    base: Any
+    a: Any
+    """(..., in, r)."""
+    b: Any
+    """(..., r, out)."""
+    scale: float = struct.field(pytree_node=False, default=1.0)
+
+    def contract(self, x, key):
+        key_base, key_a, key_b = split(key, 3)
+        update = contract(contract(x, self.a, key_a), self.b, key_b)
+        return contract(x, lax.stop_gradient(self.base), key_base) + jnp.asarray(self.scale, x.dtype) * update
+
+    def materialize(self):
+        base = lax.stop_gradient(materialize(self.base))
+        return base + (self.scale * matmul(materialize(self.a), materialize(self.b))).astype(base.dtype)
+
+    def logical_axes(self, axes):
+        axes_a, axes_b = factor_axes(axes)
+        return self.replace(
+            base=logical_axes(self.base, axes), a=logical_axes(self.a, axes_a), b=logical_axes(self.b, axes_b)
+        )
+
+    def trainable(self):
+        return self.replace(base=nothing(self.base), a=trainable(self.a), b=trainable(self.b))
