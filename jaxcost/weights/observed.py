@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from jaxcost.weights.base import Weight, contract, full, logical_axes, materialize, nothing
+from jaxcost.weights.base import Weight, contract, logical_axes, materialize, nothing
 
 
 @struct.dataclass
@@ -62,9 +62,9 @@ class Observed(Weight):
         return materialize(self.weight)
 
     def logical_axes(self, axes):
-        *stack, inward, _ = full(axes, self.inputs.squares[..., None])
+        *stack, inward, _ = axes
         features = PartitionSpec(*stack, inward)
-        products = None if self.inputs.gram is None else PartitionSpec(*stack, inward, None)
+        products = None if self.inputs.gram is None else PartitionSpec(*stack, inward, "features")
         places = Inputs(PartitionSpec(*stack), features, features, products)
         return self.replace(weight=logical_axes(self.weight, axes), inputs=places)
 
