@@ -335,7 +335,7 @@ def test_logical_axes_name_every_axis_of_every_array(name, stack):
     axes = weights.logical_axes(w, PartitionSpec(*names, "embed", "mlp"))
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     assert jax.tree.structure(axes, is_leaf=is_spec) == jax.tree.structure(w)
-    sizes = {"expert": 3, "layers": stack[-1] if stack else 0, "embed": 7, "mlp": 5, "rank": 2, "features": 7, None: 1}
+    sizes = {"expert": 3, "layers": stack[-1] if stack else 0, "embed": 7, "mlp": 5, "rank": 2, None: 1}
     sizes |= dict(zip(names, stack, strict=True))
     for spec, array in zip(jax.tree.leaves(axes, is_leaf=is_spec), jax.tree.leaves(w), strict=True):
         assert tuple(sizes[axis] for axis in spec) == array.shape

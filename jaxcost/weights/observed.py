@@ -64,7 +64,7 @@ class Observed(Weight):
     def logical_axes(self, axes):
         *stack, inward, _ = axes
         features = PartitionSpec(*stack, inward)
-        products = None if self.inputs.gram is None else PartitionSpec(*stack, inward, "features")
+        products = None if self.inputs.gram is None else PartitionSpec(*stack, inward, inward)
         places = Inputs(PartitionSpec(*stack), features, features, products)
         return self.replace(weight=logical_axes(self.weight, axes), inputs=places)
 
