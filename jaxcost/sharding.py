@@ -83,6 +83,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
 
 
+def platform() -> str:
+    """Where a traced step will run: the platform of the current mesh, which may be only described, else this one's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
     """The mesh axes for each logical axis; axes of size 1 are left out, and no mesh axis is used twice."""
     taken: set[str] = set()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxcost.sharding import mesh_spec
+from jaxcost.sharding import mesh_spec, platform
 
 Implementation = Literal["auto", "reference", "splash", "cudnn"]
 
@@ -45,7 +45,7 @@ def causal_attention(
     """
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     bits = q_BTHh.dtype.itemsize * 8
-    implementation = resolve(implementation, jax.default_backend(), length, head_dim, bits)
+    implementation = resolve(implementation, platform(), length, head_dim, bits)
     if implementation == "splash":
         return _splash(q_BTHh, k_BTKh, v_BTKh)
     if implementation == "cudnn":

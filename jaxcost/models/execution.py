@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxcost.models.attention import Implementation
+from jaxcost.sharding import platform
 
 TENSORS = (
     "layer_input",
@@ -45,10 +46,13 @@ PRESETS = {
 def named(x: jax.Array, name: str) -> jax.Array:
     """Marks an activation as one of `TENSORS`, so that a policy may keep, offload or recompute it.
 
-    Its layout is pinned to row-major: where the forward and the backward pass choose different ones, a TPU's compiler
-    brings an offloaded stack back to the device whole to turn it (148 against 96 GiB for Llama-3.1-405B on v5p:8x8x8).
+    On TPUs its layout is pinned to row-major: where the forward and the backward pass choose different ones, their
+    compiler brings an offloaded stack back to the device whole to turn it (148 against 96 GiB for Llama-3.1-405B on
+    v5p:8x8x8). Elsewhere the partitioner would gather the whole activation on every device to pin it.
     """
-    return checkpoint_name(with_layout_constraint(x, Layout(tuple(range(x.ndim)))), name)
+    if platform() == "tpu":
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return checkpoint_name(x, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,5 +113,5 @@ class ExecutionConfig:
 
     def unrolled(self, depth: int) -> int:
         """How many layers one iteration of the scan holds."""
-        on_cpu = self.unroll == "auto" and jax.default_backend() == "cpu" and not self.rematerializes
+        on_cpu = self.unroll == "auto" and platform() == "cpu" and not self.rematerializes
         return depth if on_cpu or self.unroll == "always" else 1

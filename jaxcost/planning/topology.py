@@ -214,7 +214,11 @@ def compile_step(
 ) -> CompiledStep:
     """The first, slow half of `plan_step`: everything that only the compiler knows."""
     mesh = _mesh_of(abstract_args)
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+    with contextlib.ExitStack() as stack:
+        dump = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(jax.set_mesh(mesh))
+        if _describes_gpus(mesh):
+            stack.enter_context(nvidia.described_cudnn())
         lowered = jitted_step.lower(*abstract_args, **(static_args or {}))
         try:
             compiled, text = _compile(lowered, mesh, dump)
@@ -273,10 +277,9 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
     offloaded to a SparseCore.
     """
     options = sharding.compiler_options(mesh)
-    platform = mesh.devices.flat[0].platform
-    if platform == "gpu" and jax.default_backend() != "gpu":
+    if _describes_gpus(mesh):
         options |= nvidia.COMPILER_OPTIONS
-    if platform != "tpu":
+    if mesh.devices.flat[0].platform != "tpu":
         compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text()
     with _no_compilation_cache():
@@ -285,6 +288,10 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
         # Small helper programs may be dumped beside the step.
         largest = max(dumps, key=lambda path: path.stat().st_size, default=None)
         return compiled, largest.read_text() if largest else compiled.as_text()
+
+
+def _describes_gpus(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
 
 
 @contextlib.contextmanager
