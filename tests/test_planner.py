@@ -286,6 +286,13 @@ def test_a_question_is_answered_once(tmp_path, monkeypatch):
     assert cache.cached("q", make) == {"answer": 42}
 
 
+def test_a_cache_that_cannot_be_written_costs_no_answer(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXCOST_PLAN_CACHE", str(tmp_path / "file" / "plans"))
+    assert cache.cached("q", lambda: 42) == 42
+    assert "set JAXCOST_PLAN_CACHE to a folder" in caplog.text
+
+
 # ---- Published runs ----
 
 

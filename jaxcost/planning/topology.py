@@ -95,6 +95,22 @@ def topology_chip(topology: str) -> hardware.Chip:
     return chip
 
 
+def _check_slice(topology: str, chip: hardware.Chip, sizes: list[int]) -> None:
+    """ValueError for a slice that the compiler would describe although no pod holds it."""
+    axes = sum(size > 1 for size in sizes)
+    if axes > chip.torus_axes:
+        raise ValueError(
+            f"the topology {topology!r} has {axes} axes, and {chip.name} chips make a torus of {chip.torus_axes}; "
+            f"give {chip.torus_axes} sizes."
+        )
+    largest = chip.pod_chips.value
+    if largest is not None and math.prod(sizes) > largest:
+        raise ValueError(
+            f"the topology {topology!r} has {math.prod(sizes)} chips, and a pod of {chip.name} has {largest}; make it "
+            f"smaller, or join slices by the network as in '2x{chip.name}:...'."
+        )
+
+
 @functools.cache
 def topology_devices(topology: str) -> tuple[Any, ...]:
     """The described devices of slices that need not exist, slice by slice.
@@ -121,6 +137,7 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             )
         with _native_messages_held():
             return tuple(nvidia.describe(chip, *sizes))
+    _check_slice(topology, chip, sizes)
     _require_libtpu()
     from jax.experimental import topologies
 
@@ -140,7 +157,7 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             raise PlanningUnavailable(
                 f"another process holds libtpu; wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({said})."
             ) from error
-        raise ValueError(f"the compiler knows no topology {topology!r}: {said}") from error
+        raise ValueError(f"the compiler knows no topology {topology!r}, change its shape: {said}") from error
     return tuple(described.devices)
 
 
@@ -321,13 +338,18 @@ def _split(topology: str) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def _native_messages_held():
-    """Holds back what a compiler's library writes to standard error, of chips that are not here, unless it fails."""
+    """Holds back what a compiler's library writes to standard error, of chips that are not here.
+
+    What it says of a failure of its own, an error of JAX's, is in that error.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "wb") as shown:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
             held.seek(0)
             shown.write(held.read())
             raise
