@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxcost.models import context
 from jaxcost.models.attention import Implementation
 from jaxcost.sharding import platform
 
@@ -73,6 +74,9 @@ class ExecutionConfig:
     """Activations to move to host memory until the backward pass, by name."""
     attention: Implementation = "auto"
     """Attention without a cache: the reference, TPU splash or cuDNN; auto takes the platform's kernel where it can."""
+    context: context.Method = "auto"
+    """Attention where mesh.context splits the sequence: all_to_all trades tokens for heads, which must divide, and runs
+    the kernel of `attention`; a ring passes keys and values round; auto trades where it can."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere.
 
