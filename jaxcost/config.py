@@ -19,6 +19,7 @@ from jaxcost import transforms
 from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.data.config import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
+from jaxcost.models import context
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
@@ -98,12 +99,30 @@ class Experiment:
                 f"{rows * self.training.accumulation}."
             )
         m = self.model
+        context.check_length(self.data.sequence_length, sizes["context"])
         splits = [("model.width", m.width, "fsdp"), ("model.num_heads", m.num_heads, "tensor")]
         splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
         splits += [("model.width", m.width, "tensor"), ("the vocabulary", vocab_size, "tensor")]
         for name, size, axis in splits:
             if size % sizes[axis]:
                 raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")
+        if sizes["context"] > 1:
+            self._check_context(sizes)
+
+    def _check_context(self, sizes: dict[str, int]) -> None:
+        m, ways = self.model, sizes["fsdp"] * sizes["context"]
+        if m.width % ways:
+            raise ValueError(
+                f"model.width ({m.width}) must be a multiple of mesh.fsdp x mesh.context ({ways}), which both split "
+                "the weights; change one of them."
+            )
+        heads, kv_heads = m.num_heads // sizes["tensor"], m.num_kv_heads // sizes["tensor"]
+        method = context.resolve(self.execution.context, heads, kv_heads, sizes["context"])
+        if method == "ring" and self.execution.attention in ("splash", "cudnn"):
+            raise ValueError(
+                f"execution.attention is {self.execution.attention!r}, which needs whole sequences, and a ring passes "
+                "parts of them round; use 'auto', or a mesh.context that divides the heads."
+            )
 
 
 def load(path: str | Path) -> Experiment:

@@ -20,7 +20,7 @@ from jaxcost import weights
 RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters.
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -31,7 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # In this order: with data before fsdp and one row a device, XLA (0.10.2) permutes the rows of the product of a
     # matrix that fsdp x tensor split over a mesh of all three axes, and does not permute them back.
     "batch": ("fsdp", "data"),
-    "length": (),
+    "length": ("context",),
     "residual": ("tensor",),
     "head_dim": (),
 }
@@ -55,6 +55,8 @@ class MeshConfig:
     """Ways that both the weights and the batch are split (fully sharded data parallelism)."""
     tensor: int = 1
     """Ways that heads, MLP and vocabulary are split (tensor parallelism)."""
+    context: int = 1
+    """Ways that each sequence is split, and the weights like over fsdp (context parallelism, for long sequences)."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -83,6 +85,18 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def platform() -> str:
+    """Where a traced step will run: the platform of the current mesh, which may be only described, else this one's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def context_ways(length: int) -> int:
+    """Parts that the current mesh splits a sequence into; one that is shorter than the axis is not split."""
+    ways = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return ways if ways <= length else 1
 
 
 def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
@@ -135,12 +149,12 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch (B, S) lives: its rows split over all data-parallel axes."""
+    """Where a batch (B, S) lives: its rows split over all data-parallel axes, its tokens over the context axis."""
     return NamedSharding(mesh, mesh_spec(PartitionSpec("batch", "length"), mesh.shape))
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B."""
+    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B and S."""
     return {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
 
 

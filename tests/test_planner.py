@@ -119,6 +119,29 @@ def test_splash_kernels_are_priced_by_the_tiles_that_they_run():
     assert kernels.kernel_cost(dataclasses.replace(full, name="a/other")) is None
 
 
+@pytest.mark.parametrize(("mask", "share"), [("NO_MASK", 1), ("CAUSAL", 0.5)])
+def test_cudnn_attention_is_priced_by_its_shapes_and_mask(mask, share):
+    line = """  %attend{part} = (bf16[2,4,64,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), \
+custom_call_target="__cudnn$fmhaSoftmax{part}", metadata={{op_name="jit(f)/custom_partitioning"}}, \
+backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"}}}}"""
+    text = f"""HloModule f, is_scheduled=true, num_partitions=1
+
+ENTRY %main (q: bf16[2,64,4,128], k: bf16[2,64,2,128]) -> bf16[2,4,64,128] {{
+  %q = bf16[2,64,4,128]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,64,2,128]{{3,2,1,0}} parameter(1)
+{line.format(part="", mask=mask)}
+{line.format(part="Backward", mask=mask)}
+  ROOT %out = bf16[2,4,64,128]{{3,1,2,0}} get-tuple-element(%attend), index=0
+}}
+"""
+    chip, matmul = hardware.load_chip("h100"), 2 * 2 * 4 * 64 * 64 * 128
+    found = estimate.estimate(chip, hlo.program_cost(text))
+    assert found.flops_by_type == {"bf16": (2 + 5) * share * matmul}
+    assert found.unestimated == ()
+    operands_and_result = 2 * 64 * (4 + 2 + 2 + 4) * 128 * 2
+    assert found.compiler_seconds == pytest.approx(2 * operands_and_result / chip.hbm_bytes_per_second.value)
+
+
 # ---- Attention ----
 
 
@@ -215,6 +238,15 @@ def test_peak_is_the_compilers_own(step):
     assert held == pytest.approx(made.cost.argument_bytes, rel=0.02)
 
 
+def test_activations_stay_where_they_are():
+    """A pinned layout would gather every named activation on every device."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    asked = experiment(mesh=config.MeshConfig(data=8), execution=ExecutionConfig(unroll="never", remat="attention"))
+    traced = steps.trace_step("train", asked, 512, mesh)
+    made = topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip("cpu"))
+    assert {collective.kind for collective in made.cost.collectives} <= {"all-reduce"}
+
+
 def test_transforms_change_the_plan_as_they_should():
     base, adapted, top, masked, served = (
         planned(**changes)[1].cost
@@ -252,6 +284,13 @@ def test_a_question_is_answered_once(tmp_path, monkeypatch):
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     assert cache.cached("q", make) == {"answer": 42}
+
+
+def test_a_cache_that_cannot_be_written_costs_no_answer(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXCOST_PLAN_CACHE", str(tmp_path / "file" / "plans"))
+    assert cache.cached("q", lambda: 42) == 42
+    assert "set JAXCOST_PLAN_CACHE to a folder" in caplog.text
 
 
 # ---- Published runs ----

@@ -111,6 +111,8 @@ def test_a_libtpu_that_another_process_holds_is_one_sentence(tmp_path):
         ("v9:2x2", "hardware.chip is 'v9'"),
         ("cpu:8", "of no TPU or GPU"),
         ("h100:8", "hosts x GPUs a host"),
+        ("v5e:2x2x2", "3 axes, and v5e chips make a torus of 2"),
+        ("v6e:16x32", "512 chips, and a pod of v6e has 256"),
     ],
 )
 def test_wrong_topologies_are_refused(name, message):

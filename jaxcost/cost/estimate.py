@@ -77,6 +77,8 @@ class Estimate:
     calibrated_error: float | None
     """Mean error of the calibrated estimate on published steps that it was not fitted on, as a fraction."""
     parts: Parts | None
+    flops_by_type: dict[str, int]
+    """FLOPs of one device by operand type, those of kernels with a cost function included."""
     exchanges: tuple[tuple[links.Collective, links.Exchange], ...]
     """Every kind of exchange and what one run of it takes."""
     unestimated: tuple[str, ...]
@@ -131,7 +133,7 @@ def estimate(chip: hardware.Chip, cost: hlo.ProgramCost, network: links.Network 
         compiler = parts.matmul_seconds + parts.elementwise_seconds + parts.kernel_seconds
         source = CYCLES
     else:
-        compiler, source = _instruction_roofline(chip, work), INSTRUCTION_ROOFLINE
+        compiler, source = _instruction_roofline(chip, work, calls), INSTRUCTION_ROOFLINE
     calibration, error = load_calibration() if parts and not unpriced else (None, None)
     least = bound.seconds or 0.0
     return Estimate(
@@ -142,13 +144,14 @@ def estimate(chip: hardware.Chip, cost: hlo.ProgramCost, network: links.Network 
         calibrated_seconds=max(calibration.seconds(parts), least) if calibration else None,
         calibrated_error=error,
         parts=parts,
+        flops_by_type=flops,
         exchanges=exchanges,
         unestimated=tuple(
             # Where every instruction is taken at its roofline, none is without a figure.
             [f"{name} (x{n})" for name, n in sorted(work.untimed.items()) if parts]
             + sorted(undeclared)
             + unpriced
-            + [name for name in cost.unestimated if "tpu_custom_call" not in name]
+            + [name for name in cost.unestimated if not hlo_work.KERNEL.search(name)]
         ),
     )
 
@@ -179,10 +182,10 @@ def _kernel_seconds(chip: hardware.Chip, work: hlo_work.Work, calls) -> float:
     return total
 
 
-def _instruction_roofline(chip: hardware.Chip, work: hlo_work.Work) -> float | None:
+def _instruction_roofline(chip: hardware.Chip, work: hlo_work.Work, calls) -> float | None:
     """Every instruction at the slower of its FLOPs and its bytes; None if a rate that it needs is unknown."""
     share = 1 / chip.devices_per_chip
-    total = 0.0
+    total = _kernel_seconds(chip, work, calls)
     for (operand_type, flops, moved_bytes), times in work.steps.items():
         peak, bandwidth = chip.peak(operand_type) if flops else math.inf, chip.hbm_bytes_per_second.value
         if peak is None or (bandwidth is None and moved_bytes):

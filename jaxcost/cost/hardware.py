@@ -51,7 +51,7 @@ class Chip:
     devices_per_chip: int = 1
     """JAX devices on one chip."""
     peak_flops_per_second: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
-    """Dense peak by operand type (`bf16`, `int8`, `fp8`, `f32`)."""
+    """Dense peak by operand type (`bf16`, `int8`, `fp8`, `f32`), f32 at JAX's default precision for it."""
     hbm_bytes: Figure = UNKNOWN
     """Memory of the chip."""
     hbm_bytes_per_second: Figure = UNKNOWN
@@ -62,6 +62,8 @@ class Chip:
     """Clock of the matrix unit."""
     link_bytes_per_second: Figure = UNKNOWN
     """Chip-to-chip bandwidth over all links, both directions together."""
+    pod_chips: Figure = UNKNOWN
+    """Chips of a whole pod, the largest slice."""
     torus_axes: int = 0
     """Axes of the torus that the links make; 0 where a switch joins the chips of a host."""
     ring_multiple: int = 0

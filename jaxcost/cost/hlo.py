@@ -167,7 +167,8 @@ class _Reader:
             work = hlo_work.work_of(self._module, scalars.computation, instruction)
             if work is not None:
                 kind = max(part.tally.by_type, key=part.tally.by_type.get, default="")
-                work.steps[(kind, part.tally.total_flops, work.hbm_bytes)] += 1
+                if not work.kernels:
+                    work.steps[(kind, part.tally.total_flops, work.hbm_bytes)] += 1
                 part.work.add(work)
             cost.add(part)
         return cost

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 
 from jaxcost.cost import hlo_text
 
 MATMUL, ELEMENTWISE = "matmul", "elementwise"
 VECTOR_MEMORY, HOST_MEMORY = 1, 5
 _DEVICE_MEMORY = 0
-_KERNEL = "tpu_custom_call"
+KERNEL = re.compile(r"tpu_custom_call|__cudnn\$fmha\w+")
+"""Call targets of kernels that the compiler does not see into: Pallas on TPU, cuDNN's attention."""
 # What names or regroups values and takes no time.
 _FREE = frozenset(
     {
@@ -49,7 +51,7 @@ _MATRIX = frozenset({"convolution", "dot"})
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A call of a Pallas kernel."""
+    """A call of a kernel that the compiler does not see into."""
 
     name: str
     """The kernel's path in the traced program, which ends with the kernel's own name."""
@@ -70,7 +72,7 @@ class Work:
     host_bytes: int = 0
     """Bytes moved between the device and the host's memory."""
     kernels: collections.Counter[Kernel] = dataclasses.field(default_factory=collections.Counter)
-    """Calls of Pallas kernels, and how often."""
+    """Calls of such kernels, and how often."""
     steps: collections.Counter[tuple[str, int, int]] = dataclasses.field(default_factory=collections.Counter)
     """What each instruction does: operand type, FLOPs, bytes of main memory → how often."""
     untimed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -136,9 +138,13 @@ def _moved_beside(module: hlo_text.Module, instruction: hlo_text.Instruction) ->
 
 
 def _add_custom_call(work: Work, computation: hlo_text.Computation, instruction: hlo_text.Instruction):
-    target = instruction.text(r'custom_call_target="([^"]*)"')
-    if target == _KERNEL:
+    target = instruction.text(r'custom_call_target="([^"]*)"') or ""
+    if KERNEL.fullmatch(target):
         path = (instruction.text(r'op_name="([^"]*)"') or instruction.name).removesuffix("/pallas_call")
+        mask = instruction.text(r'"mask_type": ?"(\w+)"')
+        if mask is not None:
+            # cuDNN's call names neither its part nor its mask in the path.
+            path = f"{path}/{mask.lower()}/{target}"
         operands = tuple(shape for name in instruction.operands for shape in computation.instructions[name].shapes)
         work.kernels[Kernel(path, _anywhere(operands), _anywhere(instruction.shapes))] += 1
 

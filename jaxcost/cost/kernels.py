@@ -1,4 +1,4 @@
-"""What Pallas kernels cost: a compiler sees only their shapes, so each kernel declares a cost function here.
+"""What opaque kernels cost (Pallas, cuDNN): a compiler sees only their shapes, so each has a cost function here.
 
 A kernel's shapes are in the compiled program; what its shapes do not tell (that attention is causal) stands in the
 `jax.named_scope` around the call, which the program carries as the call's path.
@@ -50,11 +50,30 @@ def _splash(kernel: hlo_work.Kernel) -> KernelCost:
     )
 
 
+# Matmuls of cuDNN's attention, whose gradient is one call: scores, and a matmul for each of the four gradients.
+_CUDNN_MATMULS = {"": 2, "Backward": 5}
+_CUDNN = re.compile(r"__cudnn\$fmhaSoftmax(Backward)?$")
+
+
+def _cudnn(kernel: hlo_work.Kernel) -> KernelCost:
+    """Cost of a call of cuDNN's attention on queries (B, T, H, h) and keys (B, S, K, h); half the scores if causal."""
+    (batch, length, heads, head_dim), keys = kernel.operands[0].sizes, kernel.operands[1]
+    scores = batch * heads * length * keys.sizes[1] * (0.5 if _in_scope(kernel, "causal") else 1.0)
+    return KernelCost(
+        flops=round(2 * _CUDNN_MATMULS[_CUDNN.search(kernel.name)[1] or ""] * scores * head_dim),
+        operand_type=contractions.contraction_type(kernel.operands[0].dtype, keys.dtype),
+        hbm_bytes=sum(shape.num_bytes for shape in (*kernel.operands, *kernel.results)),
+    )
+
+
 def _in_scope(kernel: hlo_work.Kernel, scope: str) -> bool:
     return re.search(rf"[/(]{scope}[/)]", kernel.name) is not None
 
 
-COST_FUNCTIONS: tuple[tuple[re.Pattern[str], Callable[[hlo_work.Kernel], KernelCost]], ...] = ((_SPLASH, _splash),)
+COST_FUNCTIONS: tuple[tuple[re.Pattern[str], Callable[[hlo_work.Kernel], KernelCost]], ...] = (
+    (_SPLASH, _splash),
+    (_CUDNN, _cudnn),
+)
 """Pattern of a kernel's path → the function that prices a call of it."""
 
 

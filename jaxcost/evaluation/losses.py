@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcost import weights
+from jaxcost.sharding import context_ways
 
 
 def cross_entropy(
@@ -27,11 +28,14 @@ def cross_entropy(
       targets_BT: int32 token ids.
       mask_BT: 1 where the target counts and 0 where it is padding.
       chunks: pieces that the time axis is cut into, at most; each piece's logits are made again in the backward pass,
-        so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does.
+        so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does. Where
+        the mesh splits T, a piece takes tokens from every device's part.
       key: random key for an unembedding whose arithmetic is random.
     """
     length = targets_BT.shape[1]
-    chunks = max(n for n in range(1, min(chunks, length) + 1) if length % n == 0)
+    ways = context_ways(length)
+    part = length // ways
+    chunks = max(n for n in range(1, min(chunks, part) + 1) if part % n == 0)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
         logits_BtV = weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32)
@@ -42,7 +46,8 @@ def cross_entropy(
         return piece(hidden_BTD, targets_BT, mask_BT), jnp.sum(mask_BT)
 
     def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, length // chunks, *x.shape[2:]), 1, 0)
+        pieces = jnp.moveaxis(x.reshape(x.shape[0], ways, chunks, part // chunks, *x.shape[2:]), 2, 0)
+        return pieces.reshape(chunks, x.shape[0], length // chunks, *x.shape[2:])
 
     def step(total, chunk):
         return total + jax.checkpoint(piece)(*chunk), None

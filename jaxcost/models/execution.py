@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxcost.models import context
 from jaxcost.models.attention import Implementation
+from jaxcost.sharding import platform
 
 TENSORS = (
     "layer_input",
@@ -45,10 +47,13 @@ PRESETS = {
 def named(x: jax.Array, name: str) -> jax.Array:
     """Marks an activation as one of `TENSORS`, so that a policy may keep, offload or recompute it.
 
-    Its layout is pinned to row-major: where the forward and the backward pass choose different ones, a TPU's compiler
-    brings an offloaded stack back to the device whole to turn it (148 against 96 GiB for Llama-3.1-405B on v5p:8x8x8).
+    On TPUs its layout is pinned to row-major: where the forward and the backward pass choose different ones, their
+    compiler brings an offloaded stack back to the device whole to turn it (148 against 96 GiB for Llama-3.1-405B on
+    v5p:8x8x8). Elsewhere the partitioner would gather the whole activation on every device to pin it.
     """
-    return checkpoint_name(with_layout_constraint(x, Layout(tuple(range(x.ndim)))), name)
+    if platform() == "tpu":
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return checkpoint_name(x, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,9 @@ class ExecutionConfig:
     """Activations to move to host memory until the backward pass, by name."""
     attention: Implementation = "auto"
     """Attention without a cache: the reference, TPU splash or cuDNN; auto takes the platform's kernel where it can."""
+    context: context.Method = "auto"
+    """Attention where mesh.context splits the sequence: all_to_all trades tokens for heads, which must divide, and runs
+    the kernel of `attention`; a ring passes keys and values round; auto trades where it can."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere.
 
@@ -109,5 +117,5 @@ class ExecutionConfig:
 
     def unrolled(self, depth: int) -> int:
         """How many layers one iteration of the scan holds."""
-        on_cpu = self.unroll == "auto" and jax.default_backend() == "cpu" and not self.rematerializes
+        on_cpu = self.unroll == "auto" and platform() == "cpu" and not self.rematerializes
         return depth if on_cpu or self.unroll == "always" else 1

@@ -27,7 +27,7 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.models import attention
+from jaxcost.models import attention, context
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.sharding import constrain
@@ -87,6 +87,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     implementation: attention.Implementation = "auto"
+    method: context.Method = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, key):
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         k_BTKh = named(k_BTKh, "key")
         v_BTKh = named(v_BTKh, "value")
         if cache is None:
-            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation)
+            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation, self.method)
         else:
             cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
             slots = jnp.arange(cache[0].shape[1])
@@ -141,13 +142,14 @@ class Block(nn.Module):
 
     config: ModelConfig
     implementation: attention.Implementation = "auto"
+    method: context.Method = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache=None, key=None):
         key_attention, key_mlp = _keys(key, 2)
         x_BTD = named(x_BTD, "layer_input")
         normed = Norm(self.config, name="attention_norm")(x_BTD)
-        attend = Attention(self.config, self.implementation, name="attention")
+        attend = Attention(self.config, self.implementation, self.method, name="attention")
         update, cache = attend(normed, positions_BT, cache, key_attention)
         x_BTD = x_BTD + named(update, "attention_projection")
         normed = Norm(self.config, name="mlp_norm")(x_BTD)
@@ -185,7 +187,7 @@ class Transformer(nn.Module):
     def _blocks(self, x_BTD, positions_BT, kv, key):
         # One token is enough to make the parameters, and no kernel takes so few.
         implementation = "reference" if self.is_initializing() else self.execution.attention
-        block = Block(self.config, implementation, parent=None)
+        block = Block(self.config, implementation, self.execution.context, parent=None)
         if self.is_initializing():
             self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, self.config.num_layers))
         stacks = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import pathlib
 import pickle
@@ -20,19 +21,22 @@ from typing import TypeVar
 from jaxcost.data.files import atomic_write
 
 _T = TypeVar("_T")
-# The rooms whose code a compiled step comes from.
+# What a compiled step comes from: rooms, and files without their endings.
 _SOURCES = (
     "weights",
-    "sharding.py",
+    "sharding",
     "transforms",
     "models",
     "training",
     "evaluation",
     "serving",
-    "planning/memory.py",
-    "planning/steps.py",
-    "planning/topology.py",
+    "planning/memory",
+    "planning/steps",
+    "planning/topology",
+    "planning/nvidia",
+    "cost/chips",
 )
+_LOGGER = logging.getLogger(__name__)
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax", "aqtp", "jax-cuda12-plugin")
 
 
@@ -45,18 +49,24 @@ def directory() -> pathlib.Path:
 
 
 def cached(question: str, make: Callable[[], _T]) -> _T:
-    """What `make` returns, from the cache if the same question was answered before. A broken entry is made again."""
+    """What `make` returns, from the cache if the same question was answered before.
+
+    A broken entry is made again; an answer that cannot be kept is logged and returned all the same.
+    """
     path = directory() / hashlib.sha256(f"{_code_version()}\n{question}".encode()).hexdigest()
     try:
         return pickle.loads(zlib.decompress(path.read_bytes()))
-    except FileNotFoundError:
+    except OSError:
         pass
     except (zlib.error, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError):
-        path.unlink()
+        path.unlink(missing_ok=True)
     result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(zlib.compress(pickle.dumps(result), level=3))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(zlib.compress(pickle.dumps(result), level=3))
+    except OSError as error:
+        _LOGGER.error("The plan is not kept (%s); set JAXCOST_PLAN_CACHE to a folder that can be written to.", error)
     return result
 
 
@@ -66,7 +76,7 @@ def _code_version() -> str:
     digest = hashlib.sha256()
     package = pathlib.Path(__file__).parent.parent
     for source in _SOURCES:
-        for path in sorted((package / source).rglob("*.py")) or [package / source]:
+        for path in sorted((package / source).rglob("*.py")) + sorted(package.glob(f"{source}.*")):
             digest.update(path.read_bytes())
     for name in _LIBRARIES:
         try:

@@ -6,6 +6,7 @@ The figures that only the compiler's choices depend on are in `nvidia.json`; mem
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -16,6 +17,7 @@ from jaxcost.cost import hardware
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
 """Tuning times kernels on the chip, which is not here."""
 _RESERVED_SHARED_BYTES = 1024
+_CUDNN = (9, 8, 0)
 _TARGETS = json.loads((pathlib.Path(__file__).parent / "nvidia.json").read_text())["targets"]
 
 
@@ -42,6 +44,22 @@ def describe(chip: hardware.Chip, hosts: int, gpus_per_host: int) -> list[Any]:
         target_config=target_config(chip),
         topology=f"1x{hosts}x{gpus_per_host}",
     ).devices
+
+
+@contextlib.contextmanager
+def described_cudnn():
+    """Lets JAX trace cuDNN's attention where cuDNN is not: all that it asks of the library is its version.
+
+    A described chip's attention has no workspace in the plan, since only cuDNN itself knows how much it takes.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    asked, major, minor, patch = fused.check_cudnn_version, *_CUDNN
+    fused.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+    try:
+        yield
+    finally:
+        fused.check_cudnn_version = asked
 
 
 def target_config(chip: hardware.Chip) -> str:
@@ -72,9 +90,9 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor}{extension} }}
   runtime_version: "12.8.0"
   driver_version: "12.8.0"
-  dnn_version: "9.8.0"
+  dnn_version: "{".".join(map(str, _CUDNN))}"
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} }}
 device_description_str: "{chip.device_kinds[0]}"
 """

@@ -83,7 +83,7 @@ class Plan:
             "calibrated_seconds": estimate and estimate.calibrated_seconds,
             "calibrated_error_fraction": estimate and estimate.calibrated_error,
             "seconds_are": estimate and estimate.kind,
-            "flops_per_device_by_type": program and program.flops_by_type,
+            "flops_per_device_by_type": estimate and estimate.flops_by_type,
             "hbm_bytes_per_device": program and program.work.hbm_bytes,
             "link_bytes_per_device": program and program.collective_bytes,
             "exchanges": [_exchange(*pair) for pair in estimate.exchanges] if estimate else [],

@@ -14,6 +14,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -283,9 +284,19 @@ def _compile(chosen: Sequence[Candidate], topology: str, vocab_size: int, proces
     if processes > 1 and len(questions) > 1:
         # The workers leave their programs in the cache; a plan itself is quickly made again.
         spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        with concurrent.futures.ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent) as pool:
             list(pool.map(_plan, questions))
     return [_plan(question) for question in questions]
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is killed; it would wait for work for ever."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _plan(question) -> Plan:

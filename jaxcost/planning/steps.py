@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
-from jaxcost.models import attention
 from jaxcost.models.transformer import Cache, Transformer, abstract, axes_of, init_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.training.loop import jitted_step
@@ -41,17 +40,8 @@ class TracedStep:
     """Tokens that one run of the step trains on, reads or writes."""
 
 
-def planned_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transformer:
-    """The model as a slice's own process would make it: what is `auto` follows the slice's platform, not this one's."""
-    platform = mesh.devices.flat[0].platform
-    execution, config = experiment.execution, dataclasses.replace(experiment.model, vocab_size=vocab_size)
-    implementation = attention.resolve(
-        execution.attention, platform, experiment.data.sequence_length, config.head_dim, execution.dtype.itemsize * 8
-    )
-    if implementation == "cudnn" and jax.default_backend() != "gpu":
-        implementation = "reference"  # JAX traces cuDNN's attention only where cuDNN is
-    unroll = "never" if execution.unroll == "auto" and platform != "cpu" else execution.unroll
-    return Transformer(config, dataclasses.replace(execution, attention=implementation, unroll=unroll))
+def _model(experiment: Experiment, vocab_size: int) -> Transformer:
+    return Transformer(dataclasses.replace(experiment.model, vocab_size=vocab_size), experiment.execution)
 
 
 def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
@@ -68,7 +58,7 @@ def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Me
 
 
 def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
-    model = planned_model(experiment, vocab_size, mesh)
+    model = _model(experiment, vocab_size)
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
 
@@ -90,7 +80,7 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
 
 
 def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
-    model = planned_model(experiment, vocab_size, mesh)
+    model = _model(experiment, vocab_size)
     transform = chain(*experiment.transforms)
     batch, length = experiment.data.batch_size, experiment.data.sequence_length
     shapes = transform.abstract(abstract(model)[0])

@@ -95,6 +95,22 @@ def topology_chip(topology: str) -> hardware.Chip:
     return chip
 
 
+def _check_slice(topology: str, chip: hardware.Chip, sizes: list[int]) -> None:
+    """ValueError for a slice that the compiler would describe although no pod holds it."""
+    axes = sum(size > 1 for size in sizes)
+    if axes > chip.torus_axes:
+        raise ValueError(
+            f"the topology {topology!r} has {axes} axes, and {chip.name} chips make a torus of {chip.torus_axes}; "
+            f"give {chip.torus_axes} sizes."
+        )
+    largest = chip.pod_chips.value
+    if largest is not None and math.prod(sizes) > largest:
+        raise ValueError(
+            f"the topology {topology!r} has {math.prod(sizes)} chips, and a pod of {chip.name} has {largest}; make it "
+            f"smaller, or join slices by the network as in '2x{chip.name}:...'."
+        )
+
+
 @functools.cache
 def topology_devices(topology: str) -> tuple[Any, ...]:
     """The described devices of slices that need not exist, slice by slice.
@@ -121,6 +137,7 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             )
         with _native_messages_held():
             return tuple(nvidia.describe(chip, *sizes))
+    _check_slice(topology, chip, sizes)
     _require_libtpu()
     from jax.experimental import topologies
 
@@ -140,7 +157,7 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             raise PlanningUnavailable(
                 f"another process holds libtpu; wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 ({said})."
             ) from error
-        raise ValueError(f"the compiler knows no topology {topology!r}: {said}") from error
+        raise ValueError(f"the compiler knows no topology {topology!r}, change its shape: {said}") from error
     return tuple(described.devices)
 
 
@@ -214,7 +231,11 @@ def compile_step(
 ) -> CompiledStep:
     """The first, slow half of `plan_step`: everything that only the compiler knows."""
     mesh = _mesh_of(abstract_args)
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
+    with contextlib.ExitStack() as stack:
+        dump = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(jax.set_mesh(mesh))
+        if _describes_gpus(mesh):
+            stack.enter_context(nvidia.described_cudnn())
         lowered = jitted_step.lower(*abstract_args, **(static_args or {}))
         try:
             compiled, text = _compile(lowered, mesh, dump)
@@ -273,10 +294,9 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
     offloaded to a SparseCore.
     """
     options = sharding.compiler_options(mesh)
-    platform = mesh.devices.flat[0].platform
-    if platform == "gpu" and jax.default_backend() != "gpu":
+    if _describes_gpus(mesh):
         options |= nvidia.COMPILER_OPTIONS
-    if platform != "tpu":
+    if mesh.devices.flat[0].platform != "tpu":
         compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text()
     with _no_compilation_cache():
@@ -285,6 +305,10 @@ def _compile(lowered: Any, mesh: jax.sharding.Mesh, dump: str) -> tuple[Any, str
         # Small helper programs may be dumped beside the step.
         largest = max(dumps, key=lambda path: path.stat().st_size, default=None)
         return compiled, largest.read_text() if largest else compiled.as_text()
+
+
+def _describes_gpus(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "gpu" and jax.default_backend() != "gpu"
 
 
 @contextlib.contextmanager
@@ -314,13 +338,18 @@ def _split(topology: str) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def _native_messages_held():
-    """Holds back what a compiler's library writes to standard error, of chips that are not here, unless it fails."""
+    """Holds back what a compiler's library writes to standard error, of chips that are not here.
+
+    What it says of a failure of its own, an error of JAX's, is in that error.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "wb") as shown:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
             held.seek(0)
             shown.write(held.read())
             raise
