@@ -20,15 +20,16 @@ from jaxcost import weights
 RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters.
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     "layers": (),
     "rank": (),
     "position": (),
     # Activations.
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "residual": ("tensor",),
     "head_dim": (),
@@ -53,6 +54,8 @@ class MeshConfig:
     """Ways that both the weights and the batch are split (fully sharded data parallelism)."""
     tensor: int = 1
     """Ways that heads, MLP and vocabulary are split (tensor parallelism)."""
+    expert: int = 1
+    """Ways that the experts are split (expert parallelism); all other weights and the batch are split as by fsdp."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -46,7 +46,12 @@ def planned_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transf
     platform = mesh.devices.flat[0].platform
     execution, config = experiment.execution, dataclasses.replace(experiment.model, vocab_size=vocab_size)
     implementation = attention.resolve(
-        execution.attention, platform, experiment.data.sequence_length, config.head_dim, execution.dtype.itemsize * 8
+        execution.attention,
+        platform,
+        experiment.data.sequence_length,
+        config.head_dim,
+        execution.dtype.itemsize * 8,
+        config.attention_soft_cap,
     )
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         implementation = "reference"  # JAX traces cuDNN's attention only where cuDNN is
