@@ -91,11 +91,11 @@ class Experiment:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
         sizes = self.mesh.sizes(num_devices)
         microbatch = self.data.batch_size // self.training.accumulation
-        rows = sizes["data"] * sizes["fsdp"]
+        rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
         if microbatch % rows:
             raise ValueError(
                 f"A microbatch of {microbatch} sequences (data.batch_size / training.accumulation) does not divide "
-                f"into mesh.data x mesh.fsdp = {rows} parts; make data.batch_size a multiple of "
+                f"into mesh.data x mesh.fsdp x mesh.expert = {rows} parts; make data.batch_size a multiple of "
                 f"{rows * self.training.accumulation}."
             )
         m = self.model
@@ -103,6 +103,7 @@ class Experiment:
         splits = [("model.width", m.width, "fsdp"), ("model.num_heads", m.num_heads, "tensor")]
         splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
         splits += [("model.width", m.width, "tensor"), ("the vocabulary", vocab_size, "tensor")]
+        splits += [("model.experts", m.experts, "expert")]
         for name, size, axis in splits:
             if size % sizes[axis]:
                 raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")

@@ -20,17 +20,18 @@ from jaxcost import weights
 RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters.
     "vocab": ("tensor",),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     "layers": (),
     "rank": (),
     "position": (),
     # Activations.
     # In this order: with data before fsdp and one row a device, XLA (0.10.2) permutes the rows of the product of a
     # matrix that fsdp x tensor split over a mesh of all three axes, and does not permute them back.
-    "batch": ("fsdp", "data"),
+    "batch": ("fsdp", "expert", "data"),
     "length": ("context",),
     "residual": ("tensor",),
     "head_dim": (),
@@ -57,6 +58,8 @@ class MeshConfig:
     """Ways that heads, MLP and vocabulary are split (tensor parallelism)."""
     context: int = 1
     """Ways that each sequence is split, and the weights like over fsdp (context parallelism, for long sequences)."""
+    expert: int = 1
+    """Ways that the experts are split (expert parallelism); all other weights and the batch are split as by fsdp."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -164,3 +164,50 @@ def test_unknown_peak_and_wrong_utilization():
 def test_vocabulary_must_be_known():
     with pytest.raises(ValueError, match="vocab_size is 0"):
         closed_form.parameter_counts(ModelConfig(vocab_size=0))
+
+
+def test_published_parameter_counts_of_experts_biases_and_norms():
+    mixtral = dataclasses.replace(LLAMA_2_7B, num_kv_heads=8, mlp_width=14336, experts=8, experts_per_token=2)
+    counts = closed_form.parameter_counts(mixtral)
+    assert counts.total == 46_702_792_704
+    assert counts.matmul == pytest.approx(12.75e9, rel=0.01)
+    with_biases = dataclasses.replace(GPT_2, qkv_bias=True, output_bias=True, mlp_bias=True)
+    assert closed_form.parameter_counts(with_biases).total == 124_439_808
+    gemma_3_12b = dataclasses.replace(
+        LLAMA_2_7B, vocab_size=262208, width=3840, num_layers=48, num_heads=16, num_kv_heads=8, head_dim=256,
+        mlp_width=15360, tie_embeddings=True, norm_placement="both", query_key_norm="head",
+    )  # fmt: skip
+    assert closed_form.parameter_counts(gemma_3_12b).total == pytest.approx(11_766_034_176, rel=1e-3)
+
+
+def test_local_layers_score_their_window():
+    local = dataclasses.replace(LLAMA_2_7B, pattern=("local",), window=1024)
+    mixed = dataclasses.replace(local, pattern=("local",) * 3 + ("global",))
+    flops = lambda model, convention: closed_form.attention_flops_per_token(model, 8192, convention)  # noqa: E731
+    a_score = 4 * 32 * 32 * 128
+    assert flops(local, "full") == a_score * 2048
+    assert flops(local, "causal") == a_score * (1024 - 1024**2 / (2 * 8192))
+    assert flops(mixed, "causal") == (3 * flops(local, "causal") + flops(LLAMA_2_7B, "causal")) / 4
+    assert closed_form.attention_flops_per_token(local, 1000, "full") == a_score * 1000
+
+
+def test_decoding_reads_windows_and_the_experts_that_a_batch_meets():
+    chip = hardware.load_chip("v5e")
+    local = dataclasses.replace(LLAMA_2_7B, pattern=("local",), window=1024)
+    seconds = lambda model, batch, cached: closed_form.decode_step_bound(model, chip, batch, cached).seconds  # noqa: E731
+    assert seconds(local, 8, 32768) == seconds(LLAMA_2_7B, 8, 1024)
+    mixtral = dataclasses.replace(LLAMA_2_7B, experts=8, experts_per_token=2)
+    one = seconds(mixtral, 1, 1)
+    assert one == pytest.approx(2 * closed_form.parameter_counts(mixtral).matmul / 819e9, rel=1e-3)
+    counts = closed_form.parameter_counts(mixtral)
+    everything = 2 * (counts.total - counts.by_part["embedding"] - counts.by_part["norms"]) / 819e9
+    assert one < seconds(mixtral, 4, 1) < seconds(mixtral, 64, 1) == pytest.approx(everything, rel=1e-3)
+
+
+def test_memory_of_experts_and_windows():
+    elements = closed_form.activation_elements_per_token
+    local = dataclasses.replace(LLAMA_2_7B, pattern=("local",), window=512)
+    assert elements(local, 4096) - elements(local, 4096, False) == 2 * 32 * 1024
+    mixtral = dataclasses.replace(LLAMA_2_7B, experts=8, experts_per_token=2)
+    assert elements(mixtral, 1) - elements(LLAMA_2_7B, 1) == 4 * 11008 + 2 * 2 * 4096
+    assert closed_form.training_memory(mixtral, 1, 128).weights_bytes == 4 * closed_form.parameter_counts(mixtral).total

@@ -13,13 +13,13 @@ from jaxcost.cost.hlo import compiled_cost
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import PRESETS, ExecutionConfig
+from jaxcost.models.positions import frequencies, rotate
 from jaxcost.models.transformer import (
     Transformer,
     abstract,
     axes_of,
     init_cache,
     initialize,
-    rotate,
     unembedding,
 )
 from jaxcost.serving.engine import Engine
@@ -184,7 +184,8 @@ def test_greedy_generation_equals_the_full_forward_token_by_token():
 
 def test_rotations_depend_on_the_distance_of_two_tokens_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at = lambda x, position: rotate(x, jnp.full((1, 1), position), 10_000.0)[0, 0, 0]  # noqa: E731
+    turns = frequencies(dataclasses.replace(SMALL, head_dim=8))
+    at = lambda x, position: rotate(x, jnp.full((1, 1), position), turns)[0, 0, 0]  # noqa: E731
     score = lambda i, j: at(q, i) @ at(k, j)  # noqa: E731
     np.testing.assert_allclose(score(9, 4), score(25, 20), rtol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3

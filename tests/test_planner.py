@@ -114,6 +114,12 @@ def test_splash_kernels_are_priced_by_the_tiles_that_they_run():
     one_row = (table, shape("bf16", 4, 8192, 128), shape("bf16", 2, 8192, 128))
     single = dataclasses.replace(causal, operands=one_row)
     assert 2 * kernels.kernel_cost(single).flops == kernels.kernel_cost(causal).flops
+    # A window of 1024 tokens reaches into one tile before a tile of 1024, and so does one of 1025, whose first token
+    # sees a whole tile; one more token reaches into a second.
+    windows = {size: dataclasses.replace(full, name=f"a/window_{size}/splash_mha_fwd") for size in (1024, 1025, 1026)}
+    tiles = {1024: 7 + 8, 1025: 7 + 8, 1026: 6 + 7 + 8}
+    for size, kernel in windows.items():
+        assert kernels.kernel_cost(kernel).flops == round(2 * 2 * scores * 128 * tiles[size] / 64)
     backward = dataclasses.replace(full, name="a/splash_mha_dkv_no_residuals")
     assert kernels.kernel_cost(backward).flops == 2 * kernels.kernel_cost(full).flops
     assert kernels.kernel_cost(dataclasses.replace(full, name="a/other")) is None
@@ -327,6 +333,19 @@ def test_a_published_run_is_an_experiment(tmp_path):
     assert (found.execution.weights, found.optimizer.first_moment) == ("float32", "float32")
 
 
+def test_published_experts_and_windows_are_the_models(tmp_path):
+    shape = run_row()["shape"]
+    experts = shape | {"experts": 8, "experts_per_token": 2, "capacity_factor": 1.25}
+    windows = shape | {"sliding_window": 64, "local_to_global": 5}
+    rows = [run_row(shape=changed) for changed in (experts, windows, shape | {"sliding_window": 64})]
+    first, second, third = (
+        published.experiment_of(run).model for run in published.read_runs(write_runs(tmp_path, *rows))
+    )
+    assert (first.experts, first.experts_per_token, first.capacity_factor) == (8, 2, 1.25)
+    assert (second.window, second.pattern) == (64, ("local",) * 5 + ("global",))
+    assert third.pattern == ("local",)
+
+
 def test_a_published_note_is_heeded(tmp_path, monkeypatch):
     note = "first moment in bf16; vocabulary loss in 8 tiles"
     (run,) = published.read_runs(write_runs(tmp_path, run_row(dtype="bf16 weights", note=note)))
@@ -361,7 +380,8 @@ def test_a_published_mesh_is_read(tmp_path, text, mesh):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"shape": run_row()["shape"] | {"experts": 8}}, "experts"),
+        ({"shape": run_row()["shape"] | {"recurrences": 8}}, "recurrences"),
+        ({"shape": {"layers": 2}}, "lacks gated, head_dim, heads"),
         ({"mesh": "pipeline 4"}, "mesh"),
         ({"mesh": "fsdp, tensor"}, "how large"),
         ({"dtype": "fp8"}, "fp8"),

@@ -27,9 +27,11 @@ class ParameterCounts:
     """Parameters of a model."""
 
     by_part: dict[str, int]
-    """`embedding`, `positions`, `attention`, `mlp`, `norms`, `unembedding`; a tied unembedding counts 0 here."""
+    """`embedding`, `positions`, `attention`, `mlp`, `router`, `biases`, `norms`, `unembedding`; a tied unembedding
+    counts 0 here."""
     matmul: int
-    """Parameters that every token is multiplied with: attention, MLP and the unembedding, tied or not."""
+    """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
+    unembedding, tied or not."""
 
     @property
     def total(self) -> int:
@@ -41,43 +43,79 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     """Counts a model's parameters.
 
     Per layer: D·H·h for the query, 2·D·K·h for key and value, H·h·D for the output, 3·D·F for a gated MLP (2·D·F for
-    a plain one), and two norms of D scales (and D biases if LayerNorm); besides them V·D for the embedding, V·D for
-    an untied unembedding, a final norm, and S·D for learned positions. Linear layers have no biases.
+    a plain one) or for each of E experts, D·E for their router, and two norms of D scales (and D biases if LayerNorm),
+    four where a block has norms on both sides; besides them V·D for the embedding, V·D for an untied unembedding, a
+    final norm, and S·D for learned positions. Biases and norms of queries and keys come on top.
 
     Raises:
         ValueError: the vocabulary's size is still 0.
     """
     if model.vocab_size == 0:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
-    table = model.vocab_size * model.width
-    attention = model.num_layers * _attention_parameters_per_layer(model)
-    mlp = model.num_layers * (3 if model.gated else 2) * model.width * model.mlp_width
-    norm = model.width * (2 if model.norm == "layer" else 1)
+    table, layers = model.vocab_size * model.width, model.num_layers
+    attention = layers * _attention_parameters_per_layer(model)
+    expert, shared = (_matrices(model) * model.width * hidden for hidden in (model.mlp_width, model.shared_width))
+    router = layers * model.width * model.experts
     by_part = {
         "embedding": table,
         "positions": model.max_length * model.width if model.position == "learned" else 0,
         "attention": attention,
-        "mlp": mlp,
-        "norms": (2 * model.num_layers + 1) * norm,
+        "mlp": layers * ((model.experts or 1) * expert + shared),
+        "router": router,
+        "biases": layers * _biases_per_layer(model),
+        "norms": _norm_parameters(model),
         "unembedding": 0 if model.tie_embeddings else table,
     }
-    return ParameterCounts(by_part, matmul=attention + mlp + table)
+    active = layers * ((model.experts_per_token if model.experts else 1) * expert + shared)
+    return ParameterCounts(by_part, matmul=attention + active + router + table)
+
+
+def _matrices(model: model_config.ModelConfig) -> int:
+    return 3 if model.gated else 2
 
 
 def _attention_parameters_per_layer(model: model_config.ModelConfig) -> int:
     return 2 * model.width * model.head_dim * (model.num_heads + model.num_kv_heads)
 
 
+def _biases_per_layer(model: model_config.ModelConfig) -> int:
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.qkv_bias
+    mlp = ((_matrices(model) - 1) * model.mlp_width + model.width) * model.mlp_bias
+    return qkv + model.width * model.output_bias + mlp
+
+
+def _norm_parameters(model: model_config.ModelConfig) -> int:
+    vectors = 2 if model.norm == "layer" else 1
+    blocks = 4 if model.norm_placement == "both" else 2
+    heads = {"none": 0, "head": 2, "projection": model.num_heads + model.num_kv_heads}[model.query_key_norm]
+    per_layer = blocks * model.width + heads * model.head_dim
+    return (model.num_layers * per_layer + model.width) * vectors
+
+
 def attention_flops_per_token(model: model_config.ModelConfig, sequence_tokens: int, attention: Attention) -> int:
-    """Forward FLOPs of QKᵀ and of the weighted sum of values, for one token of a sequence.
+    """Forward FLOPs of QKᵀ and of the weighted sum of values, for one token of a sequence: 4·H·h for each score.
 
-    Full: 4·L·S·H·h. Causal: half of it, 2·L·S·H·h, since a token sees half of the sequence on average. Grouped-query
-    attention shrinks the cache and the projections, not these.
+    Full: all scores that plain attention makes, those that the mask hides too: S a layer, and 2·W in a local layer of
+    window W, computed in blocks that see themselves and the one before, where that is less. Causal: those that are
+    seen, S/2 on average, and W - W²/(2·S) with a window. Grouped-query attention shrinks the cache and the
+    projections, not these.
 
-    Source: Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, for the full form.
+    Source: Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, for the full form; counting, for the windows.
     """
-    full = 4 * model.num_layers * sequence_tokens * model.num_heads * model.head_dim
-    return full if attention == "full" else full // 2
+    made = sum(_scores_per_sequence(model, kind, sequence_tokens, attention) for kind in model.layer_kinds)
+    return int(4 * model.num_heads * model.head_dim * made / sequence_tokens)
+
+
+def _scores_per_sequence(
+    model: model_config.ModelConfig, kind: model_config.LayerKind, tokens: int, attention: Attention
+) -> float:
+    """Pairs of a query and a key in one layer; of those on the diagonal half are counted, as is usual."""
+    window = min(model.window, tokens) if kind == "local" else tokens
+    if attention == "causal":
+        return (2 * tokens - window) * window / 2
+    if 2 * window >= tokens:
+        return tokens**2
+    return -(-tokens // window) * window * 2 * window
 
 
 def forward_flops_per_token(
@@ -160,7 +198,7 @@ def adapter_training_flops_per_token(
 def kv_cache_bytes(
     model: model_config.ModelConfig, batch: int, sequence_tokens: int, bytes_per_element: float = 2
 ) -> int:
-    """Bytes of the keys and values of `batch` sequences: 2·L·K·h·bytes·S·B.
+    """Bytes of the keys and values of `batch` sequences: 2·L·K·h·bytes·S·B; local layers keep all of them as well.
 
     Source: Pope et al. 2022 (arXiv:2211.05102), with key-value heads in place of heads.
     """
@@ -243,12 +281,19 @@ def activation_elements_per_token(
     """Elements that one layer keeps for the backward pass of one token.
 
     Inputs and outputs of both norms (4·D), query, key, value and attention output ((2·H + 2·K)·h), scores and
-    weights of attention if stored (2·H·S), and the MLP's inner tensors (4·F gated, 2·F plain). Source: the counting
-    of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block, without dropout.
+    weights of attention if stored (2·H·S, on average over local and global layers), and the MLP's inner tensors (4·F
+    gated, 2·F plain), those of experts for each that a token meets, with their input and output (2·D). Source: the
+    counting of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block, without dropout.
     """
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    matrix = 2 * model.num_heads * sequence_tokens if stored_attention_matrix else 0
-    return 4 * model.width + heads + matrix + (4 if model.gated else 2) * model.mlp_width
+    scores = sum(_scores_per_sequence(model, kind, sequence_tokens, "full") for kind in model.layer_kinds)
+    scores_per_token = scores / (sequence_tokens * model.num_layers)
+    matrix = round(2 * model.num_heads * scores_per_token) if stored_attention_matrix else 0
+    inner = 4 if model.gated else 2
+    mlp = inner * model.mlp_width
+    if model.experts:
+        mlp = model.experts_per_token * (mlp + 2 * model.width) + inner * model.shared_width
+    return 4 * model.width + heads + matrix + mlp
 
 
 def decode_step_bound(
@@ -264,8 +309,9 @@ def decode_step_bound(
 ) -> roofline.Bound:
     """Lower bound on the seconds of one decode step, which makes `batch` tokens.
 
-    max((matmul weights + cache) / bandwidth, FLOPs / peak), spread evenly over the chips, links free. Source: Pope
-    et al. 2022 (arXiv:2211.05102), section 2.
+    max((matmul weights + cache) / bandwidth, FLOPs / peak), spread evenly over the chips, links free. Local layers
+    read and multiply their window alone. Of E experts those are read that any token of the batch was sent to,
+    E·(1 - (1 - k/E)^B) where the router sends evenly. Source: Pope et al. 2022 (arXiv:2211.05102), section 2.
 
     Args:
         model: the model.
@@ -277,11 +323,22 @@ def decode_step_bound(
         bytes_per_cache_element: 2 for a bf16 cache.
         operand_type: type whose peak the matmuls run at.
     """
-    flops = batch * forward_flops_per_token(model, cached_tokens, "full")
-    weights = parameter_counts(model).matmul * bytes_per_weight
-    cache = kv_cache_bytes(model, batch, cached_tokens, bytes_per_cache_element)
+    seen = sum(min(model.window, cached_tokens) if kind == "local" else cached_tokens for kind in model.layer_kinds)
+    matmul = parameter_counts(model).matmul
+    flops = batch * (_FLOPS_PER_PARAMETER * matmul + 4 * model.num_heads * model.head_dim * seen)
+    weights = (matmul + _further_experts(model, batch)) * bytes_per_weight
+    cache = 2 * model.num_kv_heads * model.head_dim * seen * batch * bytes_per_cache_element
     devices = num_chips * chip.devices_per_chip
     return roofline.lower_bound(chip, {operand_type: flops / devices}, (weights + cache) / devices)
+
+
+def _further_experts(model: model_config.ModelConfig, batch: int) -> float:
+    """Parameters of the experts that a batch of tokens meets on average, beyond those of one token."""
+    if not model.experts:
+        return 0
+    met = model.experts * (1 - (1 - model.experts_per_token / model.experts) ** batch)
+    one = _matrices(model) * model.width * model.mlp_width
+    return model.num_layers * (met - model.experts_per_token) * one
 
 
 @dataclasses.dataclass(frozen=True)

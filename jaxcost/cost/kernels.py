@@ -28,6 +28,7 @@ class KernelCost(NamedTuple):
 # queries and that of keys and values each make the scores again. Source: Dao 2023, arXiv:2307.08691, algorithms 1, 2.
 _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_SCOPE = re.compile(r"[/(](?:causal|window_(\d+))[/)]")
 
 
 def _splash(kernel: hlo_work.Kernel) -> KernelCost:
@@ -41,8 +42,7 @@ def _splash(kernel: hlo_work.Kernel) -> KernelCost:
     tables = [shape.sizes for shape in kernel.operands if shape.dtype in ("s8", "s16", "s32") and len(shape.sizes) == 3]
     *batch, heads, length, head_dim = queries.sizes
     tiles = max(tables[0][-2:]) if tables else 1
-    run = (tiles + 1) / (2 * tiles) if _in_scope(kernel, "causal") else 1.0
-    scores = math.prod(batch) * heads * length * keys.sizes[-2] * run
+    scores = math.prod(batch) * heads * length * keys.sizes[-2] * _run(kernel, tiles, length)
     return KernelCost(
         flops=round(2 * _SPLASH_MATMULS[part] * scores * head_dim),
         operand_type=contractions.contraction_type(queries.dtype, keys.dtype),
@@ -68,6 +68,16 @@ def _cudnn(kernel: hlo_work.Kernel) -> KernelCost:
 
 def _in_scope(kernel: hlo_work.Kernel, scope: str) -> bool:
     return re.search(rf"[/(]{scope}[/)]", kernel.name) is not None
+
+
+def _run(kernel: hlo_work.Kernel, tiles: int, length: int) -> float:
+    """Share of the tiles x tiles scores that the mask's scope leaves to run."""
+    scope = _SCOPE.search(kernel.name)
+    if scope is None:
+        return 1.0
+    # A row of tiles sees itself and, up to the window, those before it that hold any token that its first token sees.
+    before = tiles if scope[1] is None else -(-(int(scope[1]) - 1) * tiles // length)
+    return sum(min(row, before) + 1 for row in range(tiles)) / tiles**2
 
 
 COST_FUNCTIONS: tuple[tuple[re.Pattern[str], Callable[[hlo_work.Kernel], KernelCost]], ...] = (

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcost import weights
+from jaxcost.models.layers import soft_capped
 from jaxcost.sharding import context_ways
 
 
@@ -19,6 +20,7 @@ def cross_entropy(
     *,
     chunks: int = 1,
     key: jax.Array | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood in nats, and the number of targets that counted; both float32 scalars.
 
@@ -31,6 +33,7 @@ def cross_entropy(
         so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does. Where
         the mesh splits T, a piece takes tokens from every device's part.
       key: random key for an unembedding whose arithmetic is random.
+      soft_cap: bound on the logits, as in `ModelConfig.logit_soft_cap`; 0 is none.
     """
     length = targets_BT.shape[1]
     ways = context_ways(length)
@@ -38,7 +41,7 @@ def cross_entropy(
     chunks = max(n for n in range(1, min(chunks, part) + 1) if part % n == 0)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
-        logits_BtV = weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32)
+        logits_BtV = soft_capped(weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32), soft_cap)
         chosen_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits_BtV, axis=-1) - chosen_Bt) * mask_Bt)
 

@@ -54,7 +54,8 @@ class Scorer:
 
         def sums(params, batch):
             hidden_BSD, _ = model.apply({"params": params}, batch["inputs"])
-            return cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"])
+            soft_cap = model.config.logit_soft_cap
+            return cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], soft_cap=soft_cap)
 
         self._sums = jax.jit(sums)
 

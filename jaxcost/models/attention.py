@@ -1,13 +1,14 @@
-"""Causal attention, computed by the reference or by the kernel that a platform's users would choose.
+"""Causal attention, global or in a window, computed by the reference or by the kernel that a platform would choose.
 
 `reference` is `jax.nn.dot_product_attention` and runs everywhere; `splash` is JAX's Pallas kernel for TPUs and `cudnn`
 NVIDIA's; both never store the (T, T) scores. All give the same numbers to the arithmetic's tolerance. Where the mesh
-splits the sequence, `context.py` says how they are used. Shapes: B batch, T tokens, H and K query and key heads, h head
-size.
+splits the sequence, `context.py` says how they are used. Shapes: B batch, T tokens, S keys or cache slots, H and K
+query and key heads, G = H / K, h head size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxcost.models import context
+from jaxcost.models.layers import soft_capped
 from jaxcost.sharding import context_ways, mesh_spec, platform
 
 Implementation = Literal["auto", "reference", "splash", "cudnn"]
@@ -24,17 +26,36 @@ SPLASH_BLOCK = 1024
 """Tokens of a tile of queries and of keys; larger ones exceed the vector memory that the compiler grants a kernel."""
 _SPLASH_MULTIPLE = 128
 _CUDNN_LARGEST_HEAD = 128
+_HIDDEN = -1e30
+"""Score of a key that is not seen."""
 
 
-def resolve(implementation: Implementation, platform: str, length: int, head_dim: int, bits: int) -> Implementation:
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How the scores of queries and keys are made."""
+
+    window: int = 0
+    """Tokens that a token sees, itself included; 0 is all before it."""
+    scale: float = 0.0
+    """Factor of the products; 0 is h**-0.5."""
+    soft_cap: float = 0.0
+    """Bound on the scores, by `soft_capped`; 0 is none."""
+
+    def factor(self, head_dim: int) -> float:
+        """The factor of the products for heads of this size."""
+        return self.scale or head_dim**-0.5
+
+
+def resolve(
+    implementation: Implementation, platform: str, length: int, head_dim: int, bits: int, soft_cap: float = 0.0
+) -> Implementation:
     """The implementation that `auto` means on a platform: its kernel where that takes the shape, else the reference."""
     if implementation != "auto":
         return implementation
     if platform == "tpu" and length % _SPLASH_MULTIPLE == 0 and head_dim % _SPLASH_MULTIPLE == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and bits == 16 and head_dim <= _CUDNN_LARGEST_HEAD and head_dim % 8 == 0:
-        return "cudnn"
-    return "reference"
+    fits_cudnn = bits == 16 and head_dim <= _CUDNN_LARGEST_HEAD and head_dim % 8 == 0 and not soft_cap
+    return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "reference"
 
 
 def causal_attention(
@@ -42,6 +63,7 @@ def causal_attention(
     k_BTKh: jax.Array,
     v_BTKh: jax.Array,
     implementation: Implementation = "auto",
+    scores: Scores = Scores(),
     method: context.Method = "auto",
 ) -> jax.Array:
     """Each token attends to itself and to what came before it: (B, T, H, h) in the queries' dtype.
@@ -50,61 +72,143 @@ def causal_attention(
     token that parameters are made with, is not split.
 
     Raises:
-        ValueError: the kernel that was asked for does not take these shapes.
+        ValueError: the kernel that was asked for does not take these shapes or scores.
     """
-    mesh, ways = jax.sharding.get_abstract_mesh(), context_ways(q_BTHh.shape[1])
+    mesh, length = jax.sharding.get_abstract_mesh(), q_BTHh.shape[1]
+    if scores.window >= length:
+        scores = dataclasses.replace(scores, window=0)
+    whole = functools.partial(_on_one_device, implementation, scores)
+    ways = context_ways(length)
     if ways > 1:
         tensor = mesh.shape.get("tensor", 1)
         method = context.resolve(method, q_BTHh.shape[2] // tensor, k_BTKh.shape[2] // tensor, ways)
-        whole = functools.partial(_on_one_device, implementation)
+        if method == "ring" and scores != Scores():
+            raise ValueError(
+                "the ring of mesh.context knows no windows, soft caps or scales of scores; use execution.context "
+                "'all_to_all', with heads that divide over mesh.context."
+            )
         return context.attend(method, whole, q_BTHh, k_BTKh, v_BTKh)
-    if _implementation(implementation, q_BTHh) != "splash" or mesh.empty or mesh.size == 1:
-        return _on_one_device(implementation, q_BTHh, k_BTKh, v_BTKh)
+    if _implementation(implementation, scores, q_BTHh) != "splash" or mesh.empty or mesh.size == 1:
+        return whole(q_BTHh, k_BTKh, v_BTKh)
     # A Pallas kernel is opaque to the partitioner, so each device is told to run it on its own rows and heads.
     queries = mesh_spec(PartitionSpec("batch", None, "heads", None), mesh.shape)
     keys = mesh_spec(PartitionSpec("batch", None, "kv_heads", None), mesh.shape)
-    mapped = jax.shard_map(_splash, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
+    mapped = jax.shard_map(whole, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
     return mapped(q_BTHh, k_BTKh, v_BTKh)
 
 
-def _implementation(asked: Implementation, q_BTHh: jax.Array) -> Implementation:
-    return resolve(asked, platform(), q_BTHh.shape[1], q_BTHh.shape[3], q_BTHh.dtype.itemsize * 8)
+def _implementation(asked: Implementation, scores: Scores, q_BTHh: jax.Array) -> Implementation:
+    _, length, _, head_dim = q_BTHh.shape
+    return resolve(asked, platform(), length, head_dim, q_BTHh.dtype.itemsize * 8, scores.soft_cap)
 
 
 def _on_one_device(
-    implementation: Implementation, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array
+    implementation: Implementation, scores: Scores, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array
 ) -> jax.Array:
     """Attention over whole sequences, on what a device holds or where the partitioner splits rows and heads."""
-    implementation = _implementation(implementation, q_BTHh)
+    length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
+    implementation = _implementation(implementation, scores, q_BTHh)
     if implementation == "splash":
-        return _splash(q_BTHh, k_BTKh, v_BTKh)
-    backend = "cudnn" if implementation == "cudnn" else None
-    return jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True, implementation=backend)
+        return _splash(q_BTHh, k_BTKh, v_BTKh, scores)
+    if implementation == "cudnn":
+        if scores.soft_cap:
+            raise ValueError("execution.attention is 'cudnn', which has no soft cap on scores; use 'reference'.")
+        seen = (scores.window - 1, 0) if scores.window else None
+        return jax.nn.dot_product_attention(
+            q_BTHh, k_BTKh, v_BTKh, is_causal=True, scale=scores.factor(head_dim), local_window_size=seen,
+            implementation="cudnn",
+        )  # fmt: skip
+    if 0 < 2 * scores.window < length:
+        return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores)
+    positions_1T = jnp.arange(length)[None]
+    return _attend(q_BTHh, k_BTKh, v_BTKh, _seen(positions_1T, positions_1T, scores.window), scores)
 
 
-def _splash(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+def cached_attention(
+    q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, positions_BT: jax.Array, scores: Scores = Scores()
+) -> jax.Array:
+    """Attention of T neighbouring tokens at `positions_BT` to a cache that holds them and what came before them.
+
+    A local layer reads no more of the cache than its tokens see.
+    """
+    length, slots = q_BTHh.shape[1], k_BSKh.shape[1]
+    slots_BS = jnp.arange(slots)[None]
+    span = length + scores.window - 1
+    if scores.window > 0 and span < slots:
+        start_B = jnp.clip(positions_BT[:, 0] - scores.window + 1, 0, slots - span)
+        cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, span))
+        k_BSKh, v_BSKh = cut(k_BSKh, start_B), cut(v_BSKh, start_B)
+        slots_BS = start_B[:, None] + jnp.arange(span)
+    return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores.window), scores)
+
+
+def _seen(queries_BT: jax.Array, keys_BS: jax.Array, window: int) -> jax.Array:
+    """Which keys each query sees, by their positions: (B, T, S) bool."""
+    distance = queries_BT[:, :, None] - keys_BS[:, None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _attend(q_BTHh, k_BSKh, v_BSKh, seen_BTS, scores: Scores) -> jax.Array:
+    factor = scores.factor(q_BTHh.shape[-1])
+    if not scores.soft_cap:
+        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=seen_BTS[:, None], scale=factor)
+    kv_heads = k_BSKh.shape[2]
+    q_BTKGh = q_BTHh.reshape(*q_BTHh.shape[:2], kv_heads, -1, q_BTHh.shape[3])
+    products = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    capped = soft_capped(products * factor, scores.soft_cap)
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], capped, _HIDDEN), axis=-1).astype(v_BSKh.dtype)
+    return jnp.einsum("BKGTS,BSKh->BTKGh", weights, v_BSKh).reshape(q_BTHh.shape)
+
+
+def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores) -> jax.Array:
+    """Local attention in blocks of a window, which see themselves and the block before: 2·window scores a token, not T.
+
+    Source: the sliding chunks of Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+    """
+    length, window = q_BTHh.shape[1], scores.window
+    blocks = -(-length // window)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, blocks * window - length), (0, 0), (0, 0)))
+        return x.reshape(x.shape[0], blocks, window, *x.shape[2:])
+
+    def with_the_one_before(x):
+        x = cut(x)
+        return jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0))), x], axis=2)
+
+    positions_NW = jnp.arange(blocks * window).reshape(blocks, window)
+    keys_NS = jnp.concatenate([positions_NW - window, positions_NW], axis=1)
+    seen_NWS = _seen(positions_NW, keys_NS, window) & (keys_NS >= 0)[:, None]
+    attend = jax.vmap(lambda q, k, v, seen: _attend(q, k, v, seen[None], scores), in_axes=(1, 1, 1, 0), out_axes=1)
+    out = attend(cut(q_BTHh), with_the_one_before(k_BTKh), with_the_one_before(v_BTKh), seen_NWS)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+
+
+def _splash(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, scores: Scores) -> jax.Array:
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     if length % _SPLASH_MULTIPLE:
         raise ValueError(
             f"execution.attention is 'splash', which takes sequences of a multiple of {_SPLASH_MULTIPLE} tokens, not "
             f"{length}; change data.sequence_length or use 'reference'."
         )
-    kernel = _splash_kernel(q_BTHh.shape[2], length)
+    kernel = _splash_kernel(q_BTHh.shape[2], length, scores.window, scores.soft_cap)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHh, k_BTKh, v_BTKh))
-    scale = jnp.asarray(head_dim**-0.5, q.dtype)
+    scale = jnp.asarray(scores.factor(head_dim), q.dtype)
     # The planner's cost functions read from the scope what the kernel's shapes do not tell.
-    with jax.named_scope("causal"):
+    with jax.named_scope(f"window_{scores.window}" if scores.window else "causal"):
         return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v), 1, 2)
 
 
 @functools.lru_cache(maxsize=32)
-def _splash_masks(num_heads: int, length: int):
+def _splash_masks(num_heads: int, length: int, window: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    return masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(num_heads)])
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    return masks.MultiHeadMask([mask] * num_heads)
 
 
-def _splash_kernel(num_heads: int, length: int, interpret: bool = False):
+def _splash_kernel(num_heads: int, length: int, window: int, soft_cap: float, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     block = next(size for size in (SPLASH_BLOCK, 512, 256, _SPLASH_MULTIPLE) if length % size == 0)
@@ -122,7 +226,8 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool = False):
         )
     }
     return splash_attention.make_splash_mha_single_device(
-        _splash_masks(num_heads, length),
+        _splash_masks(num_heads, length, window),
         block_sizes=splash_attention.BlockSizes(**sizes),
+        attn_logits_soft_cap=soft_cap or None,
         interpret=interpret,
     )

@@ -102,20 +102,28 @@ class ExecutionConfig:
         """Whether the backward pass makes anything again or fetches it from the host."""
         return self.remat != "none" or bool(self.save) or bool(self.offload)
 
-    def rematerialize(self, step, depth: int):
-        """Wraps the step of a scan over `depth` layers so that its backward pass keeps, offloads or recomputes."""
+    def rematerialize(self, step, length: int, layers: int = 1):
+        """Wraps a scan's step, of which there are `length`, so that its backward pass keeps, offloads or recomputes.
+
+        A step of several layers keeps each one's input, as a scan over single layers would, and never a second copy
+        of their weights, which it cuts out of the scanned arrays.
+        """
         if not self.rematerializes:
-            return step
-        saved = set(PRESETS.get(self.remat, ())) | set(self.save)
+            return jax.checkpoint(step, policy=_all_but_cuts, prevent_cse=False) if layers > 1 else step
+        saved = set(PRESETS.get(self.remat, ())) | set(self.save) | ({"layer_input"} if layers > 1 else set())
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=sorted(saved - set(self.offload)),
             names_which_can_be_offloaded=sorted(self.offload),
             offload_src="device",
             offload_dst="pinned_host",
         )
-        return jax.checkpoint(step, policy=policy, prevent_cse=self.unrolled(depth) == depth)
+        return jax.checkpoint(step, policy=policy, prevent_cse=self.unrolled(length) == length)
 
-    def unrolled(self, depth: int) -> int:
-        """How many layers one iteration of the scan holds."""
+    def unrolled(self, length: int) -> int:
+        """How many steps one iteration of the scan holds."""
         on_cpu = self.unroll == "auto" and platform() == "cpu" and not self.rematerializes
-        return depth if on_cpu or self.unroll == "always" else 1
+        return length if on_cpu or self.unroll == "always" else 1
+
+
+def _all_but_cuts(primitive, *_, **__) -> bool:
+    return primitive.name not in ("split", "squeeze", "reshape")

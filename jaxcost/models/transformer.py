@@ -1,14 +1,20 @@
 """A decoder transformer in Flax Linen, put together from a frozen config.
 
-Parameters (D width, V vocabulary, H and K query and key heads, h head size, F MLP width), blocks stacked over L:
+Parameters (D width, V vocabulary, H and K query and key heads, h head size, F MLP width, E experts), blocks stacked
+over L; what a config does not ask for is not there:
 
     embed/table                             (V, D)
     positions/table                         (max_length, D), learned positions only
     layers/attention_norm/scale             (L, D), and `bias` with LayerNorm
-    layers/attention/{query,key,value}/kernel    (L, D, H·h) or (L, D, K·h)
-    layers/attention/output/kernel          (L, H·h, D)
+    layers/attention/{query,key,value}/kernel    (L, D, H·h) or (L, D, K·h), and `bias`
+    layers/attention/{query,key}_norm/scale (L, h), or (L, H·h) and (L, K·h)
+    layers/attention/output/kernel          (L, H·h, D), and `bias`
+    layers/attention_post_norm/scale        (L, D)
     layers/mlp_norm/scale                   (L, D)
-    layers/mlp/{gate,up,down}/kernel        (L, D, F), (L, D, F), (L, F, D)
+    layers/mlp/{gate,up,down}/kernel        (L, D, F), (L, D, F), (L, F, D), and `bias`; experts (L, E, D, F), ...
+    layers/mlp/router/kernel                (L, D, E)
+    layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
+    layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
     unembed/kernel                          (D, V), untied only
 
@@ -18,6 +24,7 @@ be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,8 +35,12 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.models import attention, context
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
+from jaxcost.models.experts import Experts
+from jaxcost.models.layers import Linear, Norm, Table, soft_capped, split_keys
+from jaxcost.models.mlp import Mlp
+from jaxcost.models.positions import frequencies, rotate
 from jaxcost.sharding import constrain
 
 STACKS = ("frozen_layers", "layers")
@@ -48,117 +59,84 @@ class Cache:
     """(B,) int32: tokens in each row."""
 
 
-class Linear(nn.Module):
-    """x (..., in) times a kernel (in, features) of any kind of weight: (..., features)."""
-
-    features: int
-    axes: tuple[str, str]
-
-    @nn.compact
-    def __call__(self, x, key=None):
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-            shape = (x.shape[-1], self.features)
-            kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        return weights.contract(x, kernel, key)
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, computed in float32."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x):
-        y = x.astype(jnp.float32)
-        if self.config.norm == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_epsilon)
-        y = y * _vector(self, "scale", nn.initializers.ones, x.shape[-1])
-        if self.config.norm == "layer":
-            y = y + _vector(self, "bias", nn.initializers.zeros, x.shape[-1])
-        return y.astype(x.dtype)
-
-
 class Attention(nn.Module):
-    """Grouped-query causal attention with an optional cache."""
+    """Grouped-query causal attention of one kind of layer, with an optional cache."""
 
     config: ModelConfig
+    kind: LayerKind = "global"
     implementation: attention.Implementation = "auto"
     method: context.Method = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, key):
         c = self.config
-        keys = _keys(key, 4)
+        keys = split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
-        q = Linear(c.num_heads * c.head_dim, heads_axes, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, name="key")(x_BTD, keys[1])
-        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, name="value")(x_BTD, keys[2])
+        q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(x_BTD, keys[1])
+        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(x_BTD, keys[2])
+        if c.query_key_norm == "projection":
+            q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
         q_BTHh = constrain(_heads(q, c.head_dim), "batch", "length", "heads", "head_dim")
         k_BTKh = constrain(_heads(k, c.head_dim), "batch", "length", "kv_heads", "head_dim")
         v_BTKh = constrain(_heads(v, c.head_dim), "batch", "length", "kv_heads", "head_dim")
+        if c.query_key_norm == "head":
+            q_BTHh, k_BTKh = Norm(c, name="query_norm")(q_BTHh), Norm(c, name="key_norm")(k_BTKh)
         if c.position == "rope":
-            q_BTHh = rotate(q_BTHh, positions_BT, c.rope_theta)
-            k_BTKh = rotate(k_BTKh, positions_BT, c.rope_theta)
+            turns = frequencies(c, self.kind)
+            q_BTHh, k_BTKh = rotate(q_BTHh, positions_BT, turns), rotate(k_BTKh, positions_BT, turns)
         q_BTHh = named(q_BTHh, "query")
         k_BTKh = named(k_BTKh, "key")
         v_BTKh = named(v_BTKh, "value")
+        window = c.window if self.kind == "local" else 0
+        scores = attention.Scores(window, c.attention_scale, c.attention_soft_cap)
         if cache is None:
-            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation, self.method)
+            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation, scores, self.method)
         else:
             cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
-            slots = jnp.arange(cache[0].shape[1])
-            mask_B1TS = (slots <= positions_BT[:, :, None])[:, None]
-            out_BTHh = jax.nn.dot_product_attention(q_BTHh, *cache, mask=mask_B1TS)
+            out_BTHh = attention.cached_attention(q_BTHh, *cache, positions_BT, scores)
         out = named(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
-        return Linear(c.width, ("heads", "embed"), name="output")(out, keys[3]), cache
-
-
-class Mlp(nn.Module):
-    """The feed-forward block, gated or plain."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BTD, key):
-        c = self.config
-        keys = _keys(key, 3)
-        activation = getattr(jax.nn, c.activation)
-        up_BTF = named(Linear(c.mlp_width, ("embed", "mlp"), name="up")(x_BTD, keys[0]), "mlp_up")
-        if c.gated:
-            gate_BTF = named(Linear(c.mlp_width, ("embed", "mlp"), name="gate")(x_BTD, keys[1]), "mlp_gate")
-            hidden_BTF = activation(gate_BTF) * up_BTF
-        else:
-            hidden_BTF = activation(up_BTF)
-        hidden_BTF = constrain(hidden_BTF, "batch", "length", "mlp")
-        return Linear(c.width, ("mlp", "embed"), name="down")(hidden_BTF, keys[2])
+        return Linear(c.width, ("heads", "embed"), c.output_bias, name="output")(out, keys[3]), cache
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One transformer block of one kind: attention, then an MLP or experts, each added to the residual stream."""
 
     config: ModelConfig
+    kind: LayerKind = "global"
     implementation: attention.Implementation = "auto"
     method: context.Method = "auto"
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache=None, key=None):
-        key_attention, key_mlp = _keys(key, 2)
+        """The residual stream (B, T, D), the cache, and the router's losses by name (none without experts)."""
+        c = self.config
+        key_attention, key_mlp = split_keys(key, 2)
         x_BTD = named(x_BTD, "layer_input")
-        normed = Norm(self.config, name="attention_norm")(x_BTD)
-        attend = Attention(self.config, self.implementation, self.method, name="attention")
-        update, cache = attend(normed, positions_BT, cache, key_attention)
-        x_BTD = x_BTD + named(update, "attention_projection")
-        normed = Norm(self.config, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + named(Mlp(self.config, name="mlp")(normed, key_mlp), "mlp_down")
-        return constrain(x_BTD, "batch", "length", "residual"), cache
+        attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
+        update, cache = attend(self._before(x_BTD, "attention"), positions_BT, cache, key_attention)
+        x_BTD = x_BTD + self._after(named(update, "attention_projection"), "attention")
+        normed, losses = self._before(x_BTD, "mlp"), {}
+        if c.experts:
+            # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
+            update, losses = Experts(c, drops=cache is None, name="mlp")(normed, key_mlp)
+        else:
+            update = Mlp(c, c.mlp_width, name="mlp")(normed, key_mlp)
+        x_BTD = x_BTD + self._after(named(update, "mlp_down"), "mlp")
+        return constrain(x_BTD, "batch", "length", "residual"), cache, losses
+
+    def _before(self, x_BTD, part: str):
+        return x_BTD if self.config.norm_placement == "post" else Norm(self.config, name=f"{part}_norm")(x_BTD)
+
+    def _after(self, x_BTD, part: str):
+        return x_BTD if self.config.norm_placement == "pre" else Norm(self.config, name=f"{part}_post_norm")(x_BTD)
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D). Logits are `weights.contract(hidden, unembedding(params))`."""
+    """Tokens (B, T) to hidden states (B, T, D), of which `logits` makes logits.
+
+    With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars.
+    """
 
     config: ModelConfig
     execution: ExecutionConfig = ExecutionConfig()
@@ -170,10 +148,12 @@ class Transformer(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         if cache is not None:
             positions_BT = positions_BT + cache.length[:, None]
-        table = _Table(c.vocab_size, c.width, "vocab", name="embed")()
+        table = Table(c.vocab_size, c.width, "vocab", name="embed")()
         x_BTD = jnp.take(table, tokens_BT, axis=0).astype(self.execution.dtype)
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         if c.position == "learned":
-            table = _Table(c.max_length, c.width, "position", name="positions")()
+            table = Table(c.max_length, c.width, "position", name="positions")()
             x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         x_BTD, kv = self._blocks(x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
@@ -185,30 +165,42 @@ class Transformer(nn.Module):
         return hidden_BTD, Cache(*kv, cache.length + tokens_BT.shape[1])
 
     def _blocks(self, x_BTD, positions_BT, kv, key):
-        # One token is enough to make the parameters, and no kernel takes so few.
-        implementation = "reference" if self.is_initializing() else self.execution.attention
-        block = Block(self.config, implementation, self.execution.context, parent=None)
+        c = self.config
         if self.is_initializing():
-            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, self.config.num_layers))
+            # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
+            # kernel takes so few.
+            block = Block(c, c.pattern[0], "reference", parent=None)
+            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, c.num_layers))
+            return x_BTD, kv
+        e = self.execution
+        blocks = {kind: Block(c, kind, e.attention, e.context, parent=None) for kind in set(c.pattern)}
         stacks = [
             nn.meta.unbox(self.get_variable("params", name)) for name in STACKS if self.has_variable("params", name)
         ]
 
-        def step(x, layer):
-            params, cache, index = layer
-            layer_key = None if key is None else jax.random.fold_in(key, index)
-            return block.apply({"params": params}, x, positions_BT, cache, layer_key)
+        def step(kinds, x, group):
+            made = []
+            for kind, (params, cache, index) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
+                layer_key = None if key is None else jax.random.fold_in(key, index)
+                x, *rest = blocks[kind].apply({"params": params}, x, positions_BT, cache, layer_key)
+                made.append(rest)
+            return x, _restacked(made)
 
-        start, written = 0, []
+        start, made = 0, []
         for stack in stacks:
-            depth = jax.tree.leaves(stack)[0].shape[0]
+            depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             cache = None if kv is None else tuple(a[start : start + depth] for a in kv)
             layers = (stack, cache, jnp.arange(start, start + depth))
-            wrapped = self.execution.rematerialize(step, depth)
-            x_BTD, cache = lax.scan(wrapped, x_BTD, layers, unroll=self.execution.unrolled(depth))
-            start, written = start + depth, [*written, cache]
-        if kv is not None:
-            kv = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *written)
+            for groups, kinds in c.groups(start, depth):
+                run = _grouped(layers, done, groups, len(kinds))
+                wrapped = self.execution.rematerialize(functools.partial(step, kinds), groups, len(kinds))
+                x_BTD, new = lax.scan(wrapped, x_BTD, run, unroll=self.execution.unrolled(groups))
+                made.append(_ungrouped(new, len(kinds)))
+                done += groups * len(kinds)
+            start += depth
+        kv, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *made)
+        for name, values_L in losses.items():
+            self.sow("losses", name, jnp.mean(values_L), init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return x_BTD, kv
 
 
@@ -244,42 +236,15 @@ def unembedding(params: weights.Params) -> Any:
     return weights.materialize(params["embed"]["table"]).T
 
 
+def logits(config: ModelConfig, params: weights.Params, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Float32 logits (..., V) of hidden states (..., D)."""
+    return soft_capped(weights.contract(hidden, unembedding(params), key).astype(jnp.float32), config.logit_soft_cap)
+
+
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:
     """An empty cache for `slots` tokens a row."""
     shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
-
-
-def rotate(x_BTHh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding on the two halves of the head. Source: Su et al. 2021, arXiv:2104.09864."""
-    half = x_BTHh.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHh.dtype)
-
-
-class _Table(nn.Module):
-    """An embedding table (rows, D), read whole so that a lookup or a transpose can follow."""
-
-    rows: int
-    width: int
-    axis: str
-
-    @nn.compact
-    def __call__(self):
-        if self.has_variable("params", "table"):
-            return weights.materialize(self.get_variable("params", "table"))
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (self.axis, "embed"))
-        return self.param("table", init, (self.rows, self.width))
-
-
-def _vector(module: nn.Module, name: str, init, size: int):
-    if module.has_variable("params", name):
-        return weights.materialize(module.get_variable("params", name))
-    return module.param(name, nn.with_logical_partitioning(init, (None,)), (size,))
 
 
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):
@@ -298,5 +263,28 @@ def _write(cache_BSKh, new_BTKh, positions_BT):
     return jax.vmap(row)(cache_BSKh, new_BTKh, positions_BT[:, 0])
 
 
-def _keys(key, n: int):
-    return (None,) * n if key is None else jax.random.split(key, n)
+def _grouped(layers, start: int, groups: int, period: int):
+    """The layers from `start` on, (L, ...), as groups (groups, period, ...); those of one layer have no second axis."""
+
+    def cut(a):
+        a = a if a.shape[0] == groups * period else a[start : start + groups * period]
+        return a if period == 1 else a.reshape(groups, period, *a.shape[1:])
+
+    return jax.tree.map(cut, layers)
+
+
+def _ungrouped(layers, period: int):
+    return layers if period == 1 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers)
+
+
+def _unstacked(group, period: int):
+    """The layers of a group, one tree each. The gradient of a split joins; that of indexing adds to zeros each time."""
+    if period == 1:
+        return [group]
+    leaves, structure = jax.tree.flatten(group)
+    parts = [[part[0] for part in lax.split(leaf, [1] * period)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
+
+
+def _restacked(layers: list):
+    return layers[0] if len(layers) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *layers)

@@ -33,7 +33,22 @@ _AXIS = re.compile(r"\b(data|fsdp|tensor)(?:_transpose)?\b(?:\s*=?\s*(\d+))?")
 _WEIGHT_DTYPES = {"bf16 activations, f32 weights and moments": "float32", "bf16 weights": "bfloat16"}
 _LOSS_TILES = re.compile(r"vocabulary loss in (\d+) tiles")
 _TENSOR_NAMES = {"decoder_layer_input": "layer_input", "out_proj": "attention_projection"}
-_SHAPE_FIELDS = {"layers", "width", "heads", "kv_heads", "head_dim", "mlp", "vocab", "gated"}
+_SHAPE_FIELDS = {
+    "layers": "num_layers",
+    "width": "width",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "mlp": "mlp_width",
+    "vocab": "vocab_size",
+    "gated": "gated",
+    "experts": "experts",
+    "experts_per_token": "experts_per_token",
+    "capacity_factor": "capacity_factor",
+    "sliding_window": "window",
+}
+"""A field of a run's shape → the model's. `local_to_global`, the local layers to each global one, is the pattern."""
+_NEEDED_FIELDS = {"layers", "width", "heads", "kv_heads", "head_dim", "mlp", "vocab", "gated"}
 _PRIOR = Calibration(matmul=0.9, elementwise=0.4, kernel=2.0, exposed=0.3)
 """Where the fit starts, and what it keeps to where the runs say nothing: the matrix unit about as the compiler has it,
 memory at 1 / 2.5 of its figure, attention at half of the peak, a third of the communication exposed."""
@@ -84,9 +99,12 @@ def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
         CannotPlan: it has something that this framework's models or meshes do not, named in the sentence.
     """
     row, shape = run.row, run.row["shape"]
-    unknown = sorted(set(shape) - _SHAPE_FIELDS)
+    unknown = sorted(set(shape) - {*_SHAPE_FIELDS, "local_to_global"})
     if unknown:
         raise CannotPlan(f"the model has {', '.join(unknown)}, which the transformer does not have yet")
+    missing = sorted(_NEEDED_FIELDS - set(shape))
+    if missing:
+        raise CannotPlan(f"the model's shape lacks {', '.join(missing)}")
     if row["dtype"] not in _WEIGHT_DTYPES:
         raise CannotPlan(f"the number formats are {row['dtype']!r}; only {' and '.join(_WEIGHT_DTYPES)} are known")
     kept = {kind: tuple(_TENSOR_NAMES.get(name, name) for name in row["remat"][kind]) for kind in ("save", "offload")}
@@ -97,17 +115,7 @@ def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
         raise CannotPlan(f"what is not kept is {row['remat'].get('else')!r}, not recomputed")
     devices = run.chips * topology_chip(run.topology).devices_per_chip
     return Experiment(
-        model=ModelConfig(
-            vocab_size=shape["vocab"],
-            width=shape["width"],
-            num_layers=shape["layers"],
-            num_heads=shape["heads"],
-            num_kv_heads=shape["kv_heads"],
-            head_dim=shape["head_dim"],
-            mlp_width=shape["mlp"],
-            gated=shape["gated"],
-            max_length=row["sequence"],
-        ),
+        model=_model_of(shape, row["sequence"]),
         data=DataConfig(batch_size=row["sequences_per_device"] * devices, sequence_length=row["sequence"]),
         mesh=_mesh_of(row["mesh"]),
         execution=ExecutionConfig(
@@ -120,6 +128,14 @@ def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
         optimizer=OptimizerConfig(first_moment="bfloat16" if "first moment in bf16" in _note(run) else "float32"),
         training=TrainingConfig(loss_chunks=loss_chunks),
     )
+
+
+def _model_of(shape: Mapping[str, Any], sequence: int) -> ModelConfig:
+    fields = {_SHAPE_FIELDS[name]: value for name, value in shape.items() if name in _SHAPE_FIELDS}
+    if "sliding_window" in shape:
+        local = shape.get("local_to_global")
+        fields["pattern"] = ("local",) if local is None else ("local",) * local + ("global",)
+    return ModelConfig(max_length=sequence, **fields)
 
 
 def _note(run: PublishedRun) -> str:

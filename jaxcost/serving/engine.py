@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.models.transformer import Cache, Transformer, init_cache, unembedding
+from jaxcost.models.transformer import Cache, Transformer, init_cache, logits
 
 
 class Engine:
@@ -26,7 +26,7 @@ class Engine:
         hidden_BTD, cache = self.model.apply({"params": params}, prompts_BT, cache)
         last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         # What padding wrote beyond a row's length is masked, and overwritten as the row grows.
-        return _logits(params, last_BD), cache.replace(length=lengths_B)
+        return logits(self.model.config, params, last_BD), cache.replace(length=lengths_B)
 
     def _decode(self, params: weights.Params, logits_BV, cache: Cache, key, temperature, *, steps: int):
         """`steps` tokens (B, steps) in one dispatch, the logits after them and the cache."""
@@ -35,7 +35,7 @@ class Engine:
             logits_BV, cache = carry
             tokens_B = _sample(logits_BV, jax.random.fold_in(key, step), temperature)
             hidden_B1D, cache = self.model.apply({"params": params}, tokens_B[:, None], cache)
-            return (_logits(params, hidden_B1D[:, 0]), cache), tokens_B
+            return (logits(self.model.config, params, hidden_B1D[:, 0]), cache), tokens_B
 
         (logits_BV, cache), tokens = lax.scan(one, (logits_BV, cache), jnp.arange(steps))
         return tokens.T, logits_BV, cache
@@ -92,13 +92,13 @@ class Engine:
         # Whole dispatches may write past the last token asked for.
         slots = longest + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
         cache = init_cache(self.model.config, len(prompts), slots, self.model.execution.dtype)
-        logits, cache = self.prefill(params, padded, np.array([len(p) for p in prompts], np.int32), cache)
+        logits_BV, cache = self.prefill(params, padded, np.array([len(p) for p in prompts], np.int32), cache)
         pieces: list[np.ndarray] = []
         key = jax.random.key(seed)
         for index in range(0, max_new_tokens, tokens_per_dispatch):
             step_key = jax.random.fold_in(key, index)
-            tokens, logits, cache = self.decode(
-                params, logits, cache, step_key, jnp.float32(temperature), steps=tokens_per_dispatch
+            tokens, logits_BV, cache = self.decode(
+                params, logits_BV, cache, step_key, jnp.float32(temperature), steps=tokens_per_dispatch
             )
             pieces.append(np.asarray(tokens)[:, : max_new_tokens - index])
             if on_tokens is not None:
@@ -107,10 +107,6 @@ class Engine:
                 break
         rows = np.concatenate(pieces, axis=1)
         return [_until(row, stop_id) for row in rows]
-
-
-def _logits(params, hidden_BD):
-    return weights.contract(hidden_BD, unembedding(params)).astype(jnp.float32)
 
 
 def _sample(logits_BV, key, temperature):

@@ -59,6 +59,10 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     loss_chunks: int = 1
     """Pieces of the sequence whose logits are made one at a time; more take less memory."""
+    load_balancing: float = 0.01
+    """Weight of the loss that evens out the experts' loads; of no effect without experts."""
+    router_z: float = 0.001
+    """Weight of the loss that keeps the router's logits small; of no effect without experts."""
     seed: int = 0
     """Seed of the initial weights and of any randomness in a step."""
 
@@ -68,8 +72,9 @@ class TrainingConfig:
                 raise ValueError(f"training.{field} is {getattr(self, field)}; it must be at least 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed is {self.seed}; it must lie between 0 and 2**32 - 1.")
-        if self.evaluate_every < 0:
-            raise ValueError(f"training.evaluate_every is {self.evaluate_every}; it cannot be negative.")
+        for field in ("evaluate_every", "load_balancing", "router_z"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"training.{field} is {getattr(self, field)}; it cannot be negative.")
 
 
 @dataclasses.dataclass(frozen=True)

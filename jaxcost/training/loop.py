@@ -170,7 +170,12 @@ def jitted_step(
     places = _state_shardings(abstract, model, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
     step = make_train_step(
-        model, optimizer, transform, accumulation=training.accumulation, loss_chunks=training.loss_chunks
+        model,
+        optimizer,
+        transform,
+        accumulation=training.accumulation,
+        loss_chunks=training.loss_chunks,
+        router_losses={"load_balancing": training.load_balancing, "router_z": training.router_z},
     )
     return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract
 

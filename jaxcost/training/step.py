@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import Transformer, unembedding
 from jaxcost.sharding import constrain
 from jaxcost.transforms import Transform
@@ -51,43 +53,54 @@ def make_train_step(
     *,
     accumulation: int = 1,
     loss_chunks: int = 1,
+    router_losses: Mapping[str, float] = MappingProxyType({}),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
-    differentiated. After the update, `transform.update` moves what moves while training (gradual masks).
+    differentiated. After the update, `transform.update` moves what moves while training (gradual masks). With experts,
+    their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
+    `router_losses`.
     """
 
-    def loss_sum(trainable, frozen, structure, batch, key):
+    def loss_sums(trainable, frozen, structure, batch, key):
         if model.execution.gradients != "float32":
             # The cast's own transpose turns the gradient back, after it was summed over the devices.
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
-        hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=model_key)
-        targets, mask = batch["targets"], batch["mask"]
-        total, _ = cross_entropy(hidden_BSD, unembedding(params), targets, mask, chunks=loss_chunks, key=head_key)
-        return total
+        (hidden_BSD, _), sown = model.apply({"params": params}, batch["inputs"], key=model_key, mutable=["losses"])
+        targets, mask, soft_cap = batch["targets"], batch["mask"], model.config.logit_soft_cap
+        total, count = cross_entropy(
+            hidden_BSD, unembedding(params), targets, mask, chunks=loss_chunks, key=head_key, soft_cap=soft_cap
+        )
+        # A microbatch counts by its targets, in the router's losses as in the other.
+        sums = {"loss": total} | {name: loss * count for name, loss in sown.get("losses", {}).items()}
+        return total + sum(weight * sums[name] for name, weight in router_losses.items() if name in sums), sums
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
         count = jnp.sum(batch["mask"])
-        value_and_grad = jax.value_and_grad(loss_sum)
+        grad = jax.grad(loss_sums, has_aux=True)
 
         if accumulation == 1:
-            total, gradient = value_and_grad(trainable, frozen, state.params, batch, key)
+            gradient, sums = grad(trainable, frozen, state.params, batch, key)
         else:
 
             def one(carry, microbatch):
                 index, *sums = carry
                 batch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
-                new = value_and_grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index))
+                new = grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index))
                 return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
 
             microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
-            zeros = (jnp.zeros(()), jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), trainable))
-            (_, total, gradient), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
+            names = ("loss", *(LOSSES if model.config.experts else ()))
+            zeros = (
+                jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), trainable),
+                dict.fromkeys(names, jnp.zeros(())),
+            )
+            (_, gradient, sums), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
 
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
@@ -95,7 +108,8 @@ def make_train_step(
         optimizer_state = jax.tree.map(lambda new, old: new.astype(old.dtype), optimizer_state, state.optimizer)
         params = weights.combine(state.params, optax.apply_updates(trainable, updates), frozen)
         params = transform.update(params, state.step)
-        metrics = {"loss": total / count, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {name: total / count for name, total in sums.items()}
+        metrics["gradient_norm"] = optax.global_norm(gradient)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return train_step

@@ -1,0 +1,36 @@
+"""The feed-forward block that every token meets."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import linen as nn
+
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.execution import named
+from jaxcost.models.layers import Linear, split_keys
+from jaxcost.sharding import constrain
+
+
+class Mlp(nn.Module):
+    """The feed-forward block, gated or plain, of hidden size `hidden`."""
+
+    config: ModelConfig
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x_BTD, key):
+        c = self.config
+        keys = split_keys(key, 3)
+        inward = functools.partial(Linear, self.hidden, ("embed", "mlp"), c.mlp_bias)
+        up_BTF = named(inward(name="up")(x_BTD, keys[0]), "mlp_up")
+        gate_BTF = named(inward(name="gate")(x_BTD, keys[1]), "mlp_gate") if c.gated else None
+        hidden_BTF = constrain(activated(c, up_BTF, gate_BTF), "batch", "length", "mlp")
+        return Linear(c.width, ("mlp", "embed"), c.mlp_bias, name="down")(hidden_BTF, keys[2])
+
+
+def activated(config: ModelConfig, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """What the last matrix meets: act(gate)·up, or act(up) without a gate. Source: Shazeer 2020, arXiv:2002.05202."""
+    activation = getattr(jax.nn, config.activation)
+    return activation(up) if gate is None else activation(gate) * up
