@@ -17,6 +17,12 @@ run_slow() {
   # libtpu, which compiles for TPUs that are not there, exists for Linux on x86-64 alone.
   use_environment .venv "[test,plan]"
   python -m pytest -q -m slow "$@"
+  # The compiler for NVIDIA GPUs stays out of the environment: it writes of absent drivers to every script's errors.
+  local version
+  version=$(python -c 'import jaxlib; print(jaxlib.__version__)')
+  [ -d ".plan-gpu/jax_cuda12_plugin-$version.dist-info" ] || python -m pip install --quiet --disable-pip-version-check \
+    --upgrade --no-deps --target .plan-gpu "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
+  PYTHONPATH="$PWD/.plan-gpu:${PYTHONPATH:-}" python -m pytest -q -m slow tests/test_planner_gpu.py
 }
 
 run_oracles() (

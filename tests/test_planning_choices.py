@@ -75,6 +75,16 @@ def test_other_batches_train_on_the_same_tokens():
     assert set(tokens) == {32, 64, 128} and len(set(tokens.values())) == 1
 
 
+def test_long_sequences_may_be_split():
+    model = dataclasses.replace(EXPERIMENT.model, max_length=8192)
+    long = dataclasses.replace(EXPERIMENT, model=model, data=DataConfig(batch_size=1, sequence_length=8192))
+    assert {c.experiment.mesh.context for c in found()} == {1}
+    assert {c.experiment.mesh.context for c in found(long)} == {1, 2, 4, 8}
+    ring = dataclasses.replace(long.execution, context="ring")
+    pushed = {c.flags(): c.seconds for c in found(dataclasses.replace(long, execution=ring))}
+    assert any(pushed[c.flags()] != c.seconds for c in found(long) if c.experiment.mesh.context > 1)
+
+
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_serving_chooses_meshes_and_batches_alone(step):
     candidates = found(step=step, batches=(8,))

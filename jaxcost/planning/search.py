@@ -24,7 +24,7 @@ import numpy as np
 from jaxcost import weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
-from jaxcost.models import attention
+from jaxcost.models import attention, context
 from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.planning.plan import Plan, plan
 from jaxcost.planning.steps import StepName
@@ -42,6 +42,8 @@ _BYTES_A_COMPILER = 6 * 2**30
 _REACHED_PEAK, _EXPOSED = 0.55, 0.25
 """Shares of the peak that a step reaches and of its communication that is exposed; they rank, nothing more."""
 _GATHERED_LAYERS = 2
+_SHORTEST_PART = 1024
+"""Tokens of a sequence that a device has at least where the search splits sequences; fewer only cost exchanges."""
 _MEBI = 2**20
 
 
@@ -123,32 +125,43 @@ class _Slice:
         return (self.chip.hbm_bytes_per_second.value or 1e12) / self.chip.devices_per_chip
 
     def exchange_seconds(
-        self, mesh: MeshConfig, gathered: float = 0, scattered: float = 0, reduced: float = 0, summed: float = 0
+        self,
+        mesh: MeshConfig,
+        gathered: float = 0,
+        scattered: float = 0,
+        reduced: float = 0,
+        summed: float = 0,
+        traded: float = 0,
+        rotated: float = 0,
     ) -> float:
         """Seconds of a step's exchanges, without those over links of unknown bandwidth.
 
         Args:
             mesh: sizes of the mesh's axes.
-            gathered: bytes of a device's shards of the weights that `fsdp` gathers.
-            scattered: bytes of the gradients that `fsdp` sums and scatters.
+            gathered: bytes of a device's shards of the weights that `fsdp` and `context` gather.
+            scattered: bytes of the gradients that `fsdp` and `context` sum and scatter.
             reduced: bytes of the gradients that `data` sums.
             summed: bytes of the activations that `tensor` sums.
+            traded: bytes of the activations that `context` trades between tokens and heads.
+            rotated: bytes of the keys, values and their gradients that `context` passes on round the ring.
         """
         return (
-            gathered * self._seconds_a_byte("all-gather", mesh, "fsdp")
-            + scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp")
+            gathered * self._seconds_a_byte("all-gather", mesh, "fsdp", "context")
+            + scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp", "context")
             + reduced * self._seconds_a_byte("all-reduce", mesh, "data")
             + summed * self._seconds_a_byte("all-reduce", mesh, "tensor")
+            + traded * self._seconds_a_byte("all-to-all", mesh, "context")
+            + rotated * self._seconds_a_byte("collective-permute", mesh, "context")
         )
 
     @functools.cache  # noqa: B019 - a slice lives as long as its search
-    def _seconds_a_byte(self, kind: str, mesh: MeshConfig, axis: str) -> float:
+    def _seconds_a_byte(self, kind: str, mesh: MeshConfig, *axes: str) -> float:
         sizes = dataclasses.asdict(mesh)
-        if sizes[axis] == 1:
+        if all(sizes[axis] == 1 for axis in axes):
             return 0.0
         devices = np.arange(len(self.network.domains)).reshape(tuple(sizes.values()))
-        first = tuple(slice(None) if name == axis else 0 for name in sizes)
-        collective = links.Collective(kind, _MEBI, tuple(devices[first].tolist()), 1)
+        first = devices[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
+        collective = links.Collective(kind, _MEBI, tuple(first[:2] if kind == "collective-permute" else first), 1)
         return (links.exchange(collective, self.chip, self.network).seconds or 0.0) / _MEBI
 
 
@@ -216,7 +229,9 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Every layout that divides over the devices, in the order of the slice."""
     slice_ = _Slice(chip, links.network_of(devices, chip), step)
-    for mesh, batch in itertools.product(_meshes(len(devices)), dict.fromkeys([experiment.data.batch_size, *batches])):
+    splits = experiment.data.sequence_length // _SHORTEST_PART if step == "train" else 1
+    meshes = _meshes(len(devices), max(1, splits))
+    for mesh, batch in itertools.product(meshes, dict.fromkeys([experiment.data.batch_size, *batches])):
         data = dataclasses.replace(experiment.data, batch_size=batch)
         steps = -(-experiment.training.steps * experiment.data.batch_size // batch)
         for remat, accumulation, chunks in itertools.product(REMATS, ACCUMULATIONS, LOSS_CHUNKS):
@@ -265,7 +280,8 @@ def _corrected(
 
 def _kind(candidate: Candidate) -> tuple:
     """What the closed form is wrong about in the same way."""
-    return candidate.experiment.execution.remat, candidate.experiment.mesh.tensor > 1
+    mesh = candidate.experiment.mesh
+    return candidate.experiment.execution.remat, mesh.tensor > 1, mesh.context > 1
 
 
 def _frontier(fitting: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -309,11 +325,11 @@ def _processes() -> int:
     return max(1, min(os.cpu_count() // 2, memory // _BYTES_A_COMPILER))
 
 
-def _meshes(devices: int) -> Iterator[MeshConfig]:
+def _meshes(devices: int, most_context: int) -> Iterator[MeshConfig]:
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for data, fsdp in itertools.product(divisors, divisors):
-        if devices % (data * fsdp) == 0:
-            yield MeshConfig(data=data, fsdp=fsdp, tensor=devices // (data * fsdp))
+    for data, fsdp, split in itertools.product(divisors, divisors, divisors):
+        if split <= most_context and devices % (data * fsdp * split) == 0:
+            yield MeshConfig(data=data, fsdp=fsdp, tensor=devices // (data * fsdp * split), context=split)
 
 
 def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
@@ -365,10 +381,11 @@ def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> floa
 def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
     """Bytes of a device and seconds of a train step, roughly."""
     e, model = experiment, dataclasses.replace(experiment.model, vocab_size=vocab_size)
-    ways = e.mesh.fsdp * e.mesh.tensor
+    shards = e.mesh.fsdp * e.mesh.context
+    ways = shards * e.mesh.tensor
     devices = ways * e.mesh.data
     length, width = e.data.sequence_length, model.width
-    tokens = e.data.batch_size * length / (e.mesh.data * e.mesh.fsdp)
+    tokens = e.data.batch_size * length / (e.mesh.data * shards)
     live = tokens / e.training.accumulation
     item = e.execution.dtype.itemsize
 
@@ -394,11 +411,23 @@ def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, size
         e.mesh,
         gathered=passes * accumulation * item * sizes.parameters / ways,
         scattered=gradients * accumulation * trained,
-        reduced=gradients * trained / e.mesh.fsdp,
+        reduced=gradients * trained / shards,
         # Both projections out of a block, forwards and backwards, and forwards again where that is made again.
         summed=(4 + 2 * again) * model.num_layers * tokens * width * item,
+        **_context_bytes(e, model.num_layers * tokens * item * (2 + again)),
     )
     return num_bytes, flops / (slice_.peak(item) * _REACHED_PEAK) + _EXPOSED * exchanged
+
+
+def _context_bytes(e: Experiment, passed: float) -> dict[str, float]:
+    """What attention exchanges over `context`, of `passed` bytes for each element of a token in all passes."""
+    ways, model = e.mesh.context, e.model
+    if ways == 1:
+        return {}
+    heads, kv_heads = model.num_heads / e.mesh.tensor, model.num_kv_heads / e.mesh.tensor
+    if context.resolve(e.execution.context, int(heads), int(kv_heads), ways) == "ring":
+        return {"rotated": 2 * kv_heads * model.head_dim * (ways - 1) * passed}
+    return {"traded": 2 * (heads + math.lcm(int(kv_heads), ways)) * model.head_dim * passed}
 
 
 def _serving_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
