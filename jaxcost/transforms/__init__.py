@@ -5,6 +5,7 @@ from jaxcost.transforms.base import (
     CalibrationError,
     Chain,
     Covered,
+    OrderError,
     Rule,
     RuleError,
     Transform,
@@ -15,16 +16,19 @@ from jaxcost.transforms.calibration import CalibrationConfig, calibrate, calibra
 from jaxcost.transforms.factorize import factorize
 from jaxcost.transforms.freeze import freeze
 from jaxcost.transforms.lora import lora
+from jaxcost.transforms.manifest import BrokenError
 from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
 
 __all__ = [
+    "BrokenError",
     "Calibration",
     "CalibrationConfig",
     "CalibrationError",
     "Chain",
     "Covered",
     "Gradual",
+    "OrderError",
     "Rule",
     "RuleError",
     "Transform",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxcost.transforms.base import Transform, matrix_shape
+from jaxcost.transforms.base import Stage, Transform, matrix_shape
 from jaxcost.weights import Frozen, Inputs, LowRank, Weight
 
 
@@ -24,6 +24,8 @@ class factorize(Transform):
     """Rank of every product; None takes it from `parameters`."""
     parameters: float = 0.5
     """Share of each dense weight's parameters that the two factors may hold, where no rank is given."""
+
+    stage: ClassVar[Stage] = "factorize"
 
     def __post_init__(self):
         if self.rank is None and not 0 < self.parameters <= 1:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax
 
-from jaxcost.transforms.base import Rule, Transform, freeze_weight
+from jaxcost.transforms.base import Rule, Stage, Transform, freeze_weight
 from jaxcost.weights import map_weights
 
 
@@ -24,6 +24,7 @@ class freeze(Transform):
     top_layers: int = 1
     """Blocks, counted from the output, that train."""
 
+    stage: ClassVar[Stage] = "adapt"
     freezes_the_rest: ClassVar[bool] = True
 
     def __call__(self, params, key=None, calibration=None):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcost.transforms.base import Transform, matrix_shape
+from jaxcost.transforms.base import Stage, Transform, matrix_shape
 from jaxcost.weights import Frozen, Inputs, Lora
 
 
@@ -28,6 +28,7 @@ class lora(Transform):
     train: str = ""
     """Regular expression for the paths of other parameters that train whole, such as 'norm/'; nothing by default."""
 
+    stage: ClassVar[Stage] = "adapt"
     freezes_the_rest: ClassVar[bool] = True
 
     def apply(self, path: str, w: Any, key: jax.Array, inputs: Inputs | None = None) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxcost.transforms.base import ALL_KERNELS, Rule, Transform, freeze_weight, matrix_shape
+from jaxcost.transforms.base import ALL_KERNELS, Rule, Stage, Transform, freeze_weight, matrix_shape
 from jaxcost.weights import (
     Frozen,
     Inputs,
@@ -44,6 +44,8 @@ class quantize(Transform):
     """Training: round gradients at random (unbiased) instead of to nearest."""
     backend: Literal["aqt", "reference"] = "aqt"
     """Training: integers through AQT, or faked in floats."""
+
+    stage: ClassVar[Stage] = "quantize"
 
     def __post_init__(self):
         allowed = (8,) if self.mode == "weights" else (4, 8)
