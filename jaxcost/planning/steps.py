@@ -71,6 +71,11 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = planned_model(experiment, vocab_size, mesh)
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    if experiment.distill.active:
+        raise ValueError(
+            "A step with a teacher cannot be planned yet; its compiled cost is known once it trains. "
+            "Set distill.logits and distill.hidden to 0 to plan the student alone."
+        )
 
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = sharding.batch_sharding(mesh)

@@ -15,6 +15,7 @@ from jaxcost import weights
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.transformer import Transformer, unembedding
 from jaxcost.sharding import constrain
+from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
 
 Batch = dict[str, jax.Array]
@@ -33,15 +34,23 @@ class TrainState:
     """The optimizer's state, over the arrays that train."""
     key: jax.Array
     """uint32 key data; a step's key is this one folded with its number."""
+    beside: dict[str, jax.Array] = struct.field(default_factory=dict)
+    """What trains beside the weights and ends with the run, by name."""
 
 
-def init_state(params: weights.Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    params: weights.Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    beside: dict[str, jax.Array] | None = None,
+) -> TrainState:
     """The state before the first step."""
+    beside = beside or {}
     trainable, _ = weights.partition(params)
     if not trainable:
         raise ValueError("Nothing in the weights trains; quantised and frozen ones need an adapter (lora) to train.")
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable | beside), key, beside)
 
 
 def make_train_step(
@@ -51,39 +60,47 @@ def make_train_step(
     *,
     accumulation: int = 1,
     loss_chunks: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    distiller: Distiller | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
     differentiated. After the update, `transform.update` moves what moves while training (gradual masks).
+
+    With a distiller, what is minimised is its objective, and where its teacher is online the function takes the
+    teacher's weights as a third argument.
     """
 
-    def loss_sum(trainable, frozen, structure, batch, key):
+    def loss_sum(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
             # The cast's own transpose turns the gradient back, after it was summed over the devices.
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
         hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], key=model_key)
+        if distiller is not None:
+            return distiller.loss_sum(hidden_BSD, params, batch, trainable, teacher, chunks=loss_chunks, key=head_key)
         targets, mask = batch["targets"], batch["mask"]
         total, _ = cross_entropy(hidden_BSD, unembedding(params), targets, mask, chunks=loss_chunks, key=head_key)
-        return total
+        return total, total
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, teacher: weights.Params | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
+        trainable |= state.beside
         count = jnp.sum(batch["mask"])
-        value_and_grad = jax.value_and_grad(loss_sum)
+        value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
 
         if accumulation == 1:
-            total, gradient = value_and_grad(trainable, frozen, state.params, batch, key)
+            (_, total), gradient = value_and_grad(trainable, frozen, state.params, batch, key, teacher)
         else:
 
             def one(carry, microbatch):
                 index, *sums = carry
                 batch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
-                new = value_and_grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index))
-                return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
+                key_here = jax.random.fold_in(key, index)
+                (_, total), gradient = value_and_grad(trainable, frozen, state.params, batch, key_here, teacher)
+                return (index + 1, *jax.tree.map(jnp.add, tuple(sums), (total, gradient))), None
 
             microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
             zeros = (jnp.zeros(()), jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), trainable))
@@ -93,10 +110,12 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
         # The arithmetic is float32 whatever is kept; what is kept must not become wider from step to step.
         optimizer_state = jax.tree.map(lambda new, old: new.astype(old.dtype), optimizer_state, state.optimizer)
-        params = weights.combine(state.params, optax.apply_updates(trainable, updates), frozen)
+        updated = optax.apply_updates(trainable, updates)
+        params = weights.combine(state.params, updated, frozen)
         params = transform.update(params, state.step)
+        beside = {name: updated[name] for name in state.beside}
         metrics = {"loss": total / count, "gradient_norm": optax.global_norm(gradient)}
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, optimizer_state, state.key, beside), metrics
 
     return train_step
 
