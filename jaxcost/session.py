@@ -29,7 +29,7 @@ from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pai
 from jaxcost.training.loop import Fitted, fit, jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
-from jaxcost.transforms import Transform, calibrated, chain
+from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
 from jaxcost.transforms.manifest import check
 
 _DESCRIPTION = "experiment.json"
@@ -141,6 +141,13 @@ class Session:
           ValueError: a weight cannot be transformed so.
         """
         return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
+
+    def calibration(self, transform: Transform, params: weights.Params) -> Calibration | None:
+        """What one transform must know of the inputs of the weights that it picks; None where that is nothing."""
+        wanted = {path: settings.statistics() for path, settings in transform.picked(params).items()}
+        if all(statistics == "none" for statistics in wanted.values()):
+            return None
+        return calibrate(self._forward, params, self._calibration_batches(), wanted)
 
     @property
     def peak_flops_per_second(self) -> float | None:
