@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxcost import weights
 from jaxcost.transforms.quantize import quantized
 from jaxcost.weights import (
+    Adapters,
+    Dora,
     Frozen,
     Lora,
     LowRank,
@@ -55,6 +57,19 @@ def adapted(key, stack, inward, outward, rank, base=dense, left=dense, right=den
     return Lora(base(key_base, stack, inward, outward, rank), update.u, update.v, SCALE)
 
 
+def adapters(key, stack, inward, outward, rank, base=dense):
+    """Three adapters, of which every layer takes another one and the last none."""
+    key_base, key_update = jax.random.split(key)
+    update = low_rank(key_update, (*stack, 3), inward, outward, rank)
+    choice = 1 - jnp.arange(np.prod(stack, dtype=int)).reshape(stack) % 3
+    return Adapters(base(key_base, stack, inward, outward, rank), update.u, update.v, choice.astype(jnp.int32))
+
+
+def dora(key, stack, inward, outward, rank, inner=adapted):
+    magnitude = jax.random.uniform(jax.random.fold_in(key, 1), (*stack, outward), minval=0.5, maxval=2.0)
+    return Dora(inner(key, stack, inward, outward, rank), magnitude)
+
+
 def masked(key, stack, inward, outward, rank, inner=dense):
     return Masked(inner(key, stack, inward, outward, rank), mask_for(key, stack, inward, outward))
 
@@ -74,6 +89,8 @@ KINDS = {
     "masked": masked,
     "low_rank": low_rank,
     "lora": adapted,
+    "dora": dora,
+    "adapters": adapters,
     "quantized": lambda *args: quantized(dense(*args), 8),
     "aqt": lambda *args: QuantAware(dense(*args), AQT),
     "reference": lambda *args: QuantAware(dense(*args), REFERENCE),
@@ -91,6 +108,8 @@ SLOTS = {
     "lora.base": lambda inner: lambda *args: adapted(*args, base=inner),
     "lora.a": lambda inner: lambda *args: adapted(*args, left=inner),
     "lora.b": lambda inner: lambda *args: adapted(*args, right=inner),
+    "dora.weight": lambda inner: lambda *args: dora(*args, inner=inner),
+    "adapters.base": lambda inner: lambda *args: adapters(*args, base=inner),
     "aqt.weight": lambda inner: lambda *args: QuantAware(inner(*args), AQT),
     "reference.weight": lambda inner: lambda *args: QuantAware(inner(*args), REFERENCE),
     "frozen.weight": lambda inner: lambda *args: Frozen(inner(*args)),
@@ -117,6 +136,7 @@ def test_every_kind_and_every_place_that_holds_a_weight_is_in_the_lists():
     }
     listed = {"masked": "Masked", "low_rank": "LowRank", "lora": "Lora", "frozen": "Frozen"}
     listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed", "scaled": "Scaled"}
+    listed |= {"dora": "Dora", "adapters": "Adapters"}
     assert holding == {(listed[kind], field) for kind, field in (slot.split(".") for slot in SLOTS)}
     assert len(BUILDERS) == len(KINDS) * (1 + len(SLOTS))
 
@@ -145,6 +165,12 @@ def error_bound(size_x, error_x, w, dtype):
             return through(size_x, error_x, w.weight)
         if isinstance(w, Scaled):
             return scaled_error(size_x, error_x, w)
+        if isinstance(w, Dora):
+            norm = np.linalg.norm(materialize(w.weight), axis=-2)
+            factor = np.asarray(w.magnitude) / np.where(norm > 0, norm, 1.0)
+            return scaled_error(size_x, error_x, Scaled(w.weight, factor, "out"))
+        if isinstance(w, Adapters):
+            return through(size_x, error_x, Lora(w.base, w.a[w.choice], w.b[w.choice] * (w.choice >= 0), 1.0))
         if isinstance(w, LowRank):
             return in_a_row(size_x, error_x, w.u, w.v)
         if isinstance(w, Lora):
@@ -262,7 +288,7 @@ def test_gradients_are_those_of_multiplying_with_what_the_weight_means(name):
         assert np.any(leaf != 0)
 
 
-@pytest.mark.parametrize("slot", ["frozen.weight", "lora.base"])
+@pytest.mark.parametrize("slot", ["frozen.weight", "lora.base", "adapters.base"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_flows_to_what_is_frozen_even_when_asked(slot, kind):
     w = build(f"{slot}={kind}")
@@ -275,7 +301,7 @@ def test_nothing_flows_to_what_is_frozen_even_when_asked(slot, kind):
         inner = gradient.weight if slot == "frozen.weight" else gradient.base
         for leaf in jax.tree.leaves(inner):
             assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
-        if slot == "lora.base":
+        if slot != "frozen.weight":
             assert np.any(gradient.a) and np.any(gradient.b)
 
 
@@ -318,6 +344,9 @@ TRAINS = {
     "scaled, trained": {"weight", "scale"},
     "scaled.weight=frozen": set(),
     "frozen.weight=lora": set(),
+    "dora": {"weight/a", "weight/b", "magnitude"},
+    "dora.weight=quantized": {"magnitude"},
+    "adapters": {"a", "b"},
     "lora.base=quantized": {"a", "b"},
     "lora.base=low_rank": {"a", "b"},
     "lora.a=masked": {"a/weight", "b"},
@@ -358,6 +387,7 @@ def test_logical_axes_name_every_axis_of_every_array(name, stack):
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     assert jax.tree.structure(axes, is_leaf=is_spec) == jax.tree.structure(w)
     sizes = {"expert": 3, "layers": stack[-1] if stack else 0, "embed": 7, "mlp": 5, "rank": 2, None: 1}
+    sizes["adapters"] = 3
     sizes |= dict(zip(names, stack, strict=True))
     for spec, array in zip(jax.tree.leaves(axes, is_leaf=is_spec), jax.tree.leaves(w), strict=True):
         assert tuple(sizes[axis] for axis in spec) == array.shape

@@ -12,9 +12,10 @@ dataclass, registered as a pytree, whose own weights may again be of any kind. E
 One law holds for every kind and every nesting: `contract(x, w) == x @ materialize(w)` to the arithmetic's tolerance.
 """
 
+from jaxcost.weights.adapters import Adapters, choose, stack_adapters
 from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, materialize, trainable
 from jaxcost.weights.frozen import Frozen
-from jaxcost.weights.lowrank import Lora, LowRank
+from jaxcost.weights.lowrank import Dora, Lora, LowRank, column_norm
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
 from jaxcost.weights.quantized import (
     QuantAware,
@@ -29,6 +30,8 @@ from jaxcost.weights.sparse import Masked
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
+    "Adapters",
+    "Dora",
     "Frozen",
     "Inputs",
     "Lora",
@@ -42,6 +45,8 @@ __all__ = [
     "Scaled",
     "Weight",
     "blank_inputs",
+    "choose",
+    "column_norm",
     "combine",
     "contract",
     "fake_quantize",
@@ -54,6 +59,7 @@ __all__ = [
     "partition",
     "path_name",
     "quantization_scale",
+    "stack_adapters",
     "trainable",
     "trainable_tree",
 ]
