@@ -23,6 +23,7 @@ from jaxcost.weights import (
     QuantAware,
     Quantized,
     QuantSpec,
+    Scaled,
     Weight,
     blank_inputs,
     contract,
@@ -62,6 +63,12 @@ def observed(key, stack, inward, outward, rank, inner=dense):
     return Observed(inner(key, stack, inward, outward, rank), blank_inputs((*stack, inward, outward), gram=True))
 
 
+def scaled(key, stack, inward, outward, rank, side="in", trains=False, inner=dense):
+    channels = {"in": inward, "out": outward}[side]
+    scale = jax.random.uniform(jax.random.fold_in(key, 1), (*stack, channels), minval=0.5, maxval=2.0)
+    return Scaled(inner(key, stack, inward, outward, rank), scale, side, trains)
+
+
 KINDS = {
     "dense": dense,
     "masked": masked,
@@ -72,6 +79,8 @@ KINDS = {
     "reference": lambda *args: QuantAware(dense(*args), REFERENCE),
     "frozen": lambda *args: Frozen(dense(*args)),
     "observed": lambda *args: observed(*args),
+    "scaled": lambda *args: scaled(*args),
+    "scaled, trained": lambda *args: scaled(*args, side="out", trains=True),
 }
 """name → a builder (key, stack, inward, outward, rank) of each kind around dense arrays."""
 
@@ -86,6 +95,7 @@ SLOTS = {
     "reference.weight": lambda inner: lambda *args: QuantAware(inner(*args), REFERENCE),
     "frozen.weight": lambda inner: lambda *args: Frozen(inner(*args)),
     "observed.weight": lambda inner: lambda *args: observed(*args, inner=inner),
+    "scaled.weight": lambda inner: lambda *args: scaled(*args, inner=inner),
 }
 """Every place inside a kind that holds a weight → the builder of that kind with another kind in that place."""
 
@@ -106,7 +116,7 @@ def test_every_kind_and_every_place_that_holds_a_weight_is_in_the_lists():
         (kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.type == "Any"
     }
     listed = {"masked": "Masked", "low_rank": "LowRank", "lora": "Lora", "frozen": "Frozen"}
-    listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed"}
+    listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed", "scaled": "Scaled"}
     assert holding == {(listed[kind], field) for kind, field in (slot.split(".") for slot in SLOTS)}
     assert len(BUILDERS) == len(KINDS) * (1 + len(SLOTS))
 
@@ -133,6 +143,8 @@ def error_bound(size_x, error_x, w, dtype):
         size_w = np.abs(np.asarray(materialize(w), np.float64))
         if isinstance(w, Frozen | Observed):
             return through(size_x, error_x, w.weight)
+        if isinstance(w, Scaled):
+            return scaled_error(size_x, error_x, w)
         if isinstance(w, LowRank):
             return in_a_row(size_x, error_x, w.u, w.v)
         if isinstance(w, Lora):
@@ -149,6 +161,13 @@ def error_bound(size_x, error_x, w, dtype):
                 more = (size_x + error_x) @ np.broadcast_to(step_w * (1 + 4 * limit * unit), size_w.shape)
             return error_x @ size_w + rounding * (size_x + error_x) @ size_w + more
         return error_x @ size_w + rounding * (size_x + error_x) @ size_w
+
+    def scaled_error(size_x, error_x, w):
+        scale = np.abs(np.asarray(w.scale, np.float64))
+        if w.side == "out":
+            size_y = size_x @ np.abs(np.asarray(materialize(w.weight), np.float64))
+            return scale * (through(size_x, error_x, w.weight) + rounding * size_y)
+        return through(size_x * scale, error_x * scale + rounding * size_x * scale, w.weight)
 
     def in_a_row(size_x, error_x, first, second):
         size_first = np.abs(np.asarray(materialize(first), np.float64))
@@ -295,6 +314,9 @@ TRAINS = {
     "aqt": {"weight"},
     "reference": {"weight"},
     "frozen": set(),
+    "scaled": {"weight"},
+    "scaled, trained": {"weight", "scale"},
+    "scaled.weight=frozen": set(),
     "frozen.weight=lora": set(),
     "lora.base=quantized": {"a", "b"},
     "lora.base=low_rank": {"a", "b"},

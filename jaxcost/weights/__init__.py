@@ -24,6 +24,7 @@ from jaxcost.weights.quantized import (
     integer_limit,
     quantization_scale,
 )
+from jaxcost.weights.scaled import Scaled
 from jaxcost.weights.sparse import Masked
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
@@ -38,6 +39,7 @@ __all__ = [
     "QuantAware",
     "QuantSpec",
     "Quantized",
+    "Scaled",
     "Weight",
     "blank_inputs",
     "combine",
