@@ -17,6 +17,7 @@ from jaxcost.transforms.freeze import freeze
 from jaxcost.transforms.lora import lora
 from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
+from jaxcost.transforms.smooth import smooth
 
 __all__ = [
     "Calibration",
@@ -37,4 +38,5 @@ __all__ = [
     "prune",
     "quantize",
     "rule",
+    "smooth",
 ]

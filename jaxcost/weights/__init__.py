@@ -16,20 +16,27 @@ from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, mate
 from jaxcost.weights.frozen import Frozen
 from jaxcost.weights.lowrank import Lora, LowRank
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
+from jaxcost.weights.quant_aware import QuantAware, QuantSpec, fake_quantize
 from jaxcost.weights.quantized import (
-    QuantAware,
+    GRIDS,
+    GridName,
     Quantized,
-    QuantSpec,
-    fake_quantize,
+    encode,
+    group_scale,
     integer_limit,
     quantization_scale,
+    quantized,
+    spread,
+    storage_bytes,
 )
 from jaxcost.weights.scaled import Scaled
 from jaxcost.weights.sparse import Masked
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
+    "GRIDS",
     "Frozen",
+    "GridName",
     "Inputs",
     "Lora",
     "LowRank",
@@ -44,7 +51,9 @@ __all__ = [
     "blank_inputs",
     "combine",
     "contract",
+    "encode",
     "fake_quantize",
+    "group_scale",
     "integer_limit",
     "is_weight",
     "logical_axes",
@@ -54,6 +63,9 @@ __all__ = [
     "partition",
     "path_name",
     "quantization_scale",
+    "quantized",
+    "spread",
+    "storage_bytes",
     "trainable",
     "trainable_tree",
 ]
