@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from jaxcost import weights
-from jaxcost.transforms.quantize import quantized
 from jaxcost.weights import (
     Adapters,
     Dora,
@@ -31,6 +30,7 @@ from jaxcost.weights import (
     contract,
     fake_quantize,
     materialize,
+    quantized,
 )
 
 AQT = QuantSpec(backend="aqt")
@@ -78,6 +78,11 @@ def observed(key, stack, inward, outward, rank, inner=dense):
     return Observed(inner(key, stack, inward, outward, rank), blank_inputs((*stack, inward, outward), gram=True))
 
 
+def calibrated(key, stack, inward, outward, rank):
+    w = quantized(dense(key, stack, inward, outward, rank), activation_bits=8)
+    return w.replace(activation_scale=jnp.full(stack, 0.05))
+
+
 def scaled(key, stack, inward, outward, rank, side="in", trains=False, inner=dense):
     channels = {"in": inward, "out": outward}[side]
     scale = jax.random.uniform(jax.random.fold_in(key, 1), (*stack, channels), minval=0.5, maxval=2.0)
@@ -91,7 +96,10 @@ KINDS = {
     "lora": adapted,
     "dora": dora,
     "adapters": adapters,
-    "quantized": lambda *args: quantized(dense(*args), 8),
+    "quantized": lambda *args: quantized(dense(*args)),
+    "groups": lambda *args: quantized(dense(*args), "nf4", group=1),
+    "integers": lambda *args: quantized(dense(*args), "int4", activation_bits=8),
+    "calibrated": lambda *args: calibrated(*args),
     "aqt": lambda *args: QuantAware(dense(*args), AQT),
     "reference": lambda *args: QuantAware(dense(*args), REFERENCE),
     "frozen": lambda *args: Frozen(dense(*args)),
@@ -119,7 +127,8 @@ SLOTS = {
 """Every place inside a kind that holds a weight → the builder of that kind with another kind in that place."""
 
 BUILDERS = KINDS | {f"{slot}={kind}": hold(build) for slot, hold in SLOTS.items() for kind, build in KINDS.items()}
-FLOAT_BUILDERS = [name for name in BUILDERS if not {"aqt", "reference"} & set(re.split("[.=]", name))]
+ROUNDING = {"aqt", "reference", "integers", "calibrated"}
+FLOAT_BUILDERS = [name for name in BUILDERS if not ROUNDING & set(re.split("[.=]", name))]
 SHAPES = [((), 1, 1, 1), ((3,), 1, 5, 1), ((2, 3), 13, 11, 3), ((1,), 31, 1, 2)]
 """(batch, inward, outward, rank)."""
 
@@ -151,9 +160,8 @@ def error_bound(size_x, error_x, w, dtype):
     * a float product rounds its weight, its result and (Quantized) its scaling, so 8·u of |x|·|w|, and accumulates
       in float32, so n·2^-24 of it;
     * products in a row hand the error of the first on to the second;
-    * QuantAware moves each activation to the nearest point of a grid of step s = max|x| / 127, so by s / 2, and by
-      4·u·127 steps more since AQT divides in the activation's dtype. AQT also rounds the weight to bfloat16 before it
-      quantises it, where one step more can go either way.
+    * QuantAware, and Quantized with integer activations, move each activation to the nearest point of a grid of step
+      s = max|x| / 127, or of a calibrated one, so by s / 2, and by what lies beyond the largest point.
     """
     unit = float(jnp.finfo(dtype).eps) / 2
     size_w = np.abs(np.asarray(materialize(w), np.float64))
@@ -177,15 +185,12 @@ def error_bound(size_x, error_x, w, dtype):
             update = in_a_row(size_x, error_x, w.a, w.b)
             sizes = size_x @ np.abs(np.asarray(materialize(w.base), np.float64)) + w.scale * product(size_x, w.a, w.b)
             return through(size_x, error_x, w.base) + w.scale * update + rounding * sizes
-        if isinstance(w, QuantAware):
-            limit = weights.integer_limit(w.spec.bits)
-            step = np.max(size_x + error_x, axis=-1, keepdims=True) / limit
-            error_x = error_x + step * (0.5 + 4 * limit * unit)
-            more = 0.0
-            if w.spec.backend == "aqt" and dtype == jnp.bfloat16:
-                step_w = np.max(size_w, axis=-2, keepdims=True) / limit
-                more = (size_x + error_x) @ np.broadcast_to(step_w * (1 + 4 * limit * unit), size_w.shape)
-            return error_x @ size_w + rounding * (size_x + error_x) @ size_w + more
+        bits = w.spec.bits if isinstance(w, QuantAware) else getattr(w, "activation_bits", None)
+        if bits is not None:
+            limit = weights.integer_limit(bits)
+            step = getattr(w, "activation_scale", None)
+            step = np.max(size_x + error_x, axis=-1, keepdims=True) / limit if step is None else float(step)
+            error_x = error_x + step * (0.5 + limit * 2.0**-22) + np.maximum(size_x + error_x - limit * step, 0)
         return error_x @ size_w + rounding * (size_x + error_x) @ size_w
 
     def scaled_error(size_x, error_x, w):
@@ -337,6 +342,9 @@ TRAINS = {
     "low_rank": {"u", "v"},
     "lora": {"a", "b"},
     "quantized": set(),
+    "groups": set(),
+    "calibrated": set(),
+    "lora.base=integers": {"a", "b"},
     "aqt": {"weight"},
     "reference": {"weight"},
     "frozen": set(),
@@ -460,7 +468,7 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_quantized_keeps_the_scale_of_every_output_channel_apart():
     w = jnp.asarray([[1.0, 1000.0], [0.5, -20.0]])
-    q = quantized(w, 8)
+    q = quantized(w)
     assert isinstance(q, Quantized) and q.codes.dtype == jnp.int8 and q.scale.shape == (1, 2)
     np.testing.assert_allclose(q.scale, [[1 / 127, 1000 / 127]], rtol=1e-6)
     np.testing.assert_array_equal(q.codes, [[127, 127], [64, -3]])  # 63.5 and -2.54, to nearest, ties to even

@@ -19,6 +19,7 @@ from jaxcost.transforms.ia3 import ia3
 from jaxcost.transforms.lora import lora
 from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
+from jaxcost.transforms.smooth import smooth
 
 __all__ = [
     "Calibration",
@@ -45,4 +46,5 @@ __all__ = [
     "prune",
     "quantize",
     "rule",
+    "smooth",
 ]

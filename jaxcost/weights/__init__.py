@@ -17,13 +17,18 @@ from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, mate
 from jaxcost.weights.frozen import Frozen
 from jaxcost.weights.lowrank import Dora, Lora, LowRank, column_norm
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
+from jaxcost.weights.quant_aware import QuantAware, QuantSpec, fake_quantize
 from jaxcost.weights.quantized import (
-    QuantAware,
+    GRIDS,
+    GridName,
     Quantized,
-    QuantSpec,
-    fake_quantize,
+    encode,
+    group_scale,
     integer_limit,
     quantization_scale,
+    quantized,
+    spread,
+    storage_bytes,
 )
 from jaxcost.weights.scaled import Scaled
 from jaxcost.weights.sparse import Masked
@@ -32,7 +37,9 @@ from jaxcost.weights.tree import Params, combine, map_weights, merge, partition,
 __all__ = [
     "Adapters",
     "Dora",
+    "GRIDS",
     "Frozen",
+    "GridName",
     "Inputs",
     "Lora",
     "LowRank",
@@ -49,7 +56,9 @@ __all__ = [
     "column_norm",
     "combine",
     "contract",
+    "encode",
     "fake_quantize",
+    "group_scale",
     "integer_limit",
     "is_weight",
     "logical_axes",
@@ -59,7 +68,10 @@ __all__ = [
     "partition",
     "path_name",
     "quantization_scale",
+    "quantized",
+    "spread",
     "stack_adapters",
+    "storage_bytes",
     "trainable",
     "trainable_tree",
 ]
