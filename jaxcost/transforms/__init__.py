@@ -13,10 +13,11 @@ from jaxcost.transforms.base import (
     rule,
 )
 from jaxcost.transforms.calibration import CalibrationConfig, calibrate, calibrated
-from jaxcost.transforms.factorize import factorize
+from jaxcost.transforms.factorize import allocate_ranks, factorize
 from jaxcost.transforms.freeze import bias_only, freeze, norm_only
 from jaxcost.transforms.ia3 import ia3
 from jaxcost.transforms.lora import lora
+from jaxcost.transforms.merge import merge_adapters, merge_losses
 from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
 from jaxcost.transforms.smooth import smooth
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "Transform",
+    "allocate_ranks",
     "bias_only",
     "bottleneck",
     "calibrate",
@@ -40,6 +42,8 @@ __all__ = [
     "freeze",
     "ia3",
     "lora",
+    "merge_adapters",
+    "merge_losses",
     "norm_only",
     "prefix_tuning",
     "prompt_tuning",
