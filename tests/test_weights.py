@@ -185,6 +185,8 @@ def error_bound(size_x, error_x, w, dtype):
             update = in_a_row(size_x, error_x, w.a, w.b)
             sizes = size_x @ np.abs(np.asarray(materialize(w.base), np.float64)) + w.scale * product(size_x, w.a, w.b)
             return through(size_x, error_x, w.base) + w.scale * update + rounding * sizes
+        if isinstance(w, Masked) and isinstance(w.weight, Quantized):
+            return through(size_x, error_x, w.weight.masked(w.mask))
         bits = w.spec.bits if isinstance(w, QuantAware) else getattr(w, "activation_bits", None)
         if bits is not None:
             limit = weights.integer_limit(bits)
