@@ -20,10 +20,13 @@ from jaxcost.transforms import (
     chain,
     factorize,
     freeze,
+    ia3,
     lora,
+    merge_adapters,
     prune,
     quantize,
     rule,
+    smooth,
 )
 from jaxcost.transforms.base import STAGES
 from jaxcost.transforms.manifest import check, manifest
@@ -34,6 +37,7 @@ CONFIG = ModelConfig(
 )
 UP, DOWN = "layers/mlp/up/kernel", "layers/mlp/down/kernel"
 MLP = (rule("mlp/"),)
+TOKENS = np.arange(16).reshape(2, 8)
 
 
 @functools.cache
@@ -171,6 +175,29 @@ def test_an_adapter_beside_a_sparse_base_leaves_its_promises():
     assert check(manifest(prune(pattern="2:4", rules=MLP)(dense())), adapted())[UP]["pattern"] == "2:4"
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        (lora(rules=MLP, rank=2, dora=True),),
+        (ia3(rules=MLP),),
+        (smooth(rules=MLP), quantize(rules=MLP)),
+        (smooth(rules=MLP), quantize(rules=MLP, bits=4), lora(rules=MLP, rank=2, dora=True)),
+        (quantize(rules=MLP, method="awq"),),
+        (quantize(rules=MLP, method="gptq", bits=4),),
+        (lora(rules=MLP, rank=2), merge_adapters(lossy=True)),
+    ],
+)
+def test_what_is_put_around_a_mask_keeps_its_zeros(later):
+    model = Transformer(CONFIG)
+    steps = chain(prune(pattern="2:4", rules=MLP), *later)
+    found = calibrated(steps, dense(), None, lambda w, x: model.apply({"params": w}, x)[0], lambda: [TOKENS])
+    after = manifest(found)[UP]
+    assert (after["sparsity"], after["pattern"]) == (0.5, "2:4")
+    grids = [step for step in later if isinstance(step, quantize)]
+    assert after.get("grid") == (grids[0].grid if grids else None)
+    assert check(manifest(steps.abstract(dense())), found)[UP]["pattern"] == "2:4"
+
+
 @pytest.mark.parametrize("apply", [lambda c, w: c(w), lambda c, w: calibrated(c, w, None, None, None)])
 def test_merging_an_adapter_takes_a_pattern_to_nothing_and_is_refused(apply):
     with pytest.raises(BrokenError, match=rf"{DOWN} had sparsity 50.00% and has 0.00% after merged; leave") as caught:
@@ -251,7 +278,6 @@ def test_a_chain_within_a_chain_is_calibrated_too():
             return super().apply(path, w, key)
 
     model = Transformer(CONFIG)
-    tokens = np.arange(16).reshape(2, 8)
     inner = chain(chain(needy(rules=MLP)), quantize(rules=MLP))
-    found = calibrated(inner, dense(), None, lambda w, x: model.apply({"params": w}, x)[0], lambda: [tokens])
+    found = calibrated(inner, dense(), None, lambda w, x: model.apply({"params": w}, x)[0], lambda: [TOKENS])
     assert manifest(found)[UP] == {"sparsity": 0.5, "grid": "int8"}

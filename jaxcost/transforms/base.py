@@ -344,6 +344,20 @@ def _check_order(transforms: list[Transform]) -> None:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapting(Transform):
+    """The base of transforms that train something small beside or within weights, and freeze everything else."""
+
+    train: str = ""
+    """Regular expression for the paths of other parameters that train whole, such as 'norm/'; nothing by default."""
+
+    stage: ClassVar[Stage] = "adapt"
+    freezes_the_rest: ClassVar[bool] = True
+
+    def rest(self, path: str, w: Any) -> Any:
+        return w if self.train and re.search(self.train, path) else super().rest(path, w)
+
+
 def freeze_weight(w: Any) -> Any:
     """The weight as one that does not train; one of which nothing trains anyway stays as it is."""
     return weights.Frozen(w) if any(jax.tree.leaves(weights.trainable(w))) else w

@@ -106,6 +106,14 @@ def _nest(w: Any) -> list[Any]:
     return found
 
 
+def _stored(nest: list[Any]) -> Any:
+    """What is sparse in a nest: the outermost mask, or what stands below all adapters."""
+    adapters = [index for index, node in enumerate(nest) if hasattr(node, "base")]
+    masks = [index for index, node in enumerate(nest) if isinstance(node, Masked)]
+    below = adapters[-1] + 1 if adapters else 0
+    return nest[min(masks[0], below) if masks else below]
+
+
 def _invariants(w: Any) -> dict[str, Any]:
     nest = _nest(w)
     mask = next((node.mask for node in nest if isinstance(node, Masked)), None)
@@ -127,8 +135,7 @@ def _measure(name: str, promised: Any, w: Any) -> tuple[bool, str]:
     if name == "grid":
         grid = _grid(nest)
         return grid == promised, grid or "no grid"
-    # What stands outermost and is no adapter: behind an adapter, its base.
-    stored = next(node for node in nest if not hasattr(node, "base"))
+    stored = _stored(nest)
     if promised is None or not all(map(_concrete, jax.tree.leaves(stored))):
         masked = any(isinstance(node, Masked) for node in nest)
         return masked, "a mask" if masked else "no mask"
@@ -155,7 +162,7 @@ def _rank(nest: list[Any]) -> int | None:
 def _grid(nest: list[Any]) -> str | None:
     for node in nest:
         if isinstance(node, Quantized):
-            return f"int{node.codes.dtype.itemsize * 8}"
+            return node.grid
         if isinstance(node, QuantAware):
             return f"int{node.spec.bits}"
     return None
