@@ -25,6 +25,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import recipes
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import CalibrationConfig
 
 
@@ -58,6 +59,8 @@ class Experiment:
     """Transforms of the weights before training, as Python: 'lora(rank=4), prune(sparsity=0.5)'."""
     calibration: CalibrationConfig = CalibrationConfig()
     """The data that transforms may look at."""
+    distill: DistillConfig = DistillConfig()
+    """The teacher that is learned from beside the text; none by default."""
     study: recipes.StudyConfig = recipes.StudyConfig()
     """The recipes that a study compares."""
 
@@ -85,7 +88,7 @@ class Experiment:
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
         rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh")}
-        return dataclasses.replace(self, data=data, **rest)
+        return dataclasses.replace(self, data=data, distill=dataclasses.replace(self.distill, store=""), **rest)
 
     def check_devices(self, num_devices: int, vocab_size: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
@@ -186,7 +189,9 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 _EXPRESSIONS = {
     tuple[transforms.Transform, ...]: {name: getattr(transforms, name) for name in transforms.__all__},
-    tuple[recipes.Recipe, ...]: vars(recipes) | {name: getattr(transforms, name) for name in transforms.__all__},
+    tuple[recipes.Recipe, ...]: vars(recipes)
+    | {"DistillConfig": DistillConfig}
+    | {name: getattr(transforms, name) for name in transforms.__all__},
     tuple[recipes.Budget, ...]: vars(recipes),
 }
 """Fields that are written as Python on the command line, and the names that the Python may use."""

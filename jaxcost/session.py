@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,13 +25,16 @@ from jaxcost.evaluation.score import Scorer
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, unembedding
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
+from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
 from jaxcost.training.loop import Fitted, fit, jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
-from jaxcost.transforms import Transform, calibrated, chain
+from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
+from jaxcost.transforms.manifest import check
 
 _DESCRIPTION = "experiment.json"
 _TOKENIZER = "tokenizer.json"
+_STORE = "teacher"
 
 
 class Session:
@@ -118,9 +122,12 @@ class Session:
         """New weights from the experiment's seed, without transforms."""
         return self.place(lambda key: initialize(self.model, key)[0], self._keys()[0])
 
-    def fresh_params(self) -> weights.Params:
-        """New weights from the experiment's seed, transforms applied."""
-        return self.transformed(self.transform, self.base_params(), self._keys()[1])
+    def fresh_params(self, teacher: Teacher | None = None) -> weights.Params:
+        """New weights from the experiment's seed, or blocks of the teacher where it asks for them; then transforms."""
+        from_layers = teacher is not None and self.experiment.distill.from_layers
+        depth = self.model.config.num_layers
+        start = self.place(lambda p: student_params(p, depth), teacher.params) if from_layers else self.base_params()
+        return self.transformed(self.transform, start, self._keys()[1])
 
     def abstract_params(self) -> weights.Params:
         """The shapes of the transformed weights, as ShapeDtypeStructs."""
@@ -135,6 +142,13 @@ class Session:
         """
         return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
 
+    def calibration(self, transform: Transform, params: weights.Params) -> Calibration | None:
+        """What one transform must know of the inputs of the weights that it picks; None where that is nothing."""
+        wanted = {path: settings.statistics() for path, settings in transform.picked(params).items()}
+        if all(statistics == "none" for statistics in wanted.values()):
+            return None
+        return calibrate(self._forward, params, self._calibration_batches(), wanted)
+
     @property
     def peak_flops_per_second(self) -> float | None:
         """Of all chips, in the compute dtype; None where it is unknown."""
@@ -147,26 +161,92 @@ class Session:
         return closed_form.training_flops_per_token(self.model.config, self.experiment.data.sequence_length)
 
     def train(
-        self, directory: Path, make_params: Callable[[], weights.Params] | None = None, title: str = "train"
+        self,
+        directory: Path,
+        make_params: Callable[[], weights.Params] | None = None,
+        title: str = "train",
+        teacher: Teacher | None = None,
     ) -> Fitted:
         """Trains in a folder, or goes on with the training that it holds; `fit` says what can go wrong.
 
-        ValueError if the folder holds a run of another experiment.
+        Args:
+          directory: the folder.
+          make_params: makes the weights of a fresh start; `fresh_params` if it is not given.
+          title: stands before the progress.
+          teacher: takes the place of the one that the experiment's distillation names.
+
+        Raises:
+          ValueError: the folder holds a run of another experiment, or the teacher cannot teach this student.
         """
         directory = Path(directory)
         data = self.experiment.data
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
         batches = train_batches(data, self.train_stream.tokens)
+        distilled = self._distilled(directory, teacher)
+        make_params = make_params or (lambda: self.fresh_params(distilled.get("origin")))
         with _alone_in(directory):
             self._claim(directory)
-            return self._fit(directory, batches, make_params or self.fresh_params, title)
+            return self._fit(directory, batches, make_params, title, distilled)
+
+    def teacher(self) -> Teacher:
+        """The teacher that the experiment's distillation names, on this mesh.
+
+        Raises:
+          ValueError: none is named, its folder holds no run, or its tokeniser is another.
+          CheckpointError: it has no checkpoint yet, or the newest is damaged.
+        """
+        folder = self.experiment.distill.teacher
+        if not folder:
+            raise ValueError("Distillation needs a teacher; give the folder of a training as distill.teacher.")
+        session, params, _ = load_run(folder, self.devices)
+        if session.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"The teacher in {folder} reads text with another tokeniser; give the student the same data.tokenizer."
+            )
+        places = sharding.shardings(params, axes_of(session.model, params), self.mesh)
+        return Teacher(session.model, jax.device_put(params, places))
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
         self.train_stream, self.scorer  # noqa: B018
 
-    def _fit(self, directory: Path, batches, make_params: Callable[[], weights.Params], title: str) -> Fitted:
+    def distiller(self, teacher: Transformer | None) -> Distiller | None:
+        """What the train step must know of the distillation; None where there is none."""
+        config = self.experiment.distill
+        return Distiller(config, teacher if config.online else None) if config.active else None
+
+    def _distilled(self, directory: Path, teacher: Teacher | None) -> dict[str, Any]:
+        """What `fit` needs for the distillation, and as `origin` the teacher itself where it was loaded."""
+        config = self.experiment.distill
+        if not config.active:
+            return {}
+        store = Path(config.store) if config.store else directory / _STORE
+        stored = StoredLogits(store, self._said_by_teacher(), self.experiment.training.steps) if config.top_k else None
+        if teacher is None and (config.online or config.from_layers or stored.missing()):
+            teacher = self.teacher()
+        if teacher is not None:
+            check_pair(self.model, teacher.model, config)
+        if stored is not None and stored.missing():
+            stored.write(teacher, train_batches(self.experiment.data, self.train_stream.tokens), self.mesh)
+        online = {"teacher": teacher.params} if config.online else {"stored": stored}
+        return {"distiller": self.distiller(teacher and teacher.model), "origin": teacher} | online
+
+    def _said_by_teacher(self) -> dict[str, Any]:
+        """What a teacher's stored logits depend on."""
+        data, config = self.experiment.trained_part().data, self.experiment.distill
+        said = {"data": serialization.to_json(data), "tokenizer": self.tokenizer.fingerprint}
+        said |= {"vocabulary": self.model.config.vocab_size, "teacher": config.teacher}
+        return said | {"temperature": config.temperature, "top_k": config.top_k}
+
+    def _fit(
+        self,
+        directory: Path,
+        batches,
+        make_params: Callable[[], weights.Params],
+        title: str,
+        distilled: dict[str, Any],
+    ) -> Fitted:
         data = self.experiment.data
         return fit(
             self.model,
@@ -187,6 +267,7 @@ class Session:
                 self.model_flops_per_token() * data.batch_size * data.sequence_length,
                 self.quiet,
             ),
+            **{name: value for name, value in distilled.items() if name != "origin"},
         )
 
     def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
@@ -255,6 +336,7 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     Raises:
       ValueError: the folder holds no run.
       CheckpointError: it has no checkpoint yet, or the newest is damaged.
+      BrokenError: the weights are not what the checkpoint's manifest says.
     """
     directory = Path(directory)
     experiment = read_experiment(directory)
@@ -268,11 +350,24 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with jax.set_mesh(session.mesh):
         _, abstract = jitted_step(
-            session.model, session.abstract_params(), optimizer, session.transform, experiment.training, session.mesh
+            session.model,
+            session.abstract_params(),
+            optimizer,
+            session.transform,
+            experiment.training,
+            session.mesh,
+            session.distiller(_teacher_model(session)),
         )
     with Checkpoints(directory / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise CheckpointError(f"{directory} has no checkpoint yet; train first, or wait for the first one.")
-        state, _ = checkpoints.restore(step, abstract)
+        state, saved = checkpoints.restore(step, abstract)
+    check(saved.get("manifest", {}), state.params, step=f"reading {directory}")
     return session, state.params, step
+
+
+def _teacher_model(session: Session) -> Transformer:
+    """The model whose width a learned projection has: the teacher's, or in a study, whose base teaches, the same."""
+    folder = session.experiment.distill.teacher
+    return Transformer(read_experiment(folder).model) if folder else session.model

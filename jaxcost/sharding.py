@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "layers": (),
     "rank": (),
+    "adapters": (),
     "position": (),
     # Activations.
     # In this order: with data before fsdp and one row a device, XLA (0.10.2) permutes the rows of the product of a

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from jaxcost import weights
-from jaxcost.transforms.quantize import quantized
 from jaxcost.weights import (
+    Adapters,
+    Dora,
     Frozen,
     Lora,
     LowRank,
@@ -23,11 +24,13 @@ from jaxcost.weights import (
     QuantAware,
     Quantized,
     QuantSpec,
+    Scaled,
     Weight,
     blank_inputs,
     contract,
     fake_quantize,
     materialize,
+    quantized,
 )
 
 AQT = QuantSpec(backend="aqt")
@@ -54,6 +57,19 @@ def adapted(key, stack, inward, outward, rank, base=dense, left=dense, right=den
     return Lora(base(key_base, stack, inward, outward, rank), update.u, update.v, SCALE)
 
 
+def adapters(key, stack, inward, outward, rank, base=dense):
+    """Three adapters, of which every layer takes another one and the last none."""
+    key_base, key_update = jax.random.split(key)
+    update = low_rank(key_update, (*stack, 3), inward, outward, rank)
+    choice = 1 - jnp.arange(np.prod(stack, dtype=int)).reshape(stack) % 3
+    return Adapters(base(key_base, stack, inward, outward, rank), update.u, update.v, choice.astype(jnp.int32))
+
+
+def dora(key, stack, inward, outward, rank, inner=adapted):
+    magnitude = jax.random.uniform(jax.random.fold_in(key, 1), (*stack, outward), minval=0.5, maxval=2.0)
+    return Dora(inner(key, stack, inward, outward, rank), magnitude)
+
+
 def masked(key, stack, inward, outward, rank, inner=dense):
     return Masked(inner(key, stack, inward, outward, rank), mask_for(key, stack, inward, outward))
 
@@ -62,16 +78,34 @@ def observed(key, stack, inward, outward, rank, inner=dense):
     return Observed(inner(key, stack, inward, outward, rank), blank_inputs((*stack, inward, outward), gram=True))
 
 
+def calibrated(key, stack, inward, outward, rank):
+    w = quantized(dense(key, stack, inward, outward, rank), activation_bits=8)
+    return w.replace(activation_scale=jnp.full(stack, 0.05))
+
+
+def scaled(key, stack, inward, outward, rank, side="in", trains=False, inner=dense):
+    channels = {"in": inward, "out": outward}[side]
+    scale = jax.random.uniform(jax.random.fold_in(key, 1), (*stack, channels), minval=0.5, maxval=2.0)
+    return Scaled(inner(key, stack, inward, outward, rank), scale, side, trains)
+
+
 KINDS = {
     "dense": dense,
     "masked": masked,
     "low_rank": low_rank,
     "lora": adapted,
-    "quantized": lambda *args: quantized(dense(*args), 8),
+    "dora": dora,
+    "adapters": adapters,
+    "quantized": lambda *args: quantized(dense(*args)),
+    "groups": lambda *args: quantized(dense(*args), "nf4", group=1),
+    "integers": lambda *args: quantized(dense(*args), "int4", activation_bits=8),
+    "calibrated": lambda *args: calibrated(*args),
     "aqt": lambda *args: QuantAware(dense(*args), AQT),
     "reference": lambda *args: QuantAware(dense(*args), REFERENCE),
     "frozen": lambda *args: Frozen(dense(*args)),
     "observed": lambda *args: observed(*args),
+    "scaled": lambda *args: scaled(*args),
+    "scaled, trained": lambda *args: scaled(*args, side="out", trains=True),
 }
 """name → a builder (key, stack, inward, outward, rank) of each kind around dense arrays."""
 
@@ -82,15 +116,19 @@ SLOTS = {
     "lora.base": lambda inner: lambda *args: adapted(*args, base=inner),
     "lora.a": lambda inner: lambda *args: adapted(*args, left=inner),
     "lora.b": lambda inner: lambda *args: adapted(*args, right=inner),
+    "dora.weight": lambda inner: lambda *args: dora(*args, inner=inner),
+    "adapters.base": lambda inner: lambda *args: adapters(*args, base=inner),
     "aqt.weight": lambda inner: lambda *args: QuantAware(inner(*args), AQT),
     "reference.weight": lambda inner: lambda *args: QuantAware(inner(*args), REFERENCE),
     "frozen.weight": lambda inner: lambda *args: Frozen(inner(*args)),
     "observed.weight": lambda inner: lambda *args: observed(*args, inner=inner),
+    "scaled.weight": lambda inner: lambda *args: scaled(*args, inner=inner),
 }
 """Every place inside a kind that holds a weight → the builder of that kind with another kind in that place."""
 
 BUILDERS = KINDS | {f"{slot}={kind}": hold(build) for slot, hold in SLOTS.items() for kind, build in KINDS.items()}
-FLOAT_BUILDERS = [name for name in BUILDERS if not {"aqt", "reference"} & set(re.split("[.=]", name))]
+ROUNDING = {"aqt", "reference", "integers", "calibrated"}
+FLOAT_BUILDERS = [name for name in BUILDERS if not ROUNDING & set(re.split("[.=]", name))]
 SHAPES = [((), 1, 1, 1), ((3,), 1, 5, 1), ((2, 3), 13, 11, 3), ((1,), 31, 1, 2)]
 """(batch, inward, outward, rank)."""
 
@@ -106,7 +144,8 @@ def test_every_kind_and_every_place_that_holds_a_weight_is_in_the_lists():
         (kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.type == "Any"
     }
     listed = {"masked": "Masked", "low_rank": "LowRank", "lora": "Lora", "frozen": "Frozen"}
-    listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed"}
+    listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed", "scaled": "Scaled"}
+    listed |= {"dora": "Dora", "adapters": "Adapters"}
     assert holding == {(listed[kind], field) for kind, field in (slot.split(".") for slot in SLOTS)}
     assert len(BUILDERS) == len(KINDS) * (1 + len(SLOTS))
 
@@ -121,9 +160,8 @@ def error_bound(size_x, error_x, w, dtype):
     * a float product rounds its weight, its result and (Quantized) its scaling, so 8·u of |x|·|w|, and accumulates
       in float32, so n·2^-24 of it;
     * products in a row hand the error of the first on to the second;
-    * QuantAware moves each activation to the nearest point of a grid of step s = max|x| / 127, so by s / 2, and by
-      4·u·127 steps more since AQT divides in the activation's dtype. AQT also rounds the weight to bfloat16 before it
-      quantises it, where one step more can go either way.
+    * QuantAware, and Quantized with integer activations, move each activation to the nearest point of a grid of step
+      s = max|x| / 127, or of a calibrated one, so by s / 2, and by what lies beyond the largest point.
     """
     unit = float(jnp.finfo(dtype).eps) / 2
     size_w = np.abs(np.asarray(materialize(w), np.float64))
@@ -133,22 +171,36 @@ def error_bound(size_x, error_x, w, dtype):
         size_w = np.abs(np.asarray(materialize(w), np.float64))
         if isinstance(w, Frozen | Observed):
             return through(size_x, error_x, w.weight)
+        if isinstance(w, Scaled):
+            return scaled_error(size_x, error_x, w)
+        if isinstance(w, Dora):
+            norm = np.linalg.norm(materialize(w.weight), axis=-2)
+            factor = np.asarray(w.magnitude) / np.where(norm > 0, norm, 1.0)
+            return scaled_error(size_x, error_x, Scaled(w.weight, factor, "out"))
+        if isinstance(w, Adapters):
+            return through(size_x, error_x, Lora(w.base, w.a[w.choice], w.b[w.choice] * (w.choice >= 0), 1.0))
         if isinstance(w, LowRank):
             return in_a_row(size_x, error_x, w.u, w.v)
         if isinstance(w, Lora):
             update = in_a_row(size_x, error_x, w.a, w.b)
             sizes = size_x @ np.abs(np.asarray(materialize(w.base), np.float64)) + w.scale * product(size_x, w.a, w.b)
             return through(size_x, error_x, w.base) + w.scale * update + rounding * sizes
-        if isinstance(w, QuantAware):
-            limit = weights.integer_limit(w.spec.bits)
-            step = np.max(size_x + error_x, axis=-1, keepdims=True) / limit
-            error_x = error_x + step * (0.5 + 4 * limit * unit)
-            more = 0.0
-            if w.spec.backend == "aqt" and dtype == jnp.bfloat16:
-                step_w = np.max(size_w, axis=-2, keepdims=True) / limit
-                more = (size_x + error_x) @ np.broadcast_to(step_w * (1 + 4 * limit * unit), size_w.shape)
-            return error_x @ size_w + rounding * (size_x + error_x) @ size_w + more
+        if isinstance(w, Masked) and isinstance(w.weight, Quantized):
+            return through(size_x, error_x, w.weight.masked(w.mask))
+        bits = w.spec.bits if isinstance(w, QuantAware) else getattr(w, "activation_bits", None)
+        if bits is not None:
+            limit = weights.integer_limit(bits)
+            step = getattr(w, "activation_scale", None)
+            step = np.max(size_x + error_x, axis=-1, keepdims=True) / limit if step is None else float(step)
+            error_x = error_x + step * (0.5 + limit * 2.0**-22) + np.maximum(size_x + error_x - limit * step, 0)
         return error_x @ size_w + rounding * (size_x + error_x) @ size_w
+
+    def scaled_error(size_x, error_x, w):
+        scale = np.abs(np.asarray(w.scale, np.float64))
+        if w.side == "out":
+            size_y = size_x @ np.abs(np.asarray(materialize(w.weight), np.float64))
+            return scale * (through(size_x, error_x, w.weight) + rounding * size_y)
+        return through(size_x * scale, error_x * scale + rounding * size_x * scale, w.weight)
 
     def in_a_row(size_x, error_x, first, second):
         size_first = np.abs(np.asarray(materialize(first), np.float64))
@@ -243,7 +295,7 @@ def test_gradients_are_those_of_multiplying_with_what_the_weight_means(name):
         assert np.any(leaf != 0)
 
 
-@pytest.mark.parametrize("slot", ["frozen.weight", "lora.base"])
+@pytest.mark.parametrize("slot", ["frozen.weight", "lora.base", "adapters.base"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_flows_to_what_is_frozen_even_when_asked(slot, kind):
     w = build(f"{slot}={kind}")
@@ -256,7 +308,7 @@ def test_nothing_flows_to_what_is_frozen_even_when_asked(slot, kind):
         inner = gradient.weight if slot == "frozen.weight" else gradient.base
         for leaf in jax.tree.leaves(inner):
             assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
-        if slot == "lora.base":
+        if slot != "frozen.weight":
             assert np.any(gradient.a) and np.any(gradient.b)
 
 
@@ -292,10 +344,19 @@ TRAINS = {
     "low_rank": {"u", "v"},
     "lora": {"a", "b"},
     "quantized": set(),
+    "groups": set(),
+    "calibrated": set(),
+    "lora.base=integers": {"a", "b"},
     "aqt": {"weight"},
     "reference": {"weight"},
     "frozen": set(),
+    "scaled": {"weight"},
+    "scaled, trained": {"weight", "scale"},
+    "scaled.weight=frozen": set(),
     "frozen.weight=lora": set(),
+    "dora": {"weight/a", "weight/b", "magnitude"},
+    "dora.weight=quantized": {"magnitude"},
+    "adapters": {"a", "b"},
     "lora.base=quantized": {"a", "b"},
     "lora.base=low_rank": {"a", "b"},
     "lora.a=masked": {"a/weight", "b"},
@@ -336,6 +397,7 @@ def test_logical_axes_name_every_axis_of_every_array(name, stack):
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     assert jax.tree.structure(axes, is_leaf=is_spec) == jax.tree.structure(w)
     sizes = {"expert": 3, "layers": stack[-1] if stack else 0, "embed": 7, "mlp": 5, "rank": 2, None: 1}
+    sizes["adapters"] = 3
     sizes |= dict(zip(names, stack, strict=True))
     for spec, array in zip(jax.tree.leaves(axes, is_leaf=is_spec), jax.tree.leaves(w), strict=True):
         assert tuple(sizes[axis] for axis in spec) == array.shape
@@ -408,7 +470,7 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_quantized_keeps_the_scale_of_every_output_channel_apart():
     w = jnp.asarray([[1.0, 1000.0], [0.5, -20.0]])
-    q = quantized(w, 8)
+    q = quantized(w)
     assert isinstance(q, Quantized) and q.codes.dtype == jnp.int8 and q.scale.shape == (1, 2)
     np.testing.assert_allclose(q.scale, [[1 / 127, 1000 / 127]], rtol=1e-6)
     np.testing.assert_array_equal(q.codes, [[127, 127], [64, -3]])  # 63.5 and -2.54, to nearest, ties to even

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,30 +31,50 @@ def cross_entropy(
       targets_BT: int32 token ids.
       mask_BT: 1 where the target counts and 0 where it is padding.
       chunks: pieces that the time axis is cut into, at most; each piece's logits are made again in the backward pass,
-        so the full (B, T, V) logits never exist. A number that does not divide T is lowered to one that does. Where
-        the mesh splits T, a piece takes tokens from every device's part.
+        so the full (B, T, V) logits never exist. See `over_chunks`.
       key: random key for an unembedding whose arithmetic is random.
       soft_cap: bound on the logits, as in `ModelConfig.logit_soft_cap`; 0 is none.
     """
-    length = targets_BT.shape[1]
-    ways = context_ways(length)
-    part = length // ways
-    chunks = max(n for n in range(1, min(chunks, part) + 1) if part % n == 0)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
         logits_BtV = soft_capped(weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32), soft_cap)
-        chosen_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
-        return jnp.sum((jax.nn.logsumexp(logits_BtV, axis=-1) - chosen_Bt) * mask_Bt)
+        return (jnp.sum(negative_log_likelihood(logits_BtV, targets_Bt) * mask_Bt),)
 
+    (total,) = over_chunks(piece, (hidden_BTD, targets_BT, mask_BT), chunks)
+    return total, jnp.sum(mask_BT)
+
+
+def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Nats of each target (B, T), from float32 logits."""
+    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+
+
+def over_chunks(
+    piece: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], chunks: int
+) -> tuple[jax.Array, ...]:
+    """The sums of piece(*arrays) over pieces of the time axis, each made again in the backward pass.
+
+    Args:
+      piece: arrays cut along axis 1 → float32 scalars to add up.
+      arrays: (B, T, ...).
+      chunks: pieces at most; a number that does not divide T is lowered to one that does. Where the mesh splits T, a
+        piece takes tokens from every device's part.
+    """
+    length = arrays[0].shape[1]
+    ways = context_ways(length)
+    part = length // ways
+    chunks = max(n for n in range(1, min(chunks, part) + 1) if part % n == 0)
     if chunks == 1:
-        return piece(hidden_BTD, targets_BT, mask_BT), jnp.sum(mask_BT)
+        return piece(*arrays)
 
     def split(x):
         pieces = jnp.moveaxis(x.reshape(x.shape[0], ways, chunks, part // chunks, *x.shape[2:]), 2, 0)
         return pieces.reshape(chunks, x.shape[0], length // chunks, *x.shape[2:])
 
-    def step(total, chunk):
-        return total + jax.checkpoint(piece)(*chunk), None
+    def step(totals, chunk):
+        return jax.tree.map(jnp.add, totals, jax.checkpoint(piece)(*chunk)), None
 
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (split(hidden_BTD), split(targets_BT), split(mask_BT)))
-    return total, jnp.sum(mask_BT)
+    cut = tuple(map(split, arrays))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(piece, *(x[0] for x in cut)))
+    return jax.lax.scan(step, zeros, cut)[0]

@@ -18,8 +18,9 @@ over L; what a config does not ask for is not there:
     final_norm/scale                        (D,)
     unembed/kernel                          (D, V), untied only
 
-A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it). Any leaf may
-be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h F V as above.
+A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it), and what
+`optional` names. Any leaf may be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h F V as
+above.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.models import attention, context
+from jaxcost.models import attention, context, optional
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.models.experts import Experts
@@ -56,7 +57,9 @@ class Cache:
     value: jax.Array
     """(L, B, S, K, h), compute dtype."""
     length: jax.Array
-    """(B,) int32: tokens in each row."""
+    """(B,) int32: tokens in each row, virtual ones included."""
+    virtual: int = struct.field(pytree_node=False, default=0)
+    """Virtual tokens that it was started with."""
 
 
 class Attention(nn.Module):
@@ -91,7 +94,10 @@ class Attention(nn.Module):
         window = c.window if self.kind == "local" else 0
         scores = attention.Scores(window, c.attention_scale, c.attention_soft_cap)
         if cache is None:
+            length = q_BTHh.shape[1]
+            q_BTHh, k_BTKh, v_BTKh = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh)
             out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation, scores, self.method)
+            out_BTHh = out_BTHh[:, -length:]
         else:
             cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
             out_BTHh = attention.cached_attention(q_BTHh, *cache, positions_BT, scores)
@@ -113,16 +119,19 @@ class Block(nn.Module):
         c = self.config
         key_attention, key_mlp = split_keys(key, 2)
         x_BTD = named(x_BTD, "layer_input")
+        activation = getattr(jax.nn, c.activation)
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
         update, cache = attend(self._before(x_BTD, "attention"), positions_BT, cache, key_attention)
-        x_BTD = x_BTD + self._after(named(update, "attention_projection"), "attention")
+        update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), activation)
+        x_BTD = x_BTD + self._after(update, "attention")
         normed, losses = self._before(x_BTD, "mlp"), {}
         if c.experts:
             # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
             update, losses = Experts(c, drops=cache is None, name="mlp")(normed, key_mlp)
         else:
             update = Mlp(c, c.mlp_width, name="mlp")(normed, key_mlp)
-        x_BTD = x_BTD + self._after(named(update, "mlp_down"), "mlp")
+        update = optional.adapted(self, "mlp_adapter", named(update, "mlp_down"), activation)
+        x_BTD = x_BTD + self._after(update, "mlp")
         return constrain(x_BTD, "batch", "length", "residual"), cache, losses
 
     def _before(self, x_BTD, part: str):
@@ -143,26 +152,35 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, cache: Cache | None = None, key=None) -> tuple[jax.Array, Cache | None]:
-        """`key` feeds weights whose arithmetic is random. With a cache, row b's tokens start at cache.length[b]."""
+        """Tokens may be embeddings (B, T, D) too. With a cache, row b's tokens start at cache.length[b].
+
+        `key` feeds weights whose arithmetic is random. Raises ValueError where virtual tokens leave too little of
+        `max_length`, or where the cache was started without them.
+        """
         c = self.config
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        if cache is not None:
-            positions_BT = positions_BT + cache.length[:, None]
+        params = self.variables.get("params", {})
+        length = tokens_BT.shape[1]
+        _check_virtual(c, params, length, cache)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")()
-        x_BTD = jnp.take(table, tokens_BT, axis=0).astype(self.execution.dtype)
-        if c.scale_embeddings:
+        x_BTD = tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
+        x_BTD = x_BTD.astype(self.execution.dtype)
+        if c.scale_embeddings and tokens_BT.ndim == 2:
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
+        if cache is None:
+            x_BTD = optional.with_prompt(params, x_BTD)
+        positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+        positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         if c.position == "learned":
             table = Table(c.max_length, c.width, "position", name="positions")()
             x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         x_BTD, kv = self._blocks(x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
-        hidden_BTD = Norm(c, name="final_norm")(x_BTD)
+        hidden_BTD = Norm(c, name="final_norm")(x_BTD[:, -length:])
         if not c.tie_embeddings and self.is_initializing():
             Linear(c.vocab_size, ("embed", "vocab"), name="unembed")(hidden_BTD)
         if cache is None:
             return hidden_BTD, None
-        return hidden_BTD, Cache(*kv, cache.length + tokens_BT.shape[1])
+        return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
     def _blocks(self, x_BTD, positions_BT, kv, key):
         c = self.config
@@ -225,8 +243,9 @@ def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
 
 def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
     """The logical axis names of the dense weight behind every weight of `params`, whatever transforms made it."""
-    _, axes = abstract(model)
-    return {name: axes["layers" if name in STACKS else name] for name in params}
+    known = dict(optional.AXES)
+    weights.map_weights(lambda path, names: known.update({path: names}), abstract(model)[1])
+    return weights.map_weights(lambda path, _: known[path.removeprefix("frozen_")], params)
 
 
 def unembedding(params: weights.Params) -> Any:
@@ -245,6 +264,46 @@ def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache
     """An empty cache for `slots` tokens a row."""
     shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
+
+
+def start_cache(model: Transformer, params: weights.Params, batch_size: int, slots: int) -> Cache:
+    """A cache for `slots` tokens a row that holds the virtual tokens of `params` already, in slots of their own."""
+    prefix, prompt = optional.prefix_tokens(params), optional.prompt_tokens(params)
+    c = model.config
+    if prefix + prompt == 0:
+        return init_cache(c, batch_size, slots, model.execution.dtype)
+    cache = init_cache(c, 1, prefix + prompt + slots, model.execution.dtype)
+    if prefix:
+        stacks = [params[name]["attention"]["prefix"] for name in STACKS if name in params]
+
+        def filled(cache_LBSKh, name):
+            tables_LPN = jnp.concatenate([weights.materialize(stack[name]) for stack in stacks])
+            return cache_LBSKh.at[:, 0, :prefix].set(_heads(tables_LPN, c.head_dim).astype(cache_LBSKh.dtype))
+
+        cache = Cache(filled(cache.key, "key"), filled(cache.value, "value"), cache.length + prefix, prefix)
+    if prompt:
+        rest = {name: tree for name, tree in params.items() if name != "prompt"}
+        table_1PD = weights.materialize(params["prompt"]["table"])[None]
+        _, cache = model.apply({"params": rest}, table_1PD, cache)
+
+    def rows(a, axis):
+        return jnp.repeat(a, batch_size, axis=axis)
+
+    return Cache(rows(cache.key, 1), rows(cache.value, 1), rows(cache.length, 0), prefix + prompt)
+
+
+def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
+    virtual = optional.prefix_tokens(params) + optional.prompt_tokens(params)
+    if virtual and virtual + length > config.max_length:
+        raise ValueError(
+            f"{virtual} virtual tokens and {length} tokens are longer than model.max_length ({config.max_length}); "
+            f"use at most {max(0, config.max_length - length)} virtual tokens or shorten the sequence."
+        )
+    if cache is not None and cache.virtual != virtual:
+        raise ValueError(
+            f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
+            "start_cache and the same weights."
+        )
 
 
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):

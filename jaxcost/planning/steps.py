@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
-from jaxcost.models.transformer import Cache, Transformer, abstract, axes_of, init_cache
+from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.training.loop import jitted_step
 from jaxcost.training.optimizer import make_optimizer
@@ -61,6 +61,11 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = _model(experiment, vocab_size)
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+    if experiment.distill.active:
+        raise ValueError(
+            "A step with a teacher cannot be planned yet; its compiled cost is known once it trains. "
+            "Set distill.logits and distill.hidden to 0 to plan the student alone."
+        )
 
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = sharding.batch_sharding(mesh)
@@ -87,9 +92,9 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
     rows = _place(mesh, "batch")
-    empty = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.dtype))
+    empty = jax.eval_shape(lambda params: start_cache(model, params, batch, length), shapes)
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
-    cache = Cache(_shaped(empty.key, kv), _shaped(empty.value, kv), _shaped(empty.length, rows))
+    cache = jax.tree.map(_shaped, empty, empty.replace(key=kv, value=kv, length=rows))
     engine = Engine(model)
     categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
     if name == "prefill":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.models.transformer import Cache, Transformer, init_cache, logits
+from jaxcost.models import optional
+from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 
 
 class Engine:
@@ -18,15 +20,17 @@ class Engine:
 
     def __init__(self, model: Transformer):
         self.model = model
+        self.start = jax.jit(functools.partial(start_cache, model), static_argnames=("batch_size", "slots"))
         self.prefill = jax.jit(self._prefill)
         self.decode = jax.jit(self._decode, static_argnames="steps", donate_argnames="cache")
 
     def _prefill(self, params: weights.Params, prompts_BT, lengths_B, cache: Cache):
         """Logits (B, V) after each row's last prompt token, and the cache. Prompts are padded on the right."""
+        start_B = cache.length
         hidden_BTD, cache = self.model.apply({"params": params}, prompts_BT, cache)
         last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         # What padding wrote beyond a row's length is masked, and overwritten as the row grows.
-        return logits(self.model.config, params, last_BD), cache.replace(length=lengths_B)
+        return logits(self.model.config, params, last_BD), cache.replace(length=start_B + lengths_B)
 
     def _decode(self, params: weights.Params, logits_BV, cache: Cache, key, temperature, *, steps: int):
         """`steps` tokens (B, steps) in one dispatch, the logits after them and the cache."""
@@ -71,7 +75,8 @@ class Engine:
           ValueError: an empty prompt or ids outside the vocabulary, a temperature or a number of tokens that makes no
             sense, or prompt and output longer than the model's `max_length`.
         """
-        limit, vocab_size = self.model.config.max_length, self.model.config.vocab_size
+        virtual = optional.prefix_tokens(params) + optional.prompt_tokens(params)
+        limit, vocab_size = self.model.config.max_length - virtual, self.model.config.vocab_size
         if not prompts or min(len(prompt) for prompt in prompts) < 1:
             raise ValueError("A prompt is empty; give at least one token.")
         if not all(np.min(prompt) >= 0 and np.max(prompt) < vocab_size for prompt in prompts):
@@ -83,7 +88,8 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens > limit:
             raise ValueError(
-                f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the model's {limit}; "
+                f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the {limit} that "
+                f"the model's max_length leaves; "
                 f"ask for at most {max(0, limit - longest)} new tokens or shorten the prompt."
             )
         padded = np.zeros((len(prompts), longest), np.int32)
@@ -91,7 +97,7 @@ class Engine:
             row[: len(prompt)] = prompt
         # Whole dispatches may write past the last token asked for.
         slots = longest + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
-        cache = init_cache(self.model.config, len(prompts), slots, self.model.execution.dtype)
+        cache = self.start(params, batch_size=len(prompts), slots=slots)
         logits_BV, cache = self.prefill(params, padded, np.array([len(p) for p in prompts], np.int32), cache)
         pieces: list[np.ndarray] = []
         key = jax.random.key(seed)

@@ -14,7 +14,6 @@ import numpy as np
 from jaxcost import weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.data.files import atomic_write
-from jaxcost.models.transformer import init_cache
 from jaxcost.serving.engine import Engine
 
 _RUNS = 3
@@ -36,7 +35,7 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
     tokens = min(tokens, config.max_length)
 
     def arguments():
-        cache = init_cache(config, batch_size, tokens, engine.model.execution.dtype)
+        cache = engine.start(params, batch_size=batch_size, slots=tokens)
         logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
         return params, logits, cache, jax.random.key(0), jnp.float32(1.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import Transform
 
 
@@ -22,10 +23,17 @@ class Recipe:
     """Train and score on the base model's data, or on the shifted domain's."""
     learning_rate: float | None = None
     """Peak learning rate of the recovery; None takes the study's."""
+    distill: DistillConfig | None = None
+    """What the recovery learns from the base model beside the text; None for the text alone."""
 
     def __post_init__(self):
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"A recipe's name is {self.name!r}; use letters, digits, - and _ only.")
+        if self.distill is not None and (not self.distill.active or self.distill.teacher or self.distill.from_layers):
+            raise ValueError(
+                f"The recipe {self.name!r} is taught by the base model: give distill.logits or distill.hidden, and "
+                "neither a teacher nor from_layers."
+            )
 
 
 Metric = Literal["checkpoint_bytes", "weight_bytes", "step_flops", "inference_flops_per_token", "usd", "kwh"]
@@ -99,5 +107,5 @@ class StudyConfig:
 
 
 def is_control(recipe: Recipe) -> bool:
-    """Whether a recipe only trains on, without any transform."""
-    return not recipe.transforms and not recipe.finish
+    """Whether a recipe only trains on, without any transform or teacher."""
+    return not recipe.transforms and not recipe.finish and recipe.distill is None

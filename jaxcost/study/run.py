@@ -25,7 +25,8 @@ from jaxcost.serving.engine import Engine
 from jaxcost.session import Session
 from jaxcost.study import compare, report
 from jaxcost.study.measure import export, measure_decode, trainable_parameters, weight_bytes
-from jaxcost.study.recipes import Recipe
+from jaxcost.study.recipes import Recipe, is_control
+from jaxcost.training.distill import DistillConfig, Teacher
 from jaxcost.training.loop import Fitted
 from jaxcost.transforms import chain
 
@@ -140,6 +141,7 @@ def _recovery(experiment: Experiment, recipe: Recipe) -> Experiment:
         experiment,
         data=data,
         transforms=recipe.transforms,
+        distill=recipe.distill or DistillConfig(),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=rate, warmup_steps=warmup),
         training=dataclasses.replace(experiment.training, steps=study.recovery_steps, evaluate_every=0),
         checkpoint=dataclasses.replace(experiment.checkpoint, keep=1),
@@ -168,7 +170,8 @@ def _run_recipe(
     # Recipes that differ in their finish alone share one recovery.
     shared = _fingerprint(session.experiment.trained_part(), dataclasses.replace(recipe, name="shared", finish=()))
     if shared not in recoveries:
-        recoveries[shared] = session.train(workdir / "recoveries" / shared, start, recipe.name)
+        teacher = Teacher(session.model, base_params) if recipe.distill else None
+        recoveries[shared] = session.train(workdir / "recoveries" / shared, start, recipe.name, teacher)
     fitted = recoveries[shared]
     params = finished(fitted.params)
     score = session.evaluate(params)["bits_per_byte"] if recipe.finish else fitted.metrics["bits_per_byte"]
@@ -180,7 +183,8 @@ def _run_recipe(
         "transforms": [repr(t) for t in (*recipe.transforms, *recipe.finish)],
         "description": chain(*recipe.transforms, *recipe.finish).describe(),
         "task": recipe.task,
-        "control": not (recipe.transforms or recipe.finish),
+        "control": is_control(recipe),
+        "distill": serialization.to_json(recipe.distill),
         "metric": f"bits per byte, {session.experiment.data.name} {session.experiment.data.validation_split}",
         "score": score,
         "score_before_recovery": before,

@@ -21,10 +21,12 @@ from jaxcost.cost.ledger import Ledger
 from jaxcost.models.transformer import Transformer, axes_of
 from jaxcost.training.checkpoints import Checkpoints
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.distill import Distiller, StoredLogits
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
 from jaxcost.training.step import TrainState, init_state, make_train_step
 from jaxcost.transforms import Transform
+from jaxcost.transforms.manifest import check, manifest
 
 
 class NonFiniteError(RuntimeError):
@@ -66,6 +68,9 @@ def fit(
     checkpoint: CheckpointConfig,
     ledger: Ledger,
     progress: Progress,
+    distiller: Distiller | None = None,
+    teacher: weights.Params | None = None,
+    stored: StoredLogits | None = None,
 ) -> Fitted:
     """Trains, or goes on with the training that `directory` holds; what was finished comes back at once.
 
@@ -82,8 +87,12 @@ def fit(
       optimizer, training, checkpoint: as their own docstrings say.
       ledger: charged with the seconds, tokens and FLOPs of the run.
       progress: shows the run to a person.
+      distiller: what is learned from a teacher; then one of the next two is given.
+      teacher: the weights of a teacher that runs inside of the step, on the mesh.
+      stored: what a teacher said of every batch.
 
     Raises:
+      BrokenError: the training broke an invariant of the weights (see `transforms.manifest`), or a checkpoint does.
       NonFiniteError: the loss or the gradient is no longer finite; the checkpoints are left as they are.
       CheckpointError: a checkpoint cannot be written or read.
       ValueError: the weights or the batch do not divide the mesh, or nothing in the weights trains.
@@ -92,27 +101,34 @@ def fit(
 
     # ---- State: its shapes and where it lives ----
     tx = make_optimizer(optimizer, training.steps)
-    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh)
+    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh, distiller)
     places = jax.tree.map(lambda a: a.sharding, abstract)
+    taught = () if teacher is None else (teacher,)
+
+    def next_batch(step):
+        batch = next(batches)
+        return sharding.place_batch(batch if stored is None else stored.read(step, batch), mesh)
 
     with jax.set_mesh(mesh), progress, Checkpoints(directory / "checkpoints", checkpoint) as checkpoints:
         # ---- Step: compiled ahead of time, so that its cost is known before it runs ----
         fresh_position = batches.get_state()
-        example = sharding.place_batch(next(batches), mesh)
+        example = next_batch(1)
         batches.set_state(fresh_position)
-        compiled = jitted.lower(abstract, example).compile(compiler_options=sharding.compiler_options(mesh))
+        compiled = jitted.lower(abstract, example, *taught).compile(compiler_options=sharding.compiler_options(mesh))
         cost = compiled_cost(compiled)
         tokens_per_step = example["inputs"].size
 
         # ---- Start, or restart ----
         latest = checkpoints.latest()
         if latest is None:
-            start = jax.jit(lambda params: init_state(params, tx, training.seed), out_shardings=places)
+            start = jax.jit(_initializer(model, tx, training, distiller), out_shardings=places)
             state = start(make_params())
             metrics: dict[str, float] = {}
             measured = None
+            promised = manifest(state.params)
         else:
             state, saved = checkpoints.restore(latest, abstract)
+            promised = check(saved.get("manifest", {}), state.params, step=f"reading {directory}")
             batches.set_state(saved["position"])
             ledger.restore(saved["totals"])
             metrics, measured = saved["metrics"], saved["step_seconds"]
@@ -125,7 +141,7 @@ def fit(
         pending = None
         progress.start(training.steps, done, tokens_per_step)
         for step in range(done + 1, training.steps + 1):
-            state, result = compiled(state, sharding.place_batch(next(batches), mesh))
+            state, result = compiled(state, next_batch(step), *taught)
             # The step before is read only now, so that the devices never wait for the host.
             if pending is not None:
                 losses.append(_finite(pending, checkpoints, directory))
@@ -147,7 +163,9 @@ def fit(
             if saves:
                 clock.charge()
                 measured = clock.median_seconds()
+                promised = check(promised, state.params, transform.waived(), "training")
                 saved = {"position": batches.get_state(), "totals": ledger.totals, "metrics": metrics}
+                saved |= {"manifest": promised}
                 checkpoints.save(step, state, saved | {"step_seconds": measured})
             clock.resume()
         checkpoints.wait()
@@ -161,12 +179,13 @@ def jitted_step(
     transform: Transform,
     training: TrainingConfig,
     mesh: Mesh,
+    distiller: Distiller | None = None,
 ) -> tuple[Any, TrainState]:
     """The train step under `jax.jit`, its state donated, and that state's shapes and shardings; nothing is computed.
 
     The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
     """
-    abstract = jax.eval_shape(lambda params: init_state(params, optimizer, training.seed), abstract_params)
+    abstract = jax.eval_shape(_initializer(model, optimizer, training, distiller), abstract_params)
     places = _state_shardings(abstract, model, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
     step = make_train_step(
@@ -176,8 +195,22 @@ def jitted_step(
         accumulation=training.accumulation,
         loss_chunks=training.loss_chunks,
         router_losses={"load_balancing": training.load_balancing, "router_z": training.router_z},
+        distiller=distiller,
     )
     return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract
+
+
+def _initializer(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    training: TrainingConfig,
+    distiller: Distiller | None,
+) -> Callable[[weights.Params], TrainState]:
+    def start(params):
+        beside = {} if distiller is None else distiller.beside(model.config.width, training.seed)
+        return init_state(params, optimizer, training.seed, beside)
+
+    return start
 
 
 class _Clock:
@@ -226,7 +259,7 @@ def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh) -> Tr
 
     moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
     one = sharding.replicated(mesh)
-    return TrainState(one, params, moments, one)
+    return TrainState(one, params, moments, one, jax.tree.map(lambda _: one, abstract.beside))
 
 
 def _finite(pending: tuple[int, Any], checkpoints: Checkpoints, directory: Path) -> float:

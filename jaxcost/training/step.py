@@ -17,6 +17,7 @@ from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import Transformer, unembedding
 from jaxcost.sharding import constrain
+from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
 
 Batch = dict[str, jax.Array]
@@ -35,15 +36,23 @@ class TrainState:
     """The optimizer's state, over the arrays that train."""
     key: jax.Array
     """uint32 key data; a step's key is this one folded with its number."""
+    beside: dict[str, jax.Array] = struct.field(default_factory=dict)
+    """What trains beside the weights and ends with the run, by name."""
 
 
-def init_state(params: weights.Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    params: weights.Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    beside: dict[str, jax.Array] | None = None,
+) -> TrainState:
     """The state before the first step."""
+    beside = beside or {}
     trainable, _ = weights.partition(params)
     if not trainable:
         raise ValueError("Nothing in the weights trains; quantised and frozen ones need an adapter (lora) to train.")
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable | beside), key, beside)
 
 
 def make_train_step(
@@ -54,44 +63,52 @@ def make_train_step(
     accumulation: int = 1,
     loss_chunks: int = 1,
     router_losses: Mapping[str, float] = MappingProxyType({}),
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    distiller: Distiller | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
     differentiated. After the update, `transform.update` moves what moves while training (gradual masks). With experts,
     their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
     `router_losses`.
+
+    With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
+    function takes the teacher's weights as a third argument.
     """
 
-    def loss_sums(trainable, frozen, structure, batch, key):
+    def loss_sums(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
             # The cast's own transpose turns the gradient back, after it was summed over the devices.
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
         (hidden_BSD, _), sown = model.apply({"params": params}, batch["inputs"], key=model_key, mutable=["losses"])
-        targets, mask, soft_cap = batch["targets"], batch["mask"], model.config.logit_soft_cap
-        total, count = cross_entropy(
-            hidden_BSD, unembedding(params), targets, mask, chunks=loss_chunks, key=head_key, soft_cap=soft_cap
-        )
+        how = {"chunks": loss_chunks, "key": head_key, "soft_cap": model.config.logit_soft_cap}
+        if distiller is None:
+            total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
+            objective = total
+        else:
+            objective, total = distiller.loss_sum(hidden_BSD, params, batch, trainable, teacher, **how)
         # A microbatch counts by its targets, in the router's losses as in the other.
+        count = jnp.sum(batch["mask"])
         sums = {"loss": total} | {name: loss * count for name, loss in sown.get("losses", {}).items()}
-        return total + sum(weight * sums[name] for name, weight in router_losses.items() if name in sums), sums
+        return objective + sum(weight * sums[name] for name, weight in router_losses.items() if name in sums), sums
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, teacher: weights.Params | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
+        trainable |= state.beside
         count = jnp.sum(batch["mask"])
         grad = jax.grad(loss_sums, has_aux=True)
 
         if accumulation == 1:
-            gradient, sums = grad(trainable, frozen, state.params, batch, key)
+            gradient, sums = grad(trainable, frozen, state.params, batch, key, teacher)
         else:
 
             def one(carry, microbatch):
                 index, *sums = carry
                 batch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
-                new = grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index))
+                new = grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index), teacher)
                 return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
 
             microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
@@ -106,11 +123,13 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
         # The arithmetic is float32 whatever is kept; what is kept must not become wider from step to step.
         optimizer_state = jax.tree.map(lambda new, old: new.astype(old.dtype), optimizer_state, state.optimizer)
-        params = weights.combine(state.params, optax.apply_updates(trainable, updates), frozen)
+        updated = optax.apply_updates(trainable, updates)
+        params = weights.combine(state.params, updated, frozen)
         params = transform.update(params, state.step)
+        beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(gradient)
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, optimizer_state, state.key, beside), metrics
 
     return train_step
 

@@ -1,10 +1,12 @@
 """Pure functions from weights to weights, each picking its weights by path rules; see `base`."""
 
+from jaxcost.transforms.additions import bottleneck, prefix_tuning, prompt_tuning
 from jaxcost.transforms.base import (
     Calibration,
     CalibrationError,
     Chain,
     Covered,
+    OrderError,
     Rule,
     RuleError,
     Transform,
@@ -12,29 +14,45 @@ from jaxcost.transforms.base import (
     rule,
 )
 from jaxcost.transforms.calibration import CalibrationConfig, calibrate, calibrated
-from jaxcost.transforms.factorize import factorize
-from jaxcost.transforms.freeze import freeze
+from jaxcost.transforms.factorize import allocate_ranks, factorize
+from jaxcost.transforms.freeze import bias_only, freeze, norm_only
+from jaxcost.transforms.ia3 import ia3
 from jaxcost.transforms.lora import lora
+from jaxcost.transforms.manifest import BrokenError
+from jaxcost.transforms.merge import merge_adapters, merge_losses
 from jaxcost.transforms.prune import Gradual, prune
 from jaxcost.transforms.quantize import quantize
+from jaxcost.transforms.smooth import smooth
 
 __all__ = [
+    "BrokenError",
     "Calibration",
     "CalibrationConfig",
     "CalibrationError",
     "Chain",
     "Covered",
     "Gradual",
+    "OrderError",
     "Rule",
     "RuleError",
     "Transform",
+    "allocate_ranks",
+    "bias_only",
+    "bottleneck",
     "calibrate",
     "calibrated",
     "chain",
     "factorize",
     "freeze",
+    "ia3",
     "lora",
+    "merge_adapters",
+    "merge_losses",
+    "norm_only",
+    "prefix_tuning",
+    "prompt_tuning",
     "prune",
     "quantize",
     "rule",
+    "smooth",
 ]

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from jaxcost import weights
+from jaxcost.transforms.manifest import INVARIANTS, Manifest, check, manifest
 from jaxcost.weights import Inputs, Params
 
 Statistics = Literal["none", "norms", "gram"]
@@ -30,6 +31,14 @@ Statistics = Literal["none", "norms", "gram"]
 Calibration = Mapping[str, Inputs]
 """Statistics of the inputs of weights, by the weight's path."""
 
+Stage = Literal["factorize", "prune", "adapt", "quantize"]
+
+STAGES: tuple[Stage, ...] = ("factorize", "prune", "adapt", "quantize")
+"""The order in which transforms keep what those before them did; the recovery stands between adapting and quantising.
+
+Adapters may also come last: on a quantised base they are trained and served beside it (QLoRA).
+"""
+
 
 class CalibrationError(ValueError):
     """A transform lacks the statistics that it needs, or they are of no use."""
@@ -37,6 +46,10 @@ class CalibrationError(ValueError):
 
 class RuleError(ValueError):
     """A rule that is no regular expression, or that picks no weight."""
+
+
+class OrderError(ValueError):
+    """Transforms in an order in which a later one undoes an earlier one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Covered:
     """What the transform does to it, in words."""
 
 
+_ORDER = "order"
+
 BLOCK_KERNELS = (Rule("layers/.*kernel$"),)
 """The matrices of the blocks, which most transforms act on unless told otherwise."""
 
@@ -90,6 +105,8 @@ class Transform:
     rules: tuple[Rule, ...] = BLOCK_KERNELS
     """Which weights, and with which options: the first rule whose pattern is found in the path decides."""
 
+    stage: ClassVar[Stage | None] = None
+    """Its place in a chain; None may stand anywhere."""
     freezes_the_rest: ClassVar[bool] = False
     """Whether what no rule picks is frozen, so that only what the transform adds trains."""
 
@@ -172,6 +189,10 @@ class Transform:
         """The last step in which `update` does anything; training shorter than this would stop half-way."""
         return -1
 
+    def waived(self) -> tuple[str, ...]:
+        """Names of the invariants of the manifest that it, and the training after it, may break."""
+        return ()
+
     def describe(self) -> str:
         """A few words for tables: what is done to a weight that is picked."""
         return type(self).__name__
@@ -221,15 +242,36 @@ class Chain(Transform):
 
     rules: tuple[Rule, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    waive: tuple[str, ...] = ()
+    """What is not insisted on: `order`, or invariants of the manifest (`sparsity`, `pattern`, `rank`, `grid`)."""
+
+    def __post_init__(self):
+        for name in self.waive:
+            if name not in (_ORDER, *INVARIANTS):
+                raise ValueError(
+                    f"chain: there is no {name!r} to waive; choose from {_ORDER}, {', '.join(INVARIANTS)}."
+                )
+        if _ORDER not in self.waive:
+            _check_order(self._flat())
 
     def __call__(self, params, key=None, calibration=None):
         """One after the other; a calibration is of the weights as they come in, whatever the earlier ones change.
 
         `calibration.calibrated` gathers new statistics before each that asks for them.
+
+        Raises:
+          BrokenError: a transform takes from a weight what an earlier one had made true of it; see `manifest`.
         """
+        promised = manifest(params)
         for one, one_key in self.steps(key):
             params = one(params, one_key, calibration)
+            promised = self.check(promised, params, one)
         return params
+
+    def check(self, promised: Manifest, params: Params, step: Transform) -> Manifest:
+        """The manifest after a step; BrokenError where it broke what neither it nor the chain waives."""
+        waive = tuple(name for name in (*self.waive, *step.waived()) if name != _ORDER)
+        return check(promised, params, waive, step.describe())
 
     def steps(self, key: jax.Array | None = None) -> list[tuple[Transform, jax.Array]]:
         """The transforms, each with its key."""
@@ -237,8 +279,10 @@ class Chain(Transform):
         return [(one, jax.random.fold_in(key, index)) for index, one in enumerate(self.transforms)]
 
     def abstract(self, params):
+        promised = manifest(params)
         for one in self.transforms:
             params = one.abstract(params)
+            promised = self.check(promised, params, one)
         return params
 
     def update(self, params, step):
@@ -248,6 +292,20 @@ class Chain(Transform):
 
     def last_step(self):
         return max((transform.last_step() for transform in self.transforms), default=-1)
+
+    def waived(self):
+        inner = (name for one in self.transforms for name in one.waived())
+        return tuple(name for name in dict.fromkeys((*self.waive, *inner)) if name != _ORDER)
+
+    def _flat(self) -> list[Transform]:
+        """The transforms with those of inner chains in their places, but for chains that waive the order."""
+        found: list[Transform] = []
+        for one in self.transforms:
+            if not isinstance(one, Chain):
+                found.append(one)
+            elif _ORDER not in one.waive:
+                found += one._flat()
+        return found
 
     def describe(self):
         return " → ".join(transform.describe() for transform in self.transforms) or "none"
@@ -260,9 +318,44 @@ class Chain(Transform):
         return rows
 
 
-def chain(*transforms: Transform) -> Chain:
-    """The transforms one after the other, as one."""
-    return Chain(transforms=transforms)
+def chain(*transforms: Transform, waive: tuple[str, ...] = ()) -> Chain:
+    """The transforms one after the other, as one: factorize → prune → adapt → quantize, and adapters also last.
+
+    Args:
+      *transforms: in the order in which they are applied.
+      waive: what is not insisted on: `order`, or invariants that a step may break (see `manifest`).
+
+    Raises:
+      OrderError: a transform comes after one that it would undo, and `order` is not waived.
+      ValueError: there is nothing of a name in `waive`.
+    """
+    return Chain(transforms=transforms, waive=tuple(waive))
+
+
+def _check_order(transforms: list[Transform]) -> None:
+    staged = [one for one in transforms if one.stage is not None]
+    for index, later in enumerate(staged):
+        for earlier in staged[:index]:
+            adapts_codes = (earlier.stage, later.stage) == ("quantize", "adapt")
+            if STAGES.index(later.stage) < STAGES.index(earlier.stage) and not adapts_codes:
+                raise OrderError(
+                    f"chain: {type(later).__name__} comes before {type(earlier).__name__} "
+                    f"({' → '.join(STAGES)}, and adapters also last); swap them, or allow it with waive=('order',)."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapting(Transform):
+    """The base of transforms that train something small beside or within weights, and freeze everything else."""
+
+    train: str = ""
+    """Regular expression for the paths of other parameters that train whole, such as 'norm/'; nothing by default."""
+
+    stage: ClassVar[Stage] = "adapt"
+    freezes_the_rest: ClassVar[bool] = True
+
+    def rest(self, path: str, w: Any) -> Any:
+        return w if self.train and re.search(self.train, path) else super().rest(path, w)
 
 
 def freeze_weight(w: Any) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxcost import weights
 from jaxcost.transforms.base import Calibration, CalibrationError, Chain, Statistics, Transform, chain
+from jaxcost.transforms.manifest import manifest
 from jaxcost.weights import Inputs, Observed, Params
 
 Forward = Callable[[Params, Any], jax.Array]
@@ -87,12 +88,22 @@ def calibrated(
       forward: the model.
       batches: makes the calibration data; called once for each transform that asks for statistics.
       place: computes make(*arguments), where the caller wants the result to live.
+
+    Raises:
+      CalibrationError: the data are of no use.
+      BrokenError: a transform takes from a weight what an earlier one had made true of it.
     """
-    for one, one_key in (transform if isinstance(transform, Chain) else chain(transform)).steps(key):
-        wanted = {path: settings.statistics() for path, settings in one.picked(params).items()}
-        needs = any(statistics != "none" for statistics in wanted.values())
-        calibration = calibrate(forward, params, batches(), wanted) if needs else None
-        params = place(one, params, one_key, calibration)
+    whole = transform if isinstance(transform, Chain) else chain(transform)
+    promised = manifest(params)
+    for one, one_key in whole.steps(key):
+        if isinstance(one, Chain):
+            params = calibrated(one, params, one_key, forward, batches, place)
+        else:
+            wanted = {path: settings.statistics() for path, settings in one.picked(params).items()}
+            needs = any(statistics != "none" for statistics in wanted.values())
+            calibration = calibrate(forward, params, batches(), wanted) if needs else None
+            params = place(one, params, one_key, calibration)
+        promised = whole.check(promised, params, one)
     return params
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.transforms.base import Transform, matrix_shape
+from jaxcost.transforms.base import Stage, Transform, matrix_shape
 from jaxcost.weights import Frozen, Inputs, Lora, LowRank, Masked, QuantAware, Quantized
 
 
@@ -61,6 +61,8 @@ class prune(Transform):
     """`unstructured`, or N:M as in `2:4`: the N largest of every M neighbours along the contracted axis are kept."""
     gradual: Gradual | None = None
     """Raise the sparsity while training instead of at once; unstructured only."""
+
+    stage: ClassVar[Stage] = "prune"
 
     def __post_init__(self):
         _check_sparsity("sparsity", self.sparsity)

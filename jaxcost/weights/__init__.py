@@ -12,23 +12,34 @@ dataclass, registered as a pytree, whose own weights may again be of any kind. E
 One law holds for every kind and every nesting: `contract(x, w) == x @ materialize(w)` to the arithmetic's tolerance.
 """
 
+from jaxcost.weights.adapters import Adapters, choose, stack_adapters
 from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, materialize, trainable
 from jaxcost.weights.frozen import Frozen
-from jaxcost.weights.lowrank import Lora, LowRank
+from jaxcost.weights.lowrank import Dora, Lora, LowRank, column_norm
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
+from jaxcost.weights.quant_aware import QuantAware, QuantSpec, fake_quantize
 from jaxcost.weights.quantized import (
-    QuantAware,
+    GRIDS,
+    GridName,
     Quantized,
-    QuantSpec,
-    fake_quantize,
+    encode,
+    group_scale,
     integer_limit,
     quantization_scale,
+    quantized,
+    spread,
+    storage_bytes,
 )
+from jaxcost.weights.scaled import Scaled
 from jaxcost.weights.sparse import Masked
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
+    "Adapters",
+    "Dora",
+    "GRIDS",
     "Frozen",
+    "GridName",
     "Inputs",
     "Lora",
     "LowRank",
@@ -38,11 +49,16 @@ __all__ = [
     "QuantAware",
     "QuantSpec",
     "Quantized",
+    "Scaled",
     "Weight",
     "blank_inputs",
+    "choose",
+    "column_norm",
     "combine",
     "contract",
+    "encode",
     "fake_quantize",
+    "group_scale",
     "integer_limit",
     "is_weight",
     "logical_axes",
@@ -52,6 +68,10 @@ __all__ = [
     "partition",
     "path_name",
     "quantization_scale",
+    "quantized",
+    "spread",
+    "stack_adapters",
+    "storage_bytes",
     "trainable",
     "trainable_tree",
 ]

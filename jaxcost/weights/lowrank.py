@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxcost.weights.base import (
     Weight,
@@ -77,3 +79,40 @@ class Lora(Weight):
 
     def trainable(self):
         return self.replace(base=nothing(self.base), a=trainable(self.a), b=trainable(self.b))
+
+
+@struct.dataclass
+class Dora(Weight):
+    """A weight whose columns have trained lengths: magnitude · W / ‖W‖, the norm that of each output's column.
+
+    W is a `Lora`, so that direction and magnitude train apart; both act on the activation. The norm is a constant of
+    the backward pass, as section 4.3 of the paper has it. It is made anew at each use, from the dense array that W
+    means: 2·in·r·out FLOPs a step, whatever the number of tokens. Source: Liu et al. 2024, arXiv:2402.09353.
+    """
+
+    weight: Any
+    magnitude: jax.Array
+    """float32, (..., out)."""
+
+    def contract(self, x, key):
+        return (contract(x, self.weight, key).astype(jnp.float32) * self._factor()).astype(x.dtype)
+
+    def materialize(self):
+        dense = materialize(self.weight)
+        return (dense.astype(jnp.float32) * self._factor()[..., None, :]).astype(dense.dtype)
+
+    def logical_axes(self, axes):
+        *stack, _, outward = axes
+        return self.replace(weight=logical_axes(self.weight, axes), magnitude=PartitionSpec(*stack, outward))
+
+    def trainable(self):
+        return self.replace(weight=trainable(self.weight), magnitude=True)
+
+    def _factor(self):
+        norm = column_norm(lax.stop_gradient(self.weight))
+        return self.magnitude / jnp.where(norm > 0, norm, 1.0)
+
+
+def column_norm(w: Any) -> jax.Array:
+    """The length of each output's column of the dense array that w means: float32, (..., out)."""
+    return jnp.linalg.norm(materialize(w).astype(jnp.float32), axis=-2)

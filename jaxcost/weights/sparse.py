@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxcost.weights.base import Weight, contract, logical_axes, materialize, trainable
+from jaxcost.weights.quantized import Quantized
 
 
 @struct.dataclass
@@ -20,7 +21,9 @@ class Masked(Weight):
     """Boolean, (..., in, out); False is pruned."""
 
     def contract(self, x, key):
-        return contract(x, self.materialize())
+        # Zero is on every grid, so what is quantised stays so.
+        held = self.weight.masked(self.mask) if isinstance(self.weight, Quantized) else self.materialize()
+        return contract(x, held)
 
     def materialize(self):
         dense = materialize(self.weight)

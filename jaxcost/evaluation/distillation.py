@@ -1,0 +1,170 @@
+"""Losses of a student against its teacher: logits at a temperature, stored or made on the spot, and hidden states.
+
+Shapes in names: B batch, T tokens, D width, E the teacher's width, V vocabulary, k stored entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxcost import weights
+from jaxcost.evaluation.losses import negative_log_likelihood, over_chunks
+from jaxcost.models.layers import soft_capped
+
+Direction = Literal["forward", "reverse"]
+"""KL(teacher ‖ student), which covers all that the teacher does, or KL(student ‖ teacher), which seeks its modes."""
+
+
+@struct.dataclass
+class HiddenTeacher:
+    """A teacher whose logits are made a piece at a time."""
+
+    hidden_BTE: jax.Array
+    """Its final hidden states."""
+    unembedding: Any
+    """A weight (E, V) of any kind."""
+    soft_cap: float = struct.field(pytree_node=False, default=0.0)
+    """Bound on its logits, as in `ModelConfig.logit_soft_cap`; 0 is none."""
+
+
+@struct.dataclass
+class StoredTeacher:
+    """The likeliest tokens of a teacher, at one temperature, and what is left to all others together."""
+
+    log_probs_BTk: jax.Array
+    """float32 (B, T, k + 1): log-probabilities, that of all other tokens together last; -inf where there are none."""
+    indices_BTk: jax.Array
+    """int32 (B, T, k): the tokens, the likeliest first."""
+
+
+def kl_divergence(
+    teacher: jax.Array, student: jax.Array, temperature: float = 1.0, direction: Direction = "forward"
+) -> jax.Array:
+    """T² times the divergence between softmax(teacher / T) and softmax(student / T), in nats; float32 (...).
+
+    T² keeps the gradient's size when the temperature changes. Sources: Hinton, Vinyals and Dean 2015,
+    arXiv:1503.02531 (forward); Gu et al. 2023, arXiv:2306.08543 (reverse).
+
+    Args:
+      teacher: logits (..., V).
+      student: logits (..., V).
+      temperature: T, above 0.
+      direction: which of the two the expectation is taken over.
+    """
+    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    return temperature**2 * _divergence(log_p, log_q, direction)
+
+
+def top_k_log_probs(logits: jax.Array, k: int, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """What `StoredTeacher` holds, of logits (..., V): float32 (..., k + 1) and int32 (..., k)."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    values, indices = jax.lax.top_k(log_p, k)
+    return jnp.concatenate([values, _rest(log_p, indices)], axis=-1), indices
+
+
+def stored_divergence(
+    log_probs: jax.Array,
+    indices: jax.Array,
+    student: jax.Array,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+) -> jax.Array:
+    """`kl_divergence` where only the teacher's k likeliest tokens are known one by one; float32 (...).
+
+    All other tokens count as one, for the teacher and for the student: what the teacher left to them is neither lost
+    nor handed to the k, so that a student is not taught to be surer than its teacher. Merging outcomes can only lower
+    a divergence: this is a lower bound of the full one, and equals it at k = V.
+
+    Args:
+      log_probs: (..., k + 1), see `StoredTeacher`; of the same temperature.
+      indices: int32 (..., k).
+      student: logits (..., V).
+      temperature: T.
+      direction: as of `kl_divergence`.
+    """
+    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    chosen = jnp.take_along_axis(log_q, indices, axis=-1)
+    if indices.shape[-1] == student.shape[-1]:
+        return temperature**2 * _divergence(log_probs[..., :-1], chosen, direction)
+    together = jnp.concatenate([chosen, _rest(log_q, indices)], axis=-1)
+    return temperature**2 * _divergence(log_probs, together, direction)
+
+
+def distillation_loss(
+    hidden_BTD: jax.Array,
+    unembedding: Any,
+    teacher: HiddenTeacher | StoredTeacher,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    temperature: float,
+    direction: Direction = "forward",
+    chunks: int = 1,
+    key: jax.Array | None = None,
+    soft_cap: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """The summed negative log-likelihood of the targets and the summed divergence from the teacher; float32 scalars.
+
+    The student's logits are made once for both. No gradient reaches the teacher.
+
+    Args:
+      hidden_BTD: the student's final hidden states.
+      unembedding: its weight (D, V) of any kind.
+      teacher: what it is taught by.
+      targets_BT: int32 token ids.
+      mask_BT: 1 where the token counts.
+      temperature: of the divergence alone; the likelihood is at 1.
+      direction: as of `kl_divergence`.
+      chunks: as of `cross_entropy`; neither's (B, T, V) logits exist whole if there are more than one.
+      key: random key for an unembedding whose arithmetic is random.
+      soft_cap: bound on the student's logits.
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+
+    def piece(hidden_BtD, targets_Bt, mask_Bt, *taught):
+        logits_BtV = soft_capped(weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32), soft_cap)
+        if isinstance(teacher, HiddenTeacher):
+            teacher_BtV = soft_capped(weights.contract(taught[0], teacher.unembedding), teacher.soft_cap)
+            divergence_Bt = kl_divergence(teacher_BtV, logits_BtV, temperature, direction)
+        else:
+            divergence_Bt = stored_divergence(*taught, logits_BtV, temperature, direction)
+        likelihood_Bt = negative_log_likelihood(logits_BtV, targets_Bt)
+        return jnp.sum(likelihood_Bt * mask_Bt), jnp.sum(divergence_Bt * mask_Bt)
+
+    online = isinstance(teacher, HiddenTeacher)
+    taught = (teacher.hidden_BTE,) if online else (teacher.log_probs_BTk, teacher.indices_BTk)
+    return over_chunks(piece, (hidden_BTD, targets_BT, mask_BT, *taught), chunks)
+
+
+def hidden_loss(
+    hidden_BTD: jax.Array, teacher_BTE: jax.Array, projection_DE: jax.Array | None, mask_BT: jax.Array
+) -> jax.Array:
+    """The mean squared difference of the projected states from the teacher's, summed over tokens; a float32 scalar.
+
+    Source: Romero et al. 2014 (FitNets), arXiv:1412.6550, with a linear regressor.
+
+    Args:
+      hidden_BTD: the student's hidden states.
+      teacher_BTE: the teacher's, to which no gradient flows.
+      projection_DE: from the one width to the other; None where they are the same and compared as they are.
+      mask_BT: 1 where the token counts.
+    """
+    projected = hidden_BTD if projection_DE is None else weights.contract(hidden_BTD, projection_DE)
+    difference = projected.astype(jnp.float32) - jax.lax.stop_gradient(teacher_BTE).astype(jnp.float32)
+    return jnp.sum(jnp.mean(jnp.square(difference), axis=-1) * mask_BT)
+
+
+def _divergence(log_p: jax.Array, log_q: jax.Array, direction: Direction) -> jax.Array:
+    first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    return jnp.sum(jnp.exp(first) * (first - second), axis=-1)
+
+
+def _rest(log_p: jax.Array, indices: jax.Array) -> jax.Array:
+    """The log-probability (..., 1) of everything but the indices (..., k); -inf where that is nothing."""
+    others = jnp.put_along_axis(log_p, indices, -jnp.inf, axis=-1, inplace=False)
+    return jax.nn.logsumexp(others, axis=-1, keepdims=True)
