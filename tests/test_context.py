@@ -144,16 +144,30 @@ def test_what_cannot_be_split_is_one_sentence(changes, message):
 # ---- What it saves ----
 
 
-def test_a_devices_temporaries_fall_with_the_axis():
-    def temporaries(ways):
-        asked = experiment(
-            model=dataclasses.replace(MODEL, max_length=1024),
-            data=DataConfig(batch_size=1, sequence_length=1024),
-            mesh=MeshConfig(context=ways),
-            execution=ExecutionConfig(context="ring", remat="full", unroll="never"),
-        )
-        traced = steps.trace_step("train", asked, VOCABULARY, mesh_of(context=ways))
-        return topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip("cpu")).cost.temp_bytes
+def temporaries(ways, method, length, mesh, chip, **model):
+    """Bytes of a device's temporaries in a train step on one sequence for every `ways` devices."""
+    rows = mesh.shape["fsdp"]
+    asked = experiment(
+        model=dataclasses.replace(MODEL, max_length=length, **model),
+        data=DataConfig(batch_size=rows, sequence_length=length),
+        mesh=MeshConfig(fsdp=rows, context=ways),
+        execution=ExecutionConfig(context=method, compute="bfloat16", remat="full", unroll="never"),
+    )
+    traced = steps.trace_step("train", asked, VOCABULARY, mesh)
+    return topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip(chip)).cost.temp_bytes
 
-    one, four = temporaries(1), temporaries(4)
+
+def test_a_devices_temporaries_fall_with_the_axis():
+    one, four = (temporaries(ways, "ring", 1024, mesh_of(fsdp=4 // ways, context=ways), "cpu") for ways in (1, 4))
     assert four < one / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_a_long_sequence_on_a_slice_takes_less_memory_with_the_axis(method):
+    pytest.importorskip("libtpu")
+    found = []
+    for ways in (1, 2, 4):
+        mesh = topology.topology_mesh("v5e:2x2", {"data": 1, "fsdp": 4 // ways, "tensor": 1, "context": ways})
+        found.append(temporaries(ways, method, 8192, mesh, "v5e", width=512, num_heads=4, num_kv_heads=4, head_dim=128))
+    assert found[1] < 0.7 * found[0] and found[2] < 0.7 * found[1]

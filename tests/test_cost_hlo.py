@@ -340,6 +340,7 @@ def test_every_form_of_an_exchange_is_one_collective(form):
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", (0, 2)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", (0, 2)),
     ],
 )
 def test_groups_are_read_in_every_form(attributes, group):

@@ -52,6 +52,7 @@ _FREE_CUSTOM_CALLS = frozenset(
 _COLLECTIVES = frozenset(
     {"all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter"}
 )
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,23 +303,29 @@ def _first_group(instruction: hlo_text.Instruction, num_devices: int) -> tuple[i
     listed = pair or instruction.text(r"replica_groups=\{\{([\d,]+)\}")
     if listed:
         return tuple(int(device) for device in listed.split(","))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
+    mesh = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", instruction.attributes
+    )
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        if not re.fullmatch(r"'[^':]+'(?:,\s*'[^':]+')*", mesh[2]):
+        if not re.fullmatch(r"'[^':]+'(?:,\s*'[^':]+')*", mesh[4]):
             return None
-        grouped = re.findall(r"'([^']+)'", mesh[2])
+        grouped = re.findall(r"'([^']+)'", mesh[4])
         order = [*(axis for axis in sizes if axis not in grouped), *grouped]
-        devices = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
-        devices = devices.transpose([list(sizes).index(axis) for axis in order])
+        devices = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(np.prod(list(sizes.values())))
+        devices = devices.reshape(tuple(sizes.values())).transpose([list(sizes).index(axis) for axis in order])
         return tuple(devices.reshape(-1, np.prod([sizes[axis] for axis in grouped]))[0].tolist())
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.attributes)
+    iota = re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", instruction.attributes)
     if iota:
-        sizes = [int(size) for size in iota[2].split(",")]
-        devices = np.arange(np.prod(sizes)).reshape(sizes)
-        devices = devices.transpose([int(axis) for axis in iota[3].split(",")]) if iota[3] else devices
-        return tuple(devices.reshape(-1, int(iota[1]))[0].tolist())
+        return tuple(_iota(iota[2], iota[3]).reshape(-1, int(iota[1]))[0].tolist())
     return tuple(range(num_devices)) if "replica_groups={}" in instruction.attributes else None
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The devices of a list such as `[2,4]T(1,0)`: all in order, as an array of these sizes with its axes turned."""
+    shape = [int(size) for size in sizes.split(",")]
+    devices = np.arange(np.prod(shape)).reshape(shape)
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
 
 
 def _count(ranges: str) -> int:
