@@ -84,6 +84,13 @@ def test_cycles_are_summed_over_trips():
     assert cost.work.cycles == {hlo_work.MATMUL: 300, hlo_work.ELEMENTWISE: 3 * 7 + 5}
 
 
+def test_cycles_that_the_compiler_does_not_know_are_no_cycles():
+    """It writes the largest integer on some products with ragged groups."""
+    unknown = hlo.program_cost(PROGRAM.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')).work
+    assert unknown.cycles == {hlo_work.MATMUL: 300, hlo_work.ELEMENTWISE: 5}
+    assert unknown.untimed["tanh"] == 1
+
+
 def test_bytes_are_those_of_slices_and_not_of_vector_memory():
     work = hlo.program_cost(PROGRAM).work
     kernel, fusion, tanh, sort = 1, 2, 2, 2  # matrices read or written in main memory: S(1) and the stack's rest not

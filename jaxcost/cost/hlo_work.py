@@ -47,6 +47,8 @@ _EXCHANGES = (
     "reduce-scatter",
 )
 _MATRIX = frozenset({"convolution", "dot"})
+_UNKNOWN_CYCLES = 2**63 - 1
+"""What the compiler writes on what it cannot time, such as some products with ragged groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def work_of(
     if not is_matmul:
         work.hbm_bytes_elementwise = work.hbm_bytes
     cycles = instruction.text(r'"estimated_cycles":"(\d+)"')
-    if cycles is not None:
+    if cycles is not None and int(cycles) < _UNKNOWN_CYCLES:
         work.cycles[MATMUL if is_matmul else ELEMENTWISE] += int(cycles)
     elif work.hbm_bytes and not work.host_bytes:
         work.untimed[opcode] += 1
