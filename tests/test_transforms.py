@@ -21,12 +21,13 @@ from jaxcost.transforms import (
     chain,
     factorize,
     freeze,
+    ia3,
     lora,
+    norm_only,
     prune,
     quantize,
     rule,
 )
-from jaxcost.transforms.base import freeze_weight
 from jaxcost.weights import Frozen, Lora, LowRank, Masked, QuantAware, Quantized, materialize
 
 CONFIG = ModelConfig(
@@ -229,116 +230,6 @@ def test_gradual_rules_may_leave_the_schedule_out():
     assert prune().last_step() == chain(prune(), quantize()).last_step() == chain().last_step() == -1
 
 
-# ---- LoRA ----
-
-
-def test_lora_changes_nothing_at_first_and_trains_adapters_alone():
-    params = lora(rank=4, alpha=6.0)(dense_params(), jax.random.key(3))
-    np.testing.assert_array_equal(forward()(params), forward()(dense_params()))
-    trainable, frozen = weights.partition(params)
-    assert trainable.keys() == {f"{path}/{name}" for path in KERNELS for name in "ab"}
-    assert all(not np.any(leaf) for path, leaf in trainable.items() if path.endswith("/b"))
-    for path, w in flat(params).items():
-        if path in KERNELS:
-            *_, inward, outward = w.base.shape
-            assert w.scale == 1.5 and w.a.shape == (3, inward, 4) and w.b.shape == (3, 4, outward)
-            largest = np.max(np.abs(w.a))
-            assert 0.9 * inward**-0.5 < largest <= inward**-0.5
-            assert np.all(np.std(w.a, axis=(1, 2)) > 0) and np.any(w.a[0] != w.a[1])
-        else:
-            assert isinstance(w, Frozen)
-
-
-@pytest.mark.parametrize("before", [prune(), factorize(), quantize(), quantize(mode="training"), freeze()])
-def test_lora_on_every_kind_keeps_what_it_means_and_freezes_it(before):
-    params = before(dense_params())
-    adapted = flat(lora(rank=2)(params))
-    for path, w in flat(params).items():
-        if path.endswith("kernel") and "layers/" in path:
-            assert isinstance(adapted[path], Lora) and not isinstance(adapted[path].base, Frozen)
-            np.testing.assert_array_equal(materialize(adapted[path]), materialize(w))
-            base = [name for name in weights.partition(adapted[path])[0] if name.startswith("base")]
-            assert not base
-
-
-def test_each_weight_takes_its_random_values_from_its_own_path():
-    everything = flat(lora()(dense_params(), jax.random.key(1)))
-    up_alone = flat(lora(rules=(rule("mlp/up"),))(dense_params(), jax.random.key(1)))
-    other_key = flat(lora()(dense_params(), jax.random.key(2)))
-    np.testing.assert_array_equal(everything[UP].a, up_alone[UP].a)
-    assert np.any(everything[UP].a != other_key[UP].a)
-    assert np.any(everything[UP].a != everything["layers/mlp/gate/kernel"].a)
-
-
-# ---- Low rank ----
-
-
-@pytest.mark.parametrize("rank", [1, 2, 5])
-def test_factorize_is_the_best_approximation_of_its_rank(rank):
-    w = normal((2, 13, 11))
-    thin = apply_to(factorize(rank=rank), w)
-    assert thin.u.shape == (2, 13, rank) and thin.v.shape == (2, rank, 11)
-    values = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
-    error = np.sum((np.asarray(w, np.float64) - np.asarray(materialize(thin), np.float64)) ** 2, axis=(-2, -1))
-    np.testing.assert_allclose(error, np.sum(values[:, rank:] ** 2, axis=-1), rtol=1e-5)
-    # The singular values are shared evenly.
-    np.testing.assert_allclose(np.sum(np.square(thin.u), axis=1), values[:, :rank], rtol=1e-5)
-    np.testing.assert_allclose(np.sum(np.square(thin.v), axis=2), values[:, :rank], rtol=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_factorize_takes_the_largest_rank_within_its_share(share):
-    rank = apply_to(factorize(parameters=share), normal((2, 24, 16))).u.shape[-1]
-    assert rank * (24 + 16) <= share * 24 * 16 < (rank + 1) * (24 + 16)
-    assert apply_to(factorize(parameters=0.01), normal((2, 24, 16))).u.shape[-1] == 1
-
-
-def test_factorize_goes_into_frozen_weights():
-    w = apply_to(factorize(rank=2), Frozen(normal((2, 13, 11))))
-    assert isinstance(w, Frozen) and isinstance(w.weight, LowRank)
-
-
-# ---- Freezing ----
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_freeze_keeps_the_function_and_the_gradients_of_what_trains(tied):
-    config = ModelConfig(**{**vars(CONFIG), "tie_embeddings": tied})
-    model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(1))
-    frozen = freeze(top_layers=1)(params)
-    assert frozen["layers"]["mlp"]["up"]["kernel"].shape[0] == 1
-    assert frozen["frozen_layers"]["mlp"]["up"]["kernel"].weight.shape[0] == 2
-    trainable, rest = weights.partition(frozen)
-    expected = {path for path in flat(params) if path.startswith("layers/")} | {"final_norm/scale"}
-    assert trainable.keys() == expected | (set() if tied else {"unembed/kernel"})
-
-    def loss(params):
-        hidden = model.apply({"params": params}, tokens())[0]
-        return jnp.sum(jnp.sin(hidden @ jnp.ones((16, 3)))), hidden
-
-    def frozen_loss(trainable):
-        return loss(weights.combine(frozen, trainable, rest))
-
-    (_, hidden), gradient = jax.jit(jax.value_and_grad(frozen_loss, has_aux=True), compiler_options=QUICK)(trainable)
-    (_, want_hidden), want = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
-    np.testing.assert_allclose(hidden, want_hidden, rtol=1e-5, atol=1e-5)
-    want = flat(want)
-    for path, got in gradient.items():
-        full = want[path][2:] if path.startswith("layers/") else want[path]
-        np.testing.assert_allclose(got, full, rtol=1e-4, atol=1e-5, err_msg=path)
-
-
-def test_freeze_takes_more_by_rule_and_skips():
-    transform = freeze(top_layers=2, rules=(rule("final_norm", skip=True), rule("embed/table")))
-    got = flat(transform(dense_params()))
-    assert isinstance(got["final_norm/scale"], Frozen) and isinstance(got["unembed/kernel"], Frozen)
-    assert not isinstance(got["embed/table"], Frozen)
-    # What does not train anyway is not wrapped.
-    w = Quantized(jnp.ones((2, 3), jnp.int8), jnp.ones((1, 3)))
-    assert freeze_weight(w) is w and isinstance(freeze_weight(jnp.ones(2)), Frozen)
-
-
 # ---- Chains ----
 
 
@@ -457,6 +348,10 @@ TRANSFORMS = {
     "groups": quantize(bits=4, numbers="nf", group=4),
     "integers": quantize(activations="dynamic"),
     "qlora": chain(quantize(), lora(rank=2)),
+    "dora": lora(rank=2, dora=True, rank_stabilized=True),
+    "pissa": lora(rank=2, init="pissa"),
+    "ia3": ia3(),
+    "norms": norm_only(),
     "quantised training": quantize(mode="training"),
     "freeze": freeze(top_layers=1),
     "all": chain(factorize(parameters=0.6), prune(), quantize(), lora(rank=2)),
