@@ -24,6 +24,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import recipes
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.transforms import CalibrationConfig
 
 
 class ConfigError(ValueError):
@@ -54,7 +55,7 @@ class Experiment:
     """The chips that the run is priced on."""
     transforms: tuple[transforms.Transform, ...] = ()
     """Transforms of the weights before training, as Python: 'lora(rank=4), prune(sparsity=0.5)'."""
-    calibration: transforms.CalibrationConfig = transforms.CalibrationConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     """The data that transforms may look at."""
     study: recipes.StudyConfig = recipes.StudyConfig()
     """The recipes that a study compares."""
