@@ -15,16 +15,20 @@ from jaxcost.transforms.calibration import CalibrationConfig, calibrate, calibra
 from jaxcost.transforms.factorize import factorize
 from jaxcost.transforms.freeze import freeze
 from jaxcost.transforms.lora import lora
-from jaxcost.transforms.prune import Gradual, prune
+from jaxcost.transforms.prune import prune
 from jaxcost.transforms.quantize import quantize
+from jaxcost.transforms.schedules import SET, Gradual, Iterative, RigL
 
 __all__ = [
+    "SET",
     "Calibration",
     "CalibrationConfig",
     "CalibrationError",
     "Chain",
     "Covered",
     "Gradual",
+    "Iterative",
+    "RigL",
     "Rule",
     "RuleError",
     "Transform",

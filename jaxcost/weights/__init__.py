@@ -24,7 +24,7 @@ from jaxcost.weights.quantized import (
     integer_limit,
     quantization_scale,
 )
-from jaxcost.weights.sparse import Masked
+from jaxcost.weights.sparse import Masked, Scored, kept_gradients
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "QuantAware",
     "QuantSpec",
     "Quantized",
+    "Scored",
     "Weight",
     "blank_inputs",
     "combine",
@@ -45,6 +46,7 @@ __all__ = [
     "fake_quantize",
     "integer_limit",
     "is_weight",
+    "kept_gradients",
     "logical_axes",
     "map_weights",
     "materialize",
