@@ -21,7 +21,9 @@ from jaxcost.training.config import CheckpointConfig, TrainingConfig
 from jaxcost.transforms import (
     BrokenError,
     Chain,
+    Gradual,
     OrderError,
+    RigL,
     Transform,
     calibrated,
     chain,
@@ -330,6 +332,26 @@ class leaky(prune):
         return weights.map_weights(
             lambda _, w: w.replace(mask=jnp.ones_like(w.mask)) if isinstance(w, Masked) else w, params
         )
+
+
+def test_methods_that_may_give_weights_back_waive_that_themselves():
+    moving = Gradual(end_step=3)
+    assert prune(method="movement", gradual=moving, budget="global").waived() == ("sparsity",)
+    assert chain(prune(rules=(rule("mlp", budget="global"),), method="movement", gradual=moving)).waived() != ()
+    assert chain(prune(method="movement", gradual=moving), prune(budget="global")).waived() == ()
+
+
+@pytest.mark.parametrize(
+    "moving",
+    [
+        prune(rules=MLP, gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
+        prune(rules=MLP, method="movement", gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
+        prune(rules=MLP, method="random", regrow=RigL(end_step=3, every_steps=1), sparsity=0.8),
+    ],
+)
+def test_masks_that_move_while_training_keep_what_they_promise(tmp_path, moving):
+    trained = session_of(experiment(tmp_path, transforms=(moving,))).train(tmp_path / "run")
+    assert manifest(trained.params)[UP]["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_waived(tmp_path):

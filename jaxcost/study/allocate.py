@@ -145,7 +145,7 @@ def stored_bytes(w: Any) -> float:
     if isinstance(w, weights.Masked):
         share = float(jnp.mean(w.mask.astype(jnp.float32)))
         return share * stored_bytes(w.weight) + w.mask.size / 8
-    return sum(leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) / 8 for leaf in jax.tree.leaves(w))
+    return float(sum(weights.storage_bytes(leaf) for leaf in jax.tree.leaves(w)))
 
 
 def contraction_seconds(chip: Chip, rows: int, dtype: Any = jnp.bfloat16) -> Callable[[Any], float]:
