@@ -133,6 +133,18 @@ def test_bytes_are_those_that_are_stored():
     assert stored_bytes(quantize(rules=(rule("up"),))(PARAMS)["layers"]["up"]["kernel"]) == 256 + 2 * 8 * 4
 
 
+def test_bits_are_allocated_between_the_grids():
+    levels = (4, 8, None)
+    table = sensitivities(quantize(rules=(rule("kernel"),)), "bits", levels, PARAMS, loss_increase(energy, PARAMS))
+    scales = 2 * 8 * 4
+    assert [c.cost for c in table[UP]] == [128 + scales, 256 + scales, 1024]
+    budget = uniform_cost(table, 8)
+    found = allocate(table, budget)
+    assert found.cost <= budget and found.loss <= sum(c[1].loss for c in table.values())
+    stored = found.transform(quantize(rules=(rule("kernel"),)), "bits")(PARAMS)
+    assert sum(stored_bytes(w["kernel"]) for w in stored["layers"].values()) == found.cost
+
+
 def test_seconds_are_those_of_the_compiled_products():
     seconds = contraction_seconds(load_chip("v5e"), rows=4096)
     w = jax.ShapeDtypeStruct((3, 2048, 2048), jnp.bfloat16)

@@ -20,12 +20,13 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
-from jaxcost.study.recipes import Recipe, is_control
+from jaxcost.study.recipes import Recipe, StudyConfig, is_control
+from jaxcost.study.run import run_study
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.training.distill import PROJECTION, DistillConfig, Distiller, StoredLogits, Teacher, student_params
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain, lora, quantize
+from jaxcost.transforms import chain, factorize, lora, quantize
 
 BIG = ModelConfig(
     vocab_size=0, width=32, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64, max_length=32
@@ -316,6 +317,20 @@ def test_a_student_may_start_as_layers_of_its_teacher(tmp_path, data_dir, taught
     fresh = dataclasses.replace(config, from_layers=False)
     anew = session_of(experiment(data_dir, model=student, distill=fresh)).train(tmp_path / "anew")
     assert copied.losses[0] < anew.losses[0] - 0.3
+
+
+def test_a_recipe_is_taught_by_the_base_of_its_study(tmp_path, data_dir):
+    recipes = (Recipe("thin", transforms=(factorize(),), finish=(quantize(),), distill=DistillConfig(logits=1.0)),)
+    study = StudyConfig(recipes=recipes, recovery_steps=4, topology="v99:1x1", decode_tokens=4)
+    value = experiment(data_dir, study=study)
+    result = run_study(value, tmp_path, quiet=True, devices=jax.devices()[:1])
+    control, thin = result["rows"]
+    assert control["distill"] is None and thin["distill"]["logits"] == 1.0 and not thin["control"]
+    assert thin["description"] == "low rank, 50% of the parameters → taught by the base → int8 weights"
+    # The whole teacher's forward pass, which the thin student's own saving does not make up for.
+    assert thin["step_flops"] > control["step_flops"]
+    finding = next(each for each in result["findings"] if each["claim"] == "thin_gains_from_its_teacher")
+    assert finding["holds"] == (thin["score"] < control["score"])
 
 
 # ---- What is refused ----

@@ -1,5 +1,6 @@
 """Composition: the order of a chain, and the manifest of what each step made true of the weights."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,12 +10,20 @@ import numpy as np
 import pytest
 
 from jaxcost import transforms, weights
+from jaxcost.config import Experiment
+from jaxcost.data import DataConfig
+from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.session import Session, load_run
+from jaxcost.sharding import MeshConfig
+from jaxcost.training.config import CheckpointConfig, TrainingConfig
 from jaxcost.transforms import (
     BrokenError,
     Chain,
+    Gradual,
     OrderError,
+    RigL,
     Transform,
     calibrated,
     chain,
@@ -281,3 +290,74 @@ def test_a_chain_within_a_chain_is_calibrated_too():
     inner = chain(chain(needy(rules=MLP)), quantize(rules=MLP))
     found = calibrated(inner, dense(), None, lambda w, x: model.apply({"params": w}, x)[0], lambda: [TOKENS])
     assert manifest(found)[UP] == {"sparsity": 0.5, "grid": "int8"}
+
+
+# ---- What travels with a checkpoint ----
+
+
+def experiment(tmp_path, **changes):
+    model = ModelConfig(0, width=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=32, max_length=16)
+    data = DataConfig(name="python_text/reference", sequence_length=16, batch_size=4, data_dir=str(tmp_path / "data"))
+    settings = {"training": TrainingConfig(steps=4), "checkpoint": CheckpointConfig(every_steps=2)}
+    settings |= {"evaluation": EvaluationConfig(max_tokens=64), "mesh": MeshConfig()}
+    return Experiment(model=model, data=data, **settings | changes)
+
+
+def session_of(value):
+    return Session(value, quiet=True, devices=jax.devices()[:1])
+
+
+def test_the_manifest_travels_with_the_checkpoint_and_is_verified_when_it_is_read(tmp_path):
+    value = experiment(tmp_path, transforms=(prune(pattern="2:4", rules=MLP), quantize(rules=MLP), lora(rank=2)))
+    trained = session_of(value).train(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "4" / "metadata" / "metadata"
+    saved = json.loads(path.read_text())
+    assert saved["manifest"] == manifest(trained.params)
+    assert saved["manifest"][UP] == {"sparsity": 0.5, "pattern": "2:4", "grid": "int8"}
+    load_run(tmp_path / "run", jax.devices()[:1])
+
+    saved["manifest"][UP]["pattern"] = "1:4"
+    path.write_text(json.dumps(saved))
+    with pytest.raises(BrokenError, match=f"{UP} had pattern 1:4 and has 2:4 after reading"):
+        load_run(tmp_path / "run", jax.devices()[:1])
+    with pytest.raises(BrokenError, match="had pattern 1:4"):
+        session_of(value).train(tmp_path / "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class leaky(prune):
+    """Stands for a method whose update gives pruned weights back."""
+
+    def update(self, params, step, *rest):
+        return weights.map_weights(
+            lambda _, w: w.replace(mask=jnp.ones_like(w.mask)) if isinstance(w, Masked) else w, params
+        )
+
+
+def test_methods_that_may_give_weights_back_waive_that_themselves():
+    moving = Gradual(end_step=3)
+    assert prune(method="movement", gradual=moving, budget="global").waived() == ("sparsity",)
+    assert chain(prune(rules=(rule("mlp", budget="global"),), method="movement", gradual=moving)).waived() != ()
+    assert chain(prune(method="movement", gradual=moving), prune(budget="global")).waived() == ()
+
+
+@pytest.mark.parametrize(
+    "moving",
+    [
+        prune(rules=MLP, gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
+        prune(rules=MLP, method="movement", gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
+        prune(rules=MLP, method="random", regrow=RigL(end_step=3, every_steps=1), sparsity=0.8),
+    ],
+)
+def test_masks_that_move_while_training_keep_what_they_promise(tmp_path, moving):
+    trained = session_of(experiment(tmp_path, transforms=(moving,))).train(tmp_path / "run")
+    assert manifest(trained.params)[UP]["sparsity"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_waived(tmp_path):
+    lost = leaky(pattern="2:4", rules=MLP)
+    with pytest.raises(BrokenError, match="had sparsity 50.00% and has 0.00% after training"):
+        session_of(experiment(tmp_path, transforms=(lost,))).train(tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    waived = chain(lost, waive=("sparsity", "pattern"))
+    session_of(experiment(tmp_path, transforms=(waived,))).train(tmp_path / "waived")

@@ -27,7 +27,20 @@ from jaxcost.sharding import MeshConfig
 from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import Gradual, chain, factorize, freeze, lora, prune, quantize, rule
+from jaxcost.transforms import (
+    Gradual,
+    bottleneck,
+    chain,
+    factorize,
+    freeze,
+    ia3,
+    lora,
+    prefix_tuning,
+    prompt_tuning,
+    prune,
+    quantize,
+    rule,
+)
 
 SMALL = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=32
@@ -366,6 +379,10 @@ TRANSFORMS = {
     "qlora": chain(quantize(), lora(rank=2)),
     "quantised training": quantize(mode="training"),
     "freeze": freeze(top_layers=1),
+    "dora": lora(rank=2, dora=True),
+    "ia3": ia3(),
+    "virtual tokens": chain(prefix_tuning(tokens=3), prompt_tuning(tokens=5, rules=(rule("prefix/"),))),
+    "bottleneck": bottleneck(width=4),
 }
 MESHES = {"fsdp 4 x tensor 2": MeshConfig(fsdp=4, tensor=2), "2 x 2 x 2": MeshConfig(data=2, fsdp=2, tensor=2)}
 STEPS = {}

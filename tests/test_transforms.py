@@ -5,15 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize
-from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import (
     Gradual,
     Rule,
@@ -21,13 +18,14 @@ from jaxcost.transforms import (
     chain,
     factorize,
     freeze,
+    ia3,
     lora,
+    norm_only,
     prune,
     quantize,
     rule,
 )
-from jaxcost.transforms.base import freeze_weight
-from jaxcost.weights import Frozen, Lora, LowRank, Masked, QuantAware, Quantized, materialize
+from jaxcost.weights import LowRank, Masked, Quantized, materialize
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=16
@@ -73,270 +71,6 @@ def apply_to(transform, w, path="layers/kernel"):
 
 def normal(shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
-
-# ---- Pruning at once ----
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.7, 0.97, 0.999])
-@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 16, 24), (2, 1, 1)])
-def test_prune_takes_exactly_the_smallest_of_every_matrix(sparsity, shape):
-    w = normal(shape)
-    got = apply_to(prune(sparsity=sparsity), w)
-    size = shape[1] * shape[2]
-    assert pruned_counts(got.mask) == [min(round(sparsity * size), size - 1)] * shape[0]
-    assert got.weight is w
-    for matrix, mask in zip(np.abs(w), np.asarray(got.mask), strict=True):
-        assert np.max(matrix[~mask], initial=0) < np.min(matrix[mask])
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.0])
-def test_prune_of_equal_weights_is_exact_and_takes_the_first(value):
-    mask = apply_to(prune(sparsity=0.4), jnp.full((2, 5, 4), value)).mask
-    np.testing.assert_array_equal(mask.reshape(2, 20), np.arange(20) >= 8 * np.ones((2, 1)))
-
-
-def test_prune_is_exact_in_bfloat16_where_many_weights_are_equal():
-    w = normal((2, 96, 80), dtype=jnp.bfloat16)
-    assert len(np.unique(np.abs(np.asarray(w, np.float32)))) < 0.2 * w.size
-    got = apply_to(prune(sparsity=0.3), w)
-    assert pruned_counts(got.mask) == [2304, 2304]
-    for matrix, mask in zip(np.abs(np.asarray(w, np.float32)), np.asarray(got.mask), strict=True):
-        assert np.max(matrix[~mask]) <= np.min(matrix[mask])
-
-
-def test_pruning_again_is_monotone_and_counts_what_is_pruned_already():
-    w = normal((2, 9, 7)).at[0, 0].set(0.0)
-    first = apply_to(prune(sparsity=0.3), w)
-    # The weights that the first mask took are now the largest, and still go first.
-    second = apply_to(prune(sparsity=0.6), first.replace(weight=jnp.where(first.mask, w, 99.0)))
-    assert pruned_counts(first.mask) == [19, 19] and pruned_counts(second.mask) == [38, 38]
-    assert not np.any(second.mask & ~first.mask)
-    third = apply_to(prune(sparsity=0.1), second)
-    np.testing.assert_array_equal(third.mask, second.mask)
-    pattern = apply_to(prune(pattern="1:3"), second)
-    assert not np.any(pattern.mask & ~second.mask)
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 4), (4, 8)])
-def test_n_of_m_keeps_the_n_largest_of_every_m_along_the_contracted_axis(n, m):
-    w = normal((2, 16, 5))
-    mask = np.asarray(apply_to(prune(pattern=f"{n}:{m}"), w).mask).reshape(2, 16 // m, m, 5)
-    groups = np.abs(w).reshape(mask.shape)
-    assert np.all(mask.sum(axis=2) == n)
-    assert np.all(np.min(np.where(mask, groups, np.inf), axis=2) > np.max(np.where(mask, 0, groups), axis=2))
-
-
-def test_n_of_m_keeps_the_first_of_equals():
-    mask = apply_to(prune(pattern="2:4"), jnp.ones((1, 8, 3))).mask
-    np.testing.assert_array_equal(mask[0, :, 0], [True, True, False, False] * 2)
-    assert np.all(mask[..., :1] == mask)
-
-
-# ---- Pruning of every kind ----
-
-
-def test_prune_of_every_kind():
-    params = {"layers": {"kernel": normal((2, 8, 12))}}
-    half = prune(sparsity=0.5)
-    adapted = flat(half(lora(rank=2)(params)))["layers/kernel"]
-    assert isinstance(adapted, Lora) and isinstance(adapted.base, Masked)
-    assert pruned_counts(adapted.base.mask) == [48, 48] and adapted.a.shape == (2, 8, 2)
-    thin = flat(half(factorize(rank=3)(params)))["layers/kernel"]
-    assert isinstance(thin, LowRank)
-    assert pruned_counts(thin.u.mask) == [12, 12] and pruned_counts(thin.v.mask) == [18, 18]
-    trained = flat(half(quantize(mode="training", rules=(rule("kernel"),))(params)))["layers/kernel"]
-    assert isinstance(trained, QuantAware) and pruned_counts(trained.weight.mask) == [48, 48]
-    frozen = apply_to(half, Frozen(params["layers"]["kernel"]))
-    assert isinstance(frozen, Frozen) and pruned_counts(frozen.weight.mask) == [48, 48]
-    deep = apply_to(half, Frozen(Lora(LowRank(normal((2, 8, 2)), normal((2, 2, 12))), adapted.a, adapted.b)))
-    assert pruned_counts(deep.weight.base.u.mask) == [8, 8]
-
-
-# ---- Pruning while training ----
-
-
-def cubic(step, begin, end, first, last):
-    progress = min(max((step - begin) / (end - begin), 0), 1)
-    return last + (first - last) * (1 - progress) ** 3
-
-
-@functools.cache
-def gradual_run():
-    """The masks before the first step and after each of ten, and the transform: two schedules, one from a rule."""
-    transform = prune(
-        rules=(
-            rule("mlp/up", sparsity=0.6, gradual=Gradual(begin_step=0, end_step=5, every_steps=3)),
-            rule("mlp/gate", gradual=None),
-            rule("query|down"),
-        ),
-        sparsity=0.83,
-        gradual=Gradual(begin_step=1, end_step=8, every_steps=2, initial_sparsity=0.2),
-    )
-    optimizer = optax.sgd(0.5)
-    state = init_state(transform(dense_params()), optimizer, seed=0)
-    model = Transformer(CONFIG, ExecutionConfig(unroll="never"))
-    step = jax.jit(make_train_step(model, optimizer, chain(transform)), compiler_options=QUICK)
-    batch = {"inputs": tokens(), "targets": tokens(), "mask": jnp.ones((2, 8))}
-    states = [state]
-    for _ in range(10):
-        states.append(step(states[-1], batch)[0])
-    return transform, [flat(state.params) for state in states]
-
-
-@pytest.mark.parametrize(
-    ("path", "schedule"),
-    [
-        ("layers/attention/query/kernel", (1, 8, 0.2, 0.83)),
-        ("layers/mlp/down/kernel", (1, 8, 0.2, 0.83)),
-        (UP, (0, 5, 0.0, 0.6)),
-    ],
-)
-def test_gradual_pruning_follows_the_cubic_in_a_jitted_train_step(path, schedule):
-    begin, end, first, last = schedule
-    every = 3 if path == UP else 2
-    _, states = gradual_run()
-    masks = [state[path].mask for state in states]
-    size = masks[0][0].size
-    expected = round(first * size)
-    assert pruned_counts(masks[0]) == [expected] * 3
-    moves = 0
-    for step, (before, after) in enumerate(zip(masks, masks[1:], strict=False)):
-        if begin <= step <= end and ((step - begin) % every == 0 or step == end):
-            expected = max(expected, round(cubic(step, begin, end, first, last) * size))
-            moves += 1
-        assert pruned_counts(after) == [expected] * 3, step
-        assert not np.any(after & ~before), step
-    assert moves >= 3
-    assert pruned_counts(masks[-1]) == [round(last * size)] * 3
-
-
-def test_gradual_masks_follow_the_weights_as_they_train():
-    _, states = gradual_run()
-    before, after = states[1]["layers/attention/query/kernel"], states[2]["layers/attention/query/kernel"]
-    assert np.any(before.weight != after.weight)
-    trained = np.abs(np.where(before.mask, after.weight, 0))
-    for matrix, mask in zip(trained, np.asarray(after.mask), strict=True):
-        assert np.max(matrix[~mask]) <= np.min(matrix[mask])
-
-
-def test_gradual_rules_may_leave_the_schedule_out():
-    transform, states = gradual_run()
-    assert pruned_counts(states[0]["layers/mlp/gate/kernel"].mask) == [round(0.83 * 16 * 24)] * 3
-    np.testing.assert_array_equal(states[0]["layers/mlp/gate/kernel"].mask, states[-1]["layers/mlp/gate/kernel"].mask)
-    assert transform.last_step() == 8 and chain(transform, lora()).last_step() == 8
-    assert prune(rules=(rule("mlp", gradual=Gradual(end_step=30)), rule("attention"))).last_step() == 30
-    assert prune().last_step() == chain(prune(), quantize()).last_step() == chain().last_step() == -1
-
-
-# ---- LoRA ----
-
-
-def test_lora_changes_nothing_at_first_and_trains_adapters_alone():
-    params = lora(rank=4, alpha=6.0)(dense_params(), jax.random.key(3))
-    np.testing.assert_array_equal(forward()(params), forward()(dense_params()))
-    trainable, frozen = weights.partition(params)
-    assert trainable.keys() == {f"{path}/{name}" for path in KERNELS for name in "ab"}
-    assert all(not np.any(leaf) for path, leaf in trainable.items() if path.endswith("/b"))
-    for path, w in flat(params).items():
-        if path in KERNELS:
-            *_, inward, outward = w.base.shape
-            assert w.scale == 1.5 and w.a.shape == (3, inward, 4) and w.b.shape == (3, 4, outward)
-            largest = np.max(np.abs(w.a))
-            assert 0.9 * inward**-0.5 < largest <= inward**-0.5
-            assert np.all(np.std(w.a, axis=(1, 2)) > 0) and np.any(w.a[0] != w.a[1])
-        else:
-            assert isinstance(w, Frozen)
-
-
-@pytest.mark.parametrize("before", [prune(), factorize(), quantize(), quantize(mode="training"), freeze()])
-def test_lora_on_every_kind_keeps_what_it_means_and_freezes_it(before):
-    params = before(dense_params())
-    adapted = flat(lora(rank=2)(params))
-    for path, w in flat(params).items():
-        if path.endswith("kernel") and "layers/" in path:
-            assert isinstance(adapted[path], Lora) and not isinstance(adapted[path].base, Frozen)
-            np.testing.assert_array_equal(materialize(adapted[path]), materialize(w))
-            base = [name for name in weights.partition(adapted[path])[0] if name.startswith("base")]
-            assert not base
-
-
-def test_each_weight_takes_its_random_values_from_its_own_path():
-    everything = flat(lora()(dense_params(), jax.random.key(1)))
-    up_alone = flat(lora(rules=(rule("mlp/up"),))(dense_params(), jax.random.key(1)))
-    other_key = flat(lora()(dense_params(), jax.random.key(2)))
-    np.testing.assert_array_equal(everything[UP].a, up_alone[UP].a)
-    assert np.any(everything[UP].a != other_key[UP].a)
-    assert np.any(everything[UP].a != everything["layers/mlp/gate/kernel"].a)
-
-
-# ---- Low rank ----
-
-
-@pytest.mark.parametrize("rank", [1, 2, 5])
-def test_factorize_is_the_best_approximation_of_its_rank(rank):
-    w = normal((2, 13, 11))
-    thin = apply_to(factorize(rank=rank), w)
-    assert thin.u.shape == (2, 13, rank) and thin.v.shape == (2, rank, 11)
-    values = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
-    error = np.sum((np.asarray(w, np.float64) - np.asarray(materialize(thin), np.float64)) ** 2, axis=(-2, -1))
-    np.testing.assert_allclose(error, np.sum(values[:, rank:] ** 2, axis=-1), rtol=1e-5)
-    # The singular values are shared evenly.
-    np.testing.assert_allclose(np.sum(np.square(thin.u), axis=1), values[:, :rank], rtol=1e-5)
-    np.testing.assert_allclose(np.sum(np.square(thin.v), axis=2), values[:, :rank], rtol=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_factorize_takes_the_largest_rank_within_its_share(share):
-    rank = apply_to(factorize(parameters=share), normal((2, 24, 16))).u.shape[-1]
-    assert rank * (24 + 16) <= share * 24 * 16 < (rank + 1) * (24 + 16)
-    assert apply_to(factorize(parameters=0.01), normal((2, 24, 16))).u.shape[-1] == 1
-
-
-def test_factorize_goes_into_frozen_weights():
-    w = apply_to(factorize(rank=2), Frozen(normal((2, 13, 11))))
-    assert isinstance(w, Frozen) and isinstance(w.weight, LowRank)
-
-
-# ---- Freezing ----
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_freeze_keeps_the_function_and_the_gradients_of_what_trains(tied):
-    config = ModelConfig(**{**vars(CONFIG), "tie_embeddings": tied})
-    model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(1))
-    frozen = freeze(top_layers=1)(params)
-    assert frozen["layers"]["mlp"]["up"]["kernel"].shape[0] == 1
-    assert frozen["frozen_layers"]["mlp"]["up"]["kernel"].weight.shape[0] == 2
-    trainable, rest = weights.partition(frozen)
-    expected = {path for path in flat(params) if path.startswith("layers/")} | {"final_norm/scale"}
-    assert trainable.keys() == expected | (set() if tied else {"unembed/kernel"})
-
-    def loss(params):
-        hidden = model.apply({"params": params}, tokens())[0]
-        return jnp.sum(jnp.sin(hidden @ jnp.ones((16, 3)))), hidden
-
-    def frozen_loss(trainable):
-        return loss(weights.combine(frozen, trainable, rest))
-
-    (_, hidden), gradient = jax.jit(jax.value_and_grad(frozen_loss, has_aux=True), compiler_options=QUICK)(trainable)
-    (_, want_hidden), want = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
-    np.testing.assert_allclose(hidden, want_hidden, rtol=1e-5, atol=1e-5)
-    want = flat(want)
-    for path, got in gradient.items():
-        full = want[path][2:] if path.startswith("layers/") else want[path]
-        np.testing.assert_allclose(got, full, rtol=1e-4, atol=1e-5, err_msg=path)
-
-
-def test_freeze_takes_more_by_rule_and_skips():
-    transform = freeze(top_layers=2, rules=(rule("final_norm", skip=True), rule("embed/table")))
-    got = flat(transform(dense_params()))
-    assert isinstance(got["final_norm/scale"], Frozen) and isinstance(got["unembed/kernel"], Frozen)
-    assert not isinstance(got["embed/table"], Frozen)
-    # What does not train anyway is not wrapped.
-    w = Quantized(jnp.ones((2, 3), jnp.int8), jnp.ones((1, 3)))
-    assert freeze_weight(w) is w and isinstance(freeze_weight(jnp.ones(2)), Frozen)
 
 
 # ---- Chains ----
@@ -398,7 +132,7 @@ def test_the_first_rule_that_matches_decides():
         (lambda: rule("mlp["), r"The rule 'mlp\[' is not a regular expression: unterminated character set"),
         (
             lambda: prune(rules=(rule("mlp", rank=3),)),
-            "sets rank, but the options are sparsity, pattern, gradual",
+            "sets rank, but the options are method, sparsity, pattern",
         ),
         (lambda: quantize(rules=(Rule("mlp", options=(("size", 2),)),)), "sets size, but the options are mode, bits"),
         (lambda: freeze(rules=(rule("nowhere"),)), "freeze: the rule 'nowhere' matches no weight"),
@@ -457,6 +191,10 @@ TRANSFORMS = {
     "groups": quantize(bits=4, numbers="nf", group=4),
     "integers": quantize(activations="dynamic"),
     "qlora": chain(quantize(), lora(rank=2)),
+    "dora": lora(rank=2, dora=True, rank_stabilized=True),
+    "pissa": lora(rank=2, init="pissa"),
+    "ia3": ia3(),
+    "norms": norm_only(),
     "quantised training": quantize(mode="training"),
     "freeze": freeze(top_layers=1),
     "all": chain(factorize(parameters=0.6), prune(), quantize(), lora(rank=2)),
@@ -533,22 +271,6 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
         (lambda: chain(lora(rules=(rule("mlp/up"),)), lora(rules=(rule("mlp/gate"),)), lora()), "an adapter already"),
         (lambda: lora(rules=(rule("final_norm"),)), r"final_norm/scale has shape \(16,\), which is no matrix; skip it"),
         (lambda: lora(rules=(rule("mlp_norm"),)), r"layers/mlp_norm/scale has shape \(3, 16\), which is no matrix"),
-        (lambda: prune(sparsity=1.0), "prune: sparsity is 1.0; it must be at least 0 and less than 1"),
-        (lambda: prune(sparsity=-0.1), "prune: sparsity is -0.1"),
-        (lambda: prune(sparsity=float("nan")), "prune: sparsity is nan"),
-        (lambda: prune(pattern="2:5"), "prune: the contracted axis of layers/.* has size 16, which 5 does not divide"),
-        (lambda: prune(pattern="4:4"), "prune: the pattern 4:4 must keep fewer than it has"),
-        (lambda: prune(pattern="0:4"), "prune: the pattern 0:4 must keep fewer"),
-        (lambda: prune(pattern="half"), "prune: the pattern 'half' is neither"),
-        (lambda: prune(pattern="2:4", gradual=Gradual(end_step=3)), "prune: a gradual schedule needs"),
-        (lambda: prune(gradual=Gradual(end_step=3, begin_step=3)), r"prune: end_step \(3\) must come after begin_step"),
-        (lambda: prune(gradual=Gradual(end_step=3, every_steps=0)), "prune: every_steps is 0"),
-        (lambda: prune(gradual=Gradual(end_step=3, initial_sparsity=1.0)), "prune: initial_sparsity is 1.0"),
-        (
-            lambda: chain(quantize(), prune(), waive=("order",)),
-            "prune: .* is quantised already; prune before quantising",
-        ),
-        (lambda: chain(prune(), quantize(), prune(), waive=("order",)), "prune: .* is quantised already"),
         (lambda: factorize(rank=0), "factorize: rank is 0"),
         (
             lambda: factorize(rank=6),

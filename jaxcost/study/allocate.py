@@ -141,11 +141,11 @@ def layer_error(calibration: Calibration, params: weights.Params) -> Score:
 
 
 def stored_bytes(w: Any) -> float:
-    """Bytes that a weight takes when it is stored: of a masked one, what is kept and one bit an entry for the mask."""
+    """Bytes that a weight takes when it is stored: codes of 4 bits two a byte, and what a mask keeps with its bits."""
     if isinstance(w, weights.Masked):
         share = float(jnp.mean(w.mask.astype(jnp.float32)))
         return share * stored_bytes(w.weight) + w.mask.size / 8
-    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w)))
+    return float(sum(weights.storage_bytes(leaf) for leaf in jax.tree.leaves(w)))
 
 
 def contraction_seconds(chip: Chip, rows: int, dtype: Any = jnp.bfloat16) -> Callable[[Any], float]:

@@ -118,6 +118,13 @@ def _findings(rows, controls, baselines, base_score) -> list[dict[str, Any]]:
                 "step's FLOPs."
             )
             found.append(_finding(f"{row['name']}_close_to_full", gain >= 0.85 * full and ratio >= 20, text))
+        if row.get("distill"):
+            text = (
+                f"{row['name']}: {row['score']:.3f} bits per byte with the base as its teacher, the control without "
+                f"{control['score']:.3f}; its step has {row['step_flops'] / control['step_flops']:.2f} times the "
+                "control's FLOPs, the teacher's included."
+            )
+            found.append(_finding(f"{row['name']}_gains_from_its_teacher", row["score"] < control["score"], text))
         if "quantize(" in said and "lora(" not in said:
             loss = row["score"] / control["score"] - 1
             text = f"{row['name']} loses {loss:.2%} bits per byte against the control."

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from jaxcost.training.distill import DistillConfig
-from jaxcost.transforms import Transform
+from jaxcost.transforms import Transform, chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,13 @@ class Recipe:
                 f"The recipe {self.name!r} is taught by the base model: give distill.logits or distill.hidden, and "
                 "neither a teacher nor from_layers."
             )
+
+    def describe(self) -> str:
+        """What is done to the base model, in a few words."""
+        what = chain(*self.transforms).describe() if self.transforms else "none"
+        taught = " → taught by the base" if self.distill else ""
+        then = f" → {chain(*self.finish).describe()}" if self.finish else ""
+        return (what + taught + then).removeprefix("none → ")
 
 
 Metric = Literal["checkpoint_bytes", "weight_bytes", "step_flops", "inference_flops_per_token", "usd", "kwh"]

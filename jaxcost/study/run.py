@@ -90,8 +90,7 @@ def run_study(
     rows, engine, recoveries = [], Engine(base.model), {}
     paid: set[str] = set()
     for index, recipe in enumerate(recipes, 1):
-        what = chain(*recipe.transforms, *recipe.finish).describe()
-        console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({what})")
+        console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({recipe.describe()})")
         recovery = _recovery(experiment, recipe)
         if recipe.task not in tasks:
             tasks[recipe.task] = base.reopen(recovery)
@@ -181,7 +180,7 @@ def _run_recipe(
     return {
         "name": recipe.name,
         "transforms": [repr(t) for t in (*recipe.transforms, *recipe.finish)],
-        "description": chain(*recipe.transforms, *recipe.finish).describe(),
+        "description": recipe.describe(),
         "task": recipe.task,
         "control": is_control(recipe),
         "distill": serialization.to_json(recipe.distill),

@@ -30,7 +30,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         config.epsilon,
         mu_dtype=jnp.bfloat16 if config.first_moment == "bfloat16" else None,
         weight_decay=config.weight_decay,
-        mask=lambda arrays: {path: not path.endswith(("/scale", "/bias")) for path in arrays},
+        mask=lambda arrays: {path: not path.endswith(("/scale", "/bias", "/scores")) for path in arrays},
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 

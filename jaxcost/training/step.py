@@ -68,7 +68,7 @@ def make_train_step(
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
-    differentiated. After the update, `transform.update` moves what moves while training (gradual masks). With experts,
+    differentiated. After the update, `transform.update` moves what moves while training (masks). With experts,
     their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
     `router_losses`.
 
@@ -120,15 +120,16 @@ def make_train_step(
             (_, gradient, sums), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
 
         gradient = jax.tree.map(lambda g: g / count, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, trainable)
+        kept = weights.kept_gradients(state.params, gradient)
+        updates, optimizer_state = optimizer.update(kept, state.optimizer, trainable)
         # The arithmetic is float32 whatever is kept; what is kept must not become wider from step to step.
         optimizer_state = jax.tree.map(lambda new, old: new.astype(old.dtype), optimizer_state, state.optimizer)
         updated = optax.apply_updates(trainable, updates)
         params = weights.combine(state.params, updated, frozen)
-        params = transform.update(params, state.step)
+        params = transform.update(params, state.step, gradient)
         beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.global_norm(kept)
         return TrainState(state.step + 1, params, optimizer_state, state.key, beside), metrics
 
     return train_step

@@ -20,11 +20,13 @@ from jaxcost.transforms.ia3 import ia3
 from jaxcost.transforms.lora import lora
 from jaxcost.transforms.manifest import BrokenError
 from jaxcost.transforms.merge import merge_adapters, merge_losses
-from jaxcost.transforms.prune import Gradual, prune
+from jaxcost.transforms.prune import prune
 from jaxcost.transforms.quantize import quantize
+from jaxcost.transforms.schedules import SET, Gradual, Iterative, RigL
 from jaxcost.transforms.smooth import smooth
 
 __all__ = [
+    "SET",
     "BrokenError",
     "Calibration",
     "CalibrationConfig",
@@ -32,7 +34,9 @@ __all__ = [
     "Chain",
     "Covered",
     "Gradual",
+    "Iterative",
     "OrderError",
+    "RigL",
     "Rule",
     "RuleError",
     "Transform",

@@ -50,7 +50,11 @@ class Addition(Transform):
     def coverage(self, params):
         added = {path: jax.eval_shape(make, jax.random.key(0)) for path, make in self._checked(params).items()}
         rows = [Covered(path, tuple(a.shape), None, f"added: {self.describe()}") for path, a in sorted(added.items())]
-        return super().coverage(params) + rows
+        kept = [
+            dataclasses.replace(row, action="train") if row.action == self.describe() else row
+            for row in super().coverage(params)
+        ]
+        return kept + rows
 
     def _checked(self, params: Params) -> dict[str, Maker]:
         makers, present = self.additions(params), _shapes(params)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -38,6 +38,9 @@ STAGES: tuple[Stage, ...] = ("factorize", "prune", "adapt", "quantize")
 
 Adapters may also come last: on a quantised base they are trained and served beside it (QLoRA).
 """
+
+Gradients = Mapping[str, jax.Array]
+"""The gradient of the mean loss with respect to each array that trains, by its path."""
 
 
 class CalibrationError(ValueError):
@@ -123,6 +126,16 @@ class Transform:
           CalibrationError: the statistics of a weight are needed and not given.
           ValueError: a picked weight cannot be transformed so.
         """
+        return self.over_picked(lambda settings, *arguments: settings.apply(*arguments), params, key, calibration)
+
+    def over_picked(
+        self,
+        f: Callable[..., Any],
+        params: Params,
+        key: jax.Array | None = None,
+        calibration: Calibration | None = None,
+    ) -> Params:
+        """f(the options for it, path, weight, key, inputs) in place of each picked weight; raises as a call does."""
         self.coverage(params)
         key = jax.random.key(0) if key is None else key
 
@@ -136,7 +149,7 @@ class Transform:
                     f"{type(self).__name__}: nothing is known of the inputs of {path}, which {settings.describe()} "
                     "needs; calibrate on some data first."
                 )
-            return settings.apply(path, w, jax.random.fold_in(key, zlib.crc32(path.encode())), inputs)
+            return f(settings, path, w, jax.random.fold_in(key, zlib.crc32(path.encode())), inputs)
 
         return weights.map_weights(one, params)
 
@@ -181,8 +194,11 @@ class Transform:
         """The new weight for one that no rule picked."""
         return freeze_weight(w) if self.freezes_the_rest else w
 
-    def update(self, params: Params, step: jax.Array) -> Params:
-        """What happens to the weights after optimizer step `step` (from 0), inside the jitted train step."""
+    def update(self, params: Params, step: jax.Array, gradients: Gradients) -> Params:
+        """What happens to the weights after optimizer step `step` (from 0), inside the jitted train step.
+
+        `gradients` are those that the step was taken with, by the path of each array that trains.
+        """
         return params
 
     def last_step(self) -> int:
@@ -285,9 +301,9 @@ class Chain(Transform):
             promised = self.check(promised, params, one)
         return params
 
-    def update(self, params, step):
+    def update(self, params, step, gradients):
         for transform in self.transforms:
-            params = transform.update(params, step)
+            params = transform.update(params, step, gradients)
         return params
 
     def last_step(self):

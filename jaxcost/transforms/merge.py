@@ -1,7 +1,6 @@
 """Merging adapters: one weight where a base and its update stood, in a copy. There is no way back.
 
-Taking an update out of a merged weight again does not give the base: in bfloat16, one weight in five comes back
-changed.
+Taking an update out of a merged weight again does not give the base: in bfloat16 many weights come back changed.
 """
 
 from __future__ import annotations

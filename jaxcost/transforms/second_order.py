@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Plan = Callable[[jax.Array, jax.Array, jax.Array], Any]
 """(rows (group, out) as they are now, pivots (group,), number of the first row) → a tree with a leading group axis."""
@@ -55,8 +56,10 @@ def solve(
     Returns:
       The new values, float32 (in, out), and what `decide` kept, with a leading axis of rows.
     """
-    factor, dead = inverse_factor(gram, count, damping)
-    w = jnp.where(dead[:, None], 0.0, w.astype(jnp.float32))
+    factor, dead = inverse_factor(_whole(gram, PartitionSpec(None, None)), count, damping)
+    # Row after row needs all rows in one place, once; the outputs may stay apart.
+    w = _whole(w.astype(jnp.float32), PartitionSpec(None, PartitionSpec.UNCONSTRAINED))
+    w = jnp.where(dead[:, None], 0.0, w)
     group = block if group is None else group
     end, parts = 0, []
     # Whole blocks, what is left of whole groups, and what is left.
@@ -86,6 +89,11 @@ def inverse_factor(gram: jax.Array, count: jax.Array, damping: float) -> tuple[j
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     factor = jax.scipy.linalg.solve_triangular(upper, jnp.eye(len(diagonal), dtype=jnp.float32))
     return factor, silent & (count > 0)
+
+
+def _whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """x with the axes that the spec names as None on every device; without a mesh it is x."""
+    return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, spec)
 
 
 def _solve_block(w, start, *, factor, size: int, group: int, plan: Plan, decide: Decide):

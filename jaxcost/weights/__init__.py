@@ -31,7 +31,7 @@ from jaxcost.weights.quantized import (
     storage_bytes,
 )
 from jaxcost.weights.scaled import Scaled
-from jaxcost.weights.sparse import Masked
+from jaxcost.weights.sparse import Masked, Scored, kept_gradients
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "QuantSpec",
     "Quantized",
     "Scaled",
+    "Scored",
     "Weight",
     "blank_inputs",
     "choose",
@@ -61,6 +62,7 @@ __all__ = [
     "group_scale",
     "integer_limit",
     "is_weight",
+    "kept_gradients",
     "logical_axes",
     "map_weights",
     "materialize",

@@ -30,6 +30,11 @@ class Inputs:
     gram: jax.Array | None = None
     """(..., in, in): sum of the outer products of the rows, xᵀx; None where it was not asked for."""
 
+    def root_mean_squares(self) -> jax.Array:
+        """(..., in): of each input; ones for a matrix that has met no rows."""
+        met = self.count[..., None]
+        return jnp.where(met > 0, jnp.sqrt(self.squares / jnp.maximum(met, 1.0)), 1.0)
+
     def __add__(self, other: Inputs) -> Inputs:
         """The statistics of both sets of rows."""
         return Inputs(
