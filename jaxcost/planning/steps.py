@@ -97,9 +97,10 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
     rows = _place(mesh, "batch")
-    empty = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.dtype))
+    empty = jax.eval_shape(lambda: init_cache(model.config, batch, length, model.execution.cache_dtype))
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
-    cache = Cache(_shaped(empty.key, kv), _shaped(empty.value, kv), _shaped(empty.length, rows))
+    held = (jax.tree.map(lambda a: _shaped(a, kv), side) for side in (empty.key, empty.value))
+    cache = Cache(*held, _shaped(empty.length, rows))
     engine = Engine(model)
     categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
     if name == "prefill":

@@ -91,7 +91,7 @@ class Engine:
             row[: len(prompt)] = prompt
         # Whole dispatches may write past the last token asked for.
         slots = longest + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
-        cache = init_cache(self.model.config, len(prompts), slots, self.model.execution.dtype)
+        cache = init_cache(self.model.config, len(prompts), slots, self.model.execution.cache_dtype)
         logits, cache = self.prefill(params, padded, np.array([len(p) for p in prompts], np.int32), cache)
         pieces: list[np.ndarray] = []
         key = jax.random.key(seed)

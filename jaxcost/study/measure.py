@@ -36,7 +36,7 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
     tokens = min(tokens, config.max_length)
 
     def arguments():
-        cache = init_cache(config, batch_size, tokens, engine.model.execution.dtype)
+        cache = init_cache(config, batch_size, tokens, engine.model.execution.cache_dtype)
         logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
         return params, logits, cache, jax.random.key(0), jnp.float32(1.0)
 
