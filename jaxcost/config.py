@@ -83,11 +83,13 @@ class Experiment:
             )
 
     def trained_part(self) -> Experiment:
-        """The experiment without what does not touch a training: prices, what is kept, what is compared, where."""
+        """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
         rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh")}
-        return dataclasses.replace(self, data=data, distill=dataclasses.replace(self.distill, store=""), **rest)
+        execution = dataclasses.replace(self.execution, cache=default.execution.cache)
+        distill = dataclasses.replace(self.distill, store="")
+        return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)
 
     def check_devices(self, num_devices: int, vocab_size: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""

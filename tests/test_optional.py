@@ -170,6 +170,16 @@ def test_generation_takes_virtual_tokens_into_account():
         engine.generate(params, prompts, max_new_tokens=15)
 
 
+def test_virtual_tokens_are_held_in_integers_too():
+    params = tuned("prefix and prompt")
+    engine = Engine(Transformer(CONFIG, ExecutionConfig(cache="int8")))
+    cache = engine.start(params, batch_size=3, slots=10)
+    assert cache.key.codes.dtype == jnp.int8 and cache.key.codes.shape == (3, 3, 18, 2, 4)
+    got, _ = engine.prefill(params, tokens(), np.full(3, 10), cache)
+    want = logits("llama", params, tokens())[:, -1]
+    assert 0 < np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+
+
 # ---- What is refused ----
 
 

@@ -158,14 +158,20 @@ def adapter_training_flops_per_token(
 
 
 def kv_cache_bytes(
-    model: model_config.ModelConfig, batch: int, sequence_tokens: int, bytes_per_element: float = 2
+    model: model_config.ModelConfig,
+    batch: int,
+    sequence_tokens: int,
+    bytes_per_element: float = 2,
+    scale_bytes: float = 0,
 ) -> int:
-    """Bytes of the keys and values of `batch` sequences: 2·L·K·h·bytes·S·B.
+    """Bytes of the keys and values of `batch` sequences: 2·L·K·(h·bytes + scale)·S·B.
+
+    `scale_bytes` are those beside the elements of each head's key or value: 4 for a quantised cache's float32 scale.
 
     Source: Pope et al. 2022 (arXiv:2211.05102), with key-value heads in place of heads.
     """
-    elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim * sequence_tokens * batch
-    return math.ceil(elements * bytes_per_element)
+    vectors = 2 * model.num_layers * model.num_kv_heads * sequence_tokens * batch
+    return math.ceil(vectors * (model.head_dim * bytes_per_element + scale_bytes))
 
 
 def storage_bytes(parameters: int, bits_per_parameter: float, block: int | None = None, scale_bits: int = 32) -> int:
@@ -260,6 +266,7 @@ def decode_step_bound(
     num_chips: int = 1,
     bytes_per_weight: float = 2,
     bytes_per_cache_element: float = 2,
+    cache_scale_bytes: float = 0,
     operand_type: str = "bf16",
 ) -> roofline.Bound:
     """Lower bound on the seconds of one decode step, which makes `batch` tokens.
@@ -274,12 +281,13 @@ def decode_step_bound(
         cached_tokens: tokens that each sequence's cache holds.
         num_chips: chips that share the weights and the cache.
         bytes_per_weight: 2 for bf16 weights, 1 for int8, 0.5 for int4.
-        bytes_per_cache_element: 2 for a bf16 cache.
+        bytes_per_cache_element: 2 for a bf16 cache, 1 for an int8 one.
+        cache_scale_bytes: beside the elements of each head's key or value, 4 for an int8 cache.
         operand_type: type whose peak the matmuls run at.
     """
     flops = batch * forward_flops_per_token(model, cached_tokens, "full")
     weights = parameter_counts(model).matmul * bytes_per_weight
-    cache = kv_cache_bytes(model, batch, cached_tokens, bytes_per_cache_element)
+    cache = kv_cache_bytes(model, batch, cached_tokens, bytes_per_cache_element, cache_scale_bytes)
     devices = num_chips * chip.devices_per_chip
     return roofline.lower_bound(chip, {operand_type: flops / devices}, (weights + cache) / devices)
 

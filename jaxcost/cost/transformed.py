@@ -42,7 +42,8 @@ def training_step_flops(
     The stack `frozen_layers` costs its forward pass only, unless something in it or below it trains. Masked weights,
     and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
     whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
-    unembedding. Experts are not told apart: each token counts as multiplied with all matrices of a stack.
+    unembedding. Experts are not told apart: each token counts as multiplied with all matrices of a stack. Unrolled, a
+    compiler drops the gradient of the lowest layer's inputs where nothing below it trains.
 
     Args:
       model: what the weights are of.

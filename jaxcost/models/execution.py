@@ -69,6 +69,8 @@ class ExecutionConfig:
     """Activations to move to host memory until the backward pass, by name."""
     attention: Implementation = "auto"
     """Attention without a cache: the reference, TPU splash or cuDNN; auto takes the platform's kernel where it can."""
+    cache: Literal["compute", "int8"] = "compute"
+    """Keys and values of the tokens seen, when serving: in the compute dtype, or int8 with a scale a token and head."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere.
 
@@ -88,6 +90,16 @@ class ExecutionConfig:
     def dtype(self):
         """The compute dtype as JAX's."""
         return jnp.dtype(self.compute)
+
+    @property
+    def cache_dtype(self):
+        """The dtype in which keys and values are held."""
+        return jnp.dtype(jnp.int8) if self.cache == "int8" else self.dtype
+
+    @property
+    def cache_scale_bytes(self) -> int:
+        """Bytes beside each cached key and value of a head: its float32 scale, where there is one."""
+        return 4 if self.cache == "int8" else 0
 
     @property
     def rematerializes(self) -> bool:

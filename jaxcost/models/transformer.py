@@ -29,6 +29,7 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.models import attention, optional
+from jaxcost.models import cache as caches
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.sharding import constrain
@@ -41,10 +42,10 @@ STACKS = ("frozen_layers", "layers")
 class Cache:
     """Keys and values of the tokens seen so far, for every layer and row."""
 
-    key: jax.Array
-    """(L, B, S, K, h), compute dtype."""
-    value: jax.Array
-    """(L, B, S, K, h), compute dtype."""
+    key: Any
+    """(L, B, S, K, h), compute dtype, or the `Codes` of as many."""
+    value: Any
+    """As the keys."""
     length: jax.Array
     """(B,) int32: tokens in each row, virtual ones included."""
     virtual: int = struct.field(pytree_node=False, default=0)
@@ -113,10 +114,12 @@ class Attention(nn.Module):
             q_BTHh, k_BTKh, v_BTKh = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh)
             out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation)[:, -length:]
         else:
-            cache = tuple(_write(old, new, positions_BT) for old, new in zip(cache, (k_BTKh, v_BTKh), strict=True))
-            slots = jnp.arange(cache[0].shape[1])
+            new = (k_BTKh, v_BTKh)
+            cache = tuple(caches.write(held, one, positions_BT) for held, one in zip(cache, new, strict=True))
+            keys_BSKh, values_BSKh = (caches.read(held, q_BTHh.dtype) for held in cache)
+            slots = jnp.arange(keys_BSKh.shape[1])
             mask_B1TS = (slots <= positions_BT[:, :, None])[:, None]
-            out_BTHh = jax.nn.dot_product_attention(q_BTHh, *cache, mask=mask_B1TS)
+            out_BTHh = jax.nn.dot_product_attention(q_BTHh, keys_BSKh, values_BSKh, mask=mask_B1TS)
         out = named(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
         return Linear(c.width, ("heads", "embed"), name="output")(out, keys[3]), cache
 
@@ -217,7 +220,7 @@ class Transformer(nn.Module):
         start, written = 0, []
         for stack in stacks:
             depth = jax.tree.leaves(stack)[0].shape[0]
-            cache = None if kv is None else tuple(a[start : start + depth] for a in kv)
+            cache = None if kv is None else jax.tree.map(lambda a: a[start : start + depth], kv)  # noqa: B023
             layers = (stack, cache, jnp.arange(start, start + depth))
             wrapped = self.execution.rematerialize(step, depth)
             x_BTD, cache = lax.scan(wrapped, x_BTD, layers, unroll=self.execution.unrolled(depth))
@@ -261,9 +264,9 @@ def unembedding(params: weights.Params) -> Any:
 
 
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:
-    """An empty cache for `slots` tokens a row."""
+    """An empty cache for `slots` tokens a row; a dtype of int8 makes one of `Codes`."""
     shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
+    return Cache(caches.empty(shape, dtype), caches.empty(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
 
 
 def start_cache(model: Transformer, params: weights.Params, batch_size: int, slots: int) -> Cache:
@@ -271,14 +274,15 @@ def start_cache(model: Transformer, params: weights.Params, batch_size: int, slo
     prefix, prompt = optional.prefix_tokens(params), optional.prompt_tokens(params)
     c = model.config
     if prefix + prompt == 0:
-        return init_cache(c, batch_size, slots, model.execution.dtype)
-    cache = init_cache(c, 1, prefix + prompt + slots, model.execution.dtype)
+        return init_cache(c, batch_size, slots, model.execution.cache_dtype)
+    cache = init_cache(c, 1, prefix + prompt + slots, model.execution.cache_dtype)
     if prefix:
         stacks = [params[name]["attention"]["prefix"] for name in STACKS if name in params]
 
-        def filled(cache_LBSKh, name):
+        def filled(held, name):
             tables_LPN = jnp.concatenate([weights.materialize(stack[name]) for stack in stacks])
-            return cache_LBSKh.at[:, 0, :prefix].set(_heads(tables_LPN, c.head_dim).astype(cache_LBSKh.dtype))
+            new_L1PKh = _heads(tables_LPN, c.head_dim)[:, None]
+            return jax.vmap(caches.write, (0, 0, None))(held, new_L1PKh, jnp.zeros((1, 1), jnp.int32))
 
         cache = Cache(filled(cache.key, "key"), filled(cache.value, "value"), cache.length + prefix, prefix)
     if prompt:
@@ -286,10 +290,8 @@ def start_cache(model: Transformer, params: weights.Params, batch_size: int, slo
         table_1PD = weights.materialize(params["prompt"]["table"])[None]
         _, cache = model.apply({"params": rest}, table_1PD, cache)
 
-    def rows(a, axis):
-        return jnp.repeat(a, batch_size, axis=axis)
-
-    return Cache(rows(cache.key, 1), rows(cache.value, 1), rows(cache.length, 0), prefix + prompt)
+    key, value = jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=1), (cache.key, cache.value))
+    return Cache(key, value, jnp.repeat(cache.length, batch_size), prefix + prompt)
 
 
 def rotate(x_BTHh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
@@ -345,13 +347,6 @@ def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):
 
 def _heads(x_BTN, head_dim: int):
     return x_BTN.reshape(*x_BTN.shape[:2], -1, head_dim)
-
-
-def _write(cache_BSKh, new_BTKh, positions_BT):
-    def row(cache, new, start):
-        return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
-
-    return jax.vmap(row)(cache_BSKh, new_BTKh, positions_BT[:, 0])
 
 
 def _keys(key, n: int):

@@ -398,7 +398,8 @@ def _serving_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes
     item, length = e.execution.dtype.itemsize, e.data.sequence_length
     read = 1 if slice_.step == "decode" else length
     rows = e.data.batch_size / (e.mesh.data * e.mesh.fsdp)
-    cache = closed_form.kv_cache_bytes(model, e.data.batch_size, length, item) / devices
+    held = (e.execution.cache_dtype.itemsize, e.execution.cache_scale_bytes)
+    cache = closed_form.kv_cache_bytes(model, e.data.batch_size, length, *held) / devices
     working = rows * read * (2 * model.width + 2 * model.mlp_width / e.mesh.tensor) * item
     num_bytes = sizes.weight_bytes / ways + cache + working + rows * 4 * vocab_size / e.mesh.tensor
     flops = e.data.batch_size * read * closed_form.forward_flops_per_token(model, length, "full") / devices

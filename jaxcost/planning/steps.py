@@ -104,7 +104,8 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     rows = _place(mesh, "batch")
     empty = jax.eval_shape(lambda params: start_cache(model, params, batch, length), shapes)
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
-    cache = jax.tree.map(_shaped, empty, empty.replace(key=kv, value=kv, length=rows))
+    key, value = jax.tree.map(lambda a: _shaped(a, kv), (empty.key, empty.value))
+    cache = empty.replace(key=key, value=value, length=_shaped(empty.length, rows))
     engine = Engine(model)
     categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
     if name == "prefill":

@@ -88,9 +88,8 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         if longest + max_new_tokens > limit:
             raise ValueError(
-                f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the {limit} that "
-                f"the model's max_length leaves; "
-                f"ask for at most {max(0, limit - longest)} new tokens or shorten the prompt."
+                f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the {limit} that the "
+                f"model's max_length leaves; ask for at most {max(0, limit - longest)} or shorten the prompt."
             )
         padded = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):

@@ -225,7 +225,14 @@ def _estimates(session: Session) -> dict[str, Any]:
     memory = closed_form.training_memory(
         model, data.batch_size, data.sequence_length, bytes_per_activation=width, remat="none"
     )
-    cache = closed_form.kv_cache_bytes(model, session.experiment.study.decode_batch_size, model.max_length, width)
+    execution = session.model.execution
+    cache = closed_form.kv_cache_bytes(
+        model,
+        session.experiment.study.decode_batch_size,
+        model.max_length,
+        execution.cache_dtype.itemsize,
+        execution.cache_scale_bytes,
+    )
     return {
         "parameters": closed_form.parameter_counts(model).total,
         "training_flops_per_token": flops,

@@ -1,0 +1,58 @@
+"""How the keys and values of a cache are held: as they were computed, or as 8-bit integers.
+
+Shapes: L layers, B batch, T new tokens, S slots, K key-value heads, h head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxcost.weights import integer_limit, quantization_scale
+
+_BITS = 8
+
+
+@struct.dataclass
+class Codes:
+    """Keys or values as integers with a scale for each token and head: codes * scale."""
+
+    codes: jax.Array
+    """int8, (..., B, S, K, h), -127..127."""
+    scale: jax.Array
+    """float32, (..., B, S, K, 1)."""
+
+
+def empty(shape: tuple[int, ...], dtype) -> Any:
+    """Zeros of a shape (..., B, S, K, h): an array, or `Codes` where the dtype is int8."""
+    if jnp.dtype(dtype) != jnp.int8:
+        return jnp.zeros(shape, dtype)
+    return Codes(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+
+
+def write(old: Any, new_BTKh: jax.Array, positions_BT: jax.Array) -> Any:
+    """The cache of one layer with row b's new tokens from slot positions[b, 0] on."""
+
+    def row(cache, new, start):
+        return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
+
+    new = _quantized(new_BTKh) if isinstance(old, Codes) else new_BTKh
+    return jax.tree.map(lambda cache, part: jax.vmap(row)(cache, part, positions_BT[:, 0]), old, new)
+
+
+def read(held: Any, dtype) -> jax.Array:
+    """The keys or values (..., B, S, K, h) in a dtype."""
+    if not isinstance(held, Codes):
+        return held
+    return (held.codes.astype(jnp.float32) * held.scale).astype(dtype)
+
+
+def _quantized(x: jax.Array) -> Codes:
+    scale = quantization_scale(x, _BITS, axis=-1)
+    limit = integer_limit(_BITS)
+    codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -limit, limit)
+    return Codes(codes.astype(jnp.int8), scale)
