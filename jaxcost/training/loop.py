@@ -123,9 +123,10 @@ def fit(
         clock = _Clock(ledger, started)
         losses: list[float] = []
         pending = None
+        run = sharding.runnable(jitted, compiled, state)
         progress.start(training.steps, done, tokens_per_step)
         for step in range(done + 1, training.steps + 1):
-            state, result = compiled(state, sharding.place_batch(next(batches), mesh))
+            state, result = run(state, sharding.place_batch(next(batches), mesh))
             # The step before is read only now, so that the devices never wait for the host.
             if pending is not None:
                 losses.append(_finite(pending, checkpoints, directory))
