@@ -97,7 +97,7 @@ def test_every_value_goes_to_the_nearest_of_its_grid_and_zeros_stay(grid, group)
     codes = {
         "int8": np.arange(-127, 128),
         "int4": np.arange(-7, 8),
-        "nf4": np.arange(16),
+        "nf4": np.arange(-8, 8),
         "fp8": everything.view(jnp.float8_e4m3fn),
     }[grid]
     levels = np.asarray(decode(jnp.asarray(codes, GRIDS[grid].dtype), grid, jnp.float32), np.float64)
@@ -117,8 +117,9 @@ def test_nf4_is_the_table_that_was_published():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0"""
     assert [float(number) for number in published.split(",")] == list(NF4_LEVELS)
-    np.testing.assert_array_equal(decode(jnp.arange(16, dtype=jnp.uint4), "nf4", jnp.float32), np.float32(NF4_LEVELS))
-    np.testing.assert_array_equal(encode(jnp.asarray(NF4_LEVELS), "nf4").astype(jnp.int32), np.arange(16))
+    codes = jnp.arange(-8, 8, dtype=jnp.int4)
+    np.testing.assert_array_equal(decode(codes, "nf4", jnp.float32), np.float32(NF4_LEVELS))
+    np.testing.assert_array_equal(encode(jnp.asarray(NF4_LEVELS), "nf4").astype(jnp.int32), np.arange(-8, 8))
     # And the rule behind it: quantiles of a normal, eight up from zero and seven down, scaled to end at one.
     from scipy.stats import norm
 

@@ -380,7 +380,7 @@ def test_bfloat16_models_keep_their_dtype(name):
     halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense_params())
     got = TRANSFORMS[name](halves)
     for path, w in flat(got).items():
-        has_codes = any(leaf.dtype in (jnp.int8, jnp.uint4) for leaf in jax.tree.leaves(w))
+        has_codes = any(leaf.dtype in (jnp.int8, jnp.int4) for leaf in jax.tree.leaves(w))
         dtype = jnp.float32 if has_codes else jnp.bfloat16
         assert jax.eval_shape(materialize, w).dtype == dtype, path
     for leaf, full in zip(jax.tree.leaves(weights.merge(got)), jax.tree.leaves(weights.merge(applied(name))), strict=1):
@@ -402,7 +402,7 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
     got = compiled(placed)
     for a, place, w in zip(jax.tree.leaves(got), jax.tree.leaves(places), jax.tree.leaves(applied(name)), strict=True):
         assert a.sharding == place
-        if a.dtype in (jnp.bool_, jnp.int8, jnp.uint4):
+        if a.dtype in (jnp.bool_, jnp.int8, jnp.int4):
             np.testing.assert_array_equal(a, w)
         else:
             np.testing.assert_allclose(a, w, rtol=1e-4, atol=1e-5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import re
 from typing import Any
 
 import jax
+
+from jaxcost import weights
 
 _VALUE = re.compile(r"^ value: <\d+ ([\w.$-]+)[^>]*?> \(size=(\d+),offset=(\d+)\): (\S+)$")
 _EXCEEDED = re.compile(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)")
@@ -81,7 +82,7 @@ def split_peak(peak_bytes: int, bytes_by_category: dict[str, int]) -> Split:
 def argument_bytes(arguments: Any) -> int:
     """Bytes of one device that a step's abstract arguments take."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        weights.storage_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
         for leaf in jax.tree.leaves(arguments)
         if getattr(leaf, "sharding", None) is not None and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
     )

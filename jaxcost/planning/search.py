@@ -318,7 +318,7 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
         for remat in REMATS
     }
     return _Sizes(
-        weight_bytes=sum(a.size * a.dtype.itemsize for a in leaves),
+        weight_bytes=sum(weights.storage_bytes(a) for a in leaves),
         trainable=sum(a.size for a in trainable.values()),
         parameters=closed_form.parameter_counts(model.config).total,
         kept_bytes=kept,
@@ -346,7 +346,7 @@ def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> floa
 
             return jax.vjp(hidden, trainable)[1]
 
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(backward, params)))
+        return sum(weights.storage_bytes(a) for a in jax.tree.leaves(jax.eval_shape(backward, params)))
 
     return (residuals(2) - residuals(1)) / length
 

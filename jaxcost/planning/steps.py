@@ -124,11 +124,9 @@ def _shaped(array: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtype
 
 def _device_bytes(tree: Any) -> int:
     """Bytes of a tree on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shard = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
-        size = leaf.dtype.itemsize
-        for n in shard:
-            size *= n
-        total += size
-    return total
+
+    def one(leaf):
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        return weights.storage_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))

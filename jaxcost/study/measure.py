@@ -57,23 +57,34 @@ def export(params: weights.Params, path: Path) -> int:
     """Writes what a user of these weights must store to one .npz file, by path; returns its bytes on disk.
 
     Beside a frozen base, which is stored once for all of its adapters, only what trains is written. Pruned weights
-    are written as zeros, which the file's compression (deflate) then encodes. The same weights give the same bytes.
+    are written as zeros, which the file's compression (deflate) then encodes. Codes of 4 bits are written two a byte,
+    the first in the low half, along the last axis, and 8-bit floats as their bytes; the type ends the array's name, as
+    in 'codes.int4'. The same weights give the same bytes.
     """
     adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in _all(params))
     written = weights.partition(params)[0] if adapter_only else _flat(weights.map_weights(_zeroed, params))
     with atomic_write(path) as file:
-        np.savez_compressed(file, **jax.device_get(written))
+        np.savez_compressed(file, **dict(_stored(name, a) for name, a in jax.device_get(written).items()))
     return path.stat().st_size
 
 
 def weight_bytes(params: weights.Params) -> int:
-    """Bytes of all arrays in memory, base, masks and scales included."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    """Bytes of all arrays in memory, base, masks and scales included; codes of 4 bits two a byte, as on TPUs."""
+    return sum(weights.storage_bytes(leaf) for leaf in jax.tree.leaves(params))
 
 
 def trainable_parameters(params: weights.Params) -> int:
     """Numbers that train."""
     return sum(int(np.prod(leaf.shape)) for leaf in weights.partition(params)[0].values())
+
+
+def _stored(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """The name and the form in which an array is written: NumPy's file knows no types of 4 bits and no 8-bit floats."""
+    named = f"{name}.{array.dtype.name}"
+    if jax.dtypes.itemsize_bits(array.dtype) == 4:
+        halves = np.pad(array.astype(np.uint8) & 15, [(0, 0)] * (array.ndim - 1) + [(0, array.shape[-1] % 2)])
+        return named, halves[..., ::2] | halves[..., 1::2] << 4
+    return (named, array.view(np.uint8)) if array.dtype == jnp.float8_e4m3fn else (name, array)
 
 
 def _all(params):

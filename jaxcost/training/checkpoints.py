@@ -115,7 +115,8 @@ def _checksums(tree: Any) -> dict[str, int]:
 def _word_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def words(x):
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[np.dtype(x.dtype).itemsize]
-        x = x.astype(unsigned) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+        whole_bytes = x.dtype != jnp.bool_ and jax.dtypes.itemsize_bits(x.dtype) >= 8
+        x = jax.lax.bitcast_convert_type(x, unsigned) if whole_bytes else x.astype(unsigned)
         return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
 
     return {name: words(x) for name, x in arrays.items()}

@@ -40,10 +40,14 @@ class Grid:
 GRIDS: dict[str, Grid] = {
     "int8": Grid(jnp.int8, 127.0, "integers"),
     "int4": Grid(jnp.int4, 7.0, "integers"),
-    "nf4": Grid(jnp.uint4, 1.0, "levels"),
+    "nf4": Grid(jnp.int4, 1.0, "levels"),
     "fp8": Grid(jnp.float8_e4m3fn, 448.0, "floats"),
 }
-"""The grids by name. Integers are symmetric, -127..127 and -7..7, so that zero is a value and signs are alike."""
+"""The grids by name. Integers are symmetric, -127..127 and -7..7, so that zero is a value and signs are alike.
+
+The codes of NF4 are those of its levels less 8: checkpoints hold signed codes of 4 bits and no unsigned ones.
+"""
+_FIRST_LEVEL = -8
 
 
 @struct.dataclass
@@ -84,7 +88,7 @@ class Quantized(Weight):
     def logical_axes(self, axes):
         *stack, inward, outward = full(axes, self.codes)
         # A group lives where its inputs do, or each device would hold the scales of all.
-        groups = inward if self.scale.shape[-2] > 1 else None
+        groups = None if inward is None or self.scale.shape[-2] == 1 else f"{inward}/groups"
         return self.replace(
             codes=PartitionSpec(*stack, inward, outward),
             scale=PartitionSpec(*stack, groups, outward),
@@ -135,7 +139,7 @@ def encode(values: jax.Array, grid: GridName) -> jax.Array:
     if found.rounds == "levels":
         # The midpoints passed; a search for each value would not fuse with what comes before it.
         middles = (np.array(NF4_LEVELS[1:], np.float32) + np.array(NF4_LEVELS[:-1], np.float32)) / 2
-        return sum((values > middle).astype(jnp.int8) for middle in middles).astype(found.dtype)
+        return (sum((values > middle).astype(jnp.int8) for middle in middles) + _FIRST_LEVEL).astype(found.dtype)
     values = jnp.clip(values, -found.largest, found.largest)
     return (jnp.round(values) if found.rounds == "integers" else values).astype(found.dtype)
 
@@ -147,7 +151,7 @@ def decode(codes: jax.Array, grid: GridName, dtype) -> jax.Array:
     # Selects, unlike a look-up in a table, fuse into the product that follows.
     codes = codes.astype(jnp.int8)
     values = jnp.full(codes.shape, NF4_LEVELS[0], dtype)
-    for code, level in enumerate(NF4_LEVELS[1:], start=1):
+    for code, level in enumerate(NF4_LEVELS[1:], start=_FIRST_LEVEL + 1):
         values = jnp.where(codes >= code, jnp.asarray(level, dtype), values)
     return values
 
