@@ -49,6 +49,13 @@ setup(
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
         ],
-        "oracles": ["torch==2.13.0", "transformers>=5,<6", "peft>=0.19,<0.22"],
+        "oracles": [
+            "torch==2.13.0",
+            "transformers>=5,<6",
+            "peft>=0.19,<0.22",
+            "qwix>=0.1.8,<0.2",
+            "bitsandbytes>=0.50,<0.51",
+            "llmcompressor>=0.14,<0.15",
+        ],
     },
 )

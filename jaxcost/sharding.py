@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -156,6 +156,17 @@ def _placed(path, array, names, mesh) -> NamedSharding:
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """The options that a step over this mesh is compiled with."""
     return dict(COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {}))
+
+
+def runnable(jitted: Callable, compiled: Callable, *arguments) -> Callable:
+    """What to call with these arguments: the program compiled ahead of time, or the jitted function that it came from.
+
+    The program refuses arrays of 4 bits on CPUs, whose layouts JAX (0.10.2) writes in two ways; the function takes
+    them, and finds the program that is compiled already.
+    """
+    narrow = [leaf for leaf in jax.tree.leaves(arguments) if jax.dtypes.itemsize_bits(leaf.dtype) < 8]
+    on_cpu = any(device.platform == "cpu" for leaf in narrow for device in leaf.devices())
+    return jitted if on_cpu else compiled
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

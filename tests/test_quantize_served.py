@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
+from jaxcost.cost import closed_form
+from jaxcost.cost.hlo import compiled_cost
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize, unembedding
@@ -105,6 +107,19 @@ def test_what_is_served_on_a_mesh_has_the_same_codes_and_nearly_the_same_logits(
     want = Engine(model).generate(served, prompts, max_new_tokens=4)
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(Engine(model).generate(placed, prompts, max_new_tokens=4), want)
+
+
+def test_a_compiled_forward_pass_multiplies_what_the_closed_form_says():
+    params, length = initialize(Transformer(CONFIG), jax.random.key(0))[0], tokens().shape[1]
+    expected = tokens().size * closed_form.forward_flops_per_token(CONFIG, length, "full")
+    attention = tokens().size * closed_form.attention_flops_per_token(CONFIG, length, "full")
+    for transform, kind in ((quantize(), "f32"), (quantize(activations="dynamic"), "int8")):
+        served = transform(params)
+        found = compiled_cost(logits("float32").lower(served).compile())
+        assert found.total_flops == pytest.approx(expected, rel=0.05)
+        # Attention has no weights: it stays in floats.
+        share = expected if kind == "f32" else expected - attention
+        assert found.flops_by_type[kind] == pytest.approx(share, rel=0.05)
 
 
 STORED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.data.files import atomic_write
 from jaxcost.serving.engine import Engine
@@ -39,12 +40,14 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
         logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
         return params, logits, cache, jax.random.key(0), jnp.float32(1.0)
 
+    decode = functools.partial(engine.decode, steps=tokens)
     compiled = engine.decode.lower(*arguments(), steps=tokens).compile()
+    run = sharding.runnable(decode, compiled, params)
     seconds = []
     for _ in range(_RUNS + 1):
         args = jax.block_until_ready(arguments())
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
+        jax.block_until_ready(run(*args))
         seconds.append(time.perf_counter() - start)
     flops = compiled_cost(compiled).total_flops
     return DecodeCost(batch_size * tokens / statistics.median(seconds[1:]), flops / (batch_size * tokens))

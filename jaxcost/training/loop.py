@@ -139,9 +139,10 @@ def fit(
         clock = _Clock(ledger, started)
         losses: list[float] = []
         pending = None
+        run = sharding.runnable(jitted, compiled, state)
         progress.start(training.steps, done, tokens_per_step)
         for step in range(done + 1, training.steps + 1):
-            state, result = compiled(state, next_batch(step), *taught)
+            state, result = run(state, next_batch(step), *taught)
             # The step before is read only now, so that the devices never wait for the host.
             if pending is not None:
                 losses.append(_finite(pending, checkpoints, directory))
