@@ -17,6 +17,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
+from jaxcost.study.measure import export, read_export
 from jaxcost.training.config import CheckpointConfig, TrainingConfig
 from jaxcost.transforms import (
     BrokenError,
@@ -361,3 +362,44 @@ def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_wa
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     waived = chain(lost, waive=("sparsity", "pattern"))
     session_of(experiment(tmp_path, transforms=(waived,))).train(tmp_path / "waived")
+
+
+# ---- What travels with an export ----
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        chain(prune(pattern="2:4"), quantize(bits=4)),
+        chain(factorize(rank=3), prune(), quantize(numbers="fp")),
+        chain(prune(), quantize(numbers="nf", bits=4, group=4, rules=MLP)),
+        chain(),
+    ],
+)
+def test_an_export_is_read_back_and_verified(tmp_path, steps):
+    params = steps(dense())
+    export(params, tmp_path / "weights.npz")
+    read = read_export(tmp_path / "weights.npz", steps.abstract(dense()))
+    assert manifest(read) == manifest(params)
+    for one, other in zip(*map(jax.tree.leaves, map(weights.merge, (read, params))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bfloat16_is_read_as_it_was_written(tmp_path):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense())
+    export(params, tmp_path / "weights.npz")
+    read = read_export(tmp_path / "weights.npz", jax.eval_shape(lambda: params))
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (read, params)), strict=True))
+
+
+def test_exported_adapters_are_read_onto_their_base_alone(tmp_path):
+    params = adapted()
+    export(params, tmp_path / "adapter.npz")
+    sparse = chain(*STEPS)(dense())
+    read = read_export(tmp_path / "adapter.npz", sparse)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (read, params)), strict=True))
+    with pytest.raises(ValueError, match="does not hold .*; give the base"):
+        read_export(tmp_path / "adapter.npz", chain(*STEPS).abstract(dense()))
+    other = chain(prune(sparsity=0.3, rules=MLP), STEPS[1])(dense())
+    with pytest.raises(BrokenError, match="had pattern 2:4 and has 4:4 after reading"):
+        read_export(tmp_path / "adapter.npz", other)

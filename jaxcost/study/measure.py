@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
 import time
 from pathlib import Path
@@ -16,8 +17,10 @@ from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.data.files import atomic_write
 from jaxcost.serving.engine import Engine
+from jaxcost.transforms.manifest import check, manifest
 
 _RUNS = 3
+_MANIFEST = "manifest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,47 @@ def export(params: weights.Params, path: Path) -> int:
     Beside a frozen base, which is stored once for all of its adapters, only what trains is written. Pruned weights
     are written as zeros, which the file's compression (deflate) then encodes. Codes of 4 bits are written two a byte,
     the first in the low half, along the last axis, and 8-bit floats as their bytes; the type ends the array's name, as
-    in 'codes.int4'. The same weights give the same bytes.
+    in 'codes.int4'. What has invariants carries their manifest, as JSON. The same weights give the same bytes.
     """
     adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in _all(params))
     written = weights.partition(params)[0] if adapter_only else _flat(weights.map_weights(_zeroed, params))
+    stored = dict(_stored(name, a) for name, a in jax.device_get(written).items())
+    promised = manifest(params)
+    if promised:
+        stored[_MANIFEST] = np.frombuffer(json.dumps(promised, sort_keys=True).encode(), np.uint8)
     with atomic_write(path) as file:
-        np.savez_compressed(file, **dict(_stored(name, a) for name, a in jax.device_get(written).items()))
+        np.savez_compressed(file, **stored)
     return path.stat().st_size
+
+
+def read_export(path: Path, params: weights.Params) -> weights.Params:
+    """The weights that `export` wrote, verified against their manifest.
+
+    Args:
+      path: the file.
+      params: a tree of their structure; its arrays stand where the file has none, as below adapters. Elsewhere shapes
+        are enough.
+
+    Raises:
+      BrokenError: the weights are not what the manifest says.
+      ValueError: the file lacks an array, and `params` has only its shape.
+    """
+    with np.load(path) as file:
+        stored = {name: file[name] for name in file.files}
+
+    def one(place, leaf):
+        name = weights.path_name(place)
+        found = stored.get(name, stored.get(f"{name}.{leaf.dtype.name}"))
+        if found is not None:
+            return jnp.asarray(_read(found, leaf))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path} does not hold {name}; give the base that its adapters were trained on.")
+        return leaf
+
+    read = jax.tree_util.tree_map_with_path(one, params)
+    promised = json.loads(stored[_MANIFEST].tobytes()) if _MANIFEST in stored else {}
+    check(promised, read, step=f"reading {path}")
+    return read
 
 
 def weight_bytes(params: weights.Params) -> int:
@@ -85,6 +122,16 @@ def _stored(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
         halves = np.pad(array.astype(np.uint8) & 15, [(0, 0)] * (array.ndim - 1) + [(0, array.shape[-1] % 2)])
         return named, halves[..., ::2] | halves[..., 1::2] << 4
     return (named, array.view(np.uint8)) if array.dtype == jnp.float8_e4m3fn else (name, array)
+
+
+def _read(array: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    """The inverse of `_stored`, for an array of the shape and dtype of `like`."""
+    if jax.dtypes.itemsize_bits(like.dtype) == 4:
+        codes = np.stack([array & 15, array >> 4], axis=-1).reshape(*array.shape[:-1], -1)[..., : like.shape[-1]]
+        signed = jnp.issubdtype(like.dtype, jnp.signedinteger)
+        return ((codes.astype(np.int8) ^ 8) - 8 if signed else codes).astype(like.dtype)
+    # NumPy's file forgets the name of a type that is not its own, and keeps its bytes.
+    return array.view(like.dtype) if array.dtype.kind == "V" or like.dtype == jnp.float8_e4m3fn else array
 
 
 def _all(params):

@@ -16,7 +16,6 @@ What an adapter adds beside a frozen base leaves the invariants of that base as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,11 +78,6 @@ def check(before: Manifest, params: Params, waive: Sequence[str] = (), step: str
     now = manifest(params)
     joined = {path: kept.get(path, {}) | now.get(path, {}) for path in (*kept, *(p for p in now if p not in kept))}
     return {path: entry for path, entry in joined.items() if entry}
-
-
-def to_text(promised: Manifest) -> str:
-    """A manifest as JSON, the same for the same manifest."""
-    return json.dumps(promised, sort_keys=True)
 
 
 def _walk(params: Params) -> Iterator[tuple[str, Any]]:
