@@ -94,10 +94,11 @@ class Covered:
 
 _ORDER = "order"
 
-BLOCK_KERNELS = (Rule("layers/.*kernel$"),)
-"""The matrices of the blocks, which most transforms act on unless told otherwise."""
+BLOCK_KERNELS = (Rule("layers/(?!.*router/).*kernel$"),)
+"""The matrices of the blocks, which most transforms act on unless told otherwise; an experts' router is small and
+sensitive, and is left alone."""
 
-ALL_KERNELS = (Rule("kernel$"),)
+ALL_KERNELS = (Rule("^(?!.*router/).*kernel$"),)
 """The matrices of the blocks and the unembedding."""
 
 
