@@ -54,14 +54,23 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
 def export(params: weights.Params, path: Path) -> int:
     """Writes what a user of these weights must store to one .npz file, by path; returns its bytes on disk.
 
-    Beside a frozen base, which is stored once for all of its adapters, only what trains is written. Pruned weights
-    are written as zeros, which the file's compression (deflate) then encodes. The same weights give the same bytes.
+    Beside a frozen base, which is stored once for all of its adapters, only what trains is written. A mask is
+    written as bits, eight a byte and whole matrices one after the other, and beside it the kept values alone in that
+    order; `unpacked` puts both together again. The file is compressed (deflate). The same weights give the same bytes.
     """
     adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in _all(params))
-    written = weights.partition(params)[0] if adapter_only else _flat(weights.map_weights(_zeroed, params))
+    written = weights.partition(params)[0] if adapter_only else _packed(params)
     with atomic_write(path) as file:
         np.savez_compressed(file, **jax.device_get(written))
     return path.stat().st_size
+
+
+def unpacked(kept: np.ndarray, bits: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The values (zero where they are pruned) and the boolean mask of this shape that `export` wrote as two arrays."""
+    mask = np.unpackbits(bits, count=int(np.prod(shape))).astype(bool).reshape(shape)
+    dense = np.zeros(shape, kept.dtype)
+    dense[mask] = kept
+    return dense, mask
 
 
 def weight_bytes(params: weights.Params) -> int:
@@ -78,14 +87,21 @@ def _all(params):
     return jax.tree.leaves(params, is_leaf=weights.is_weight)
 
 
-def _flat(params):
-    return {weights.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def _packed(params) -> dict[str, np.ndarray]:
+    """Every array by its path; of a masked array the kept values and the mask's bits."""
+    written = {}
 
+    def one(path, node):
+        name = weights.path_name(path)
+        if not isinstance(node, weights.Masked):
+            written[name] = node
+            return
+        mask = np.asarray(node.mask)
+        written[f"{name}/mask"] = np.packbits(mask)
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(node.weight):
+            leaf, below = np.asarray(leaf), weights.path_name(inner)
+            # What is not of the mask's shape, such as scales, belongs to kept and pruned values alike.
+            written[f"{name}/weight/{below}".rstrip("/")] = leaf[mask] if leaf.shape == mask.shape else leaf
 
-def _zeroed(_, w):
-    def one(node):
-        if isinstance(node, weights.Masked) and not isinstance(node.weight, weights.Weight):
-            return node.replace(weight=node.materialize())
-        return node
-
-    return jax.tree.map(one, w, is_leaf=lambda node: isinstance(node, weights.Masked))
+    jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, weights.Masked))
+    return written
