@@ -17,7 +17,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
-from jaxcost.study.measure import export, read_export
+from jaxcost.study.export import export, read_export
 from jaxcost.training.config import CheckpointConfig, TrainingConfig
 from jaxcost.transforms import (
     BrokenError,

@@ -16,7 +16,8 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize, unembedding
 from jaxcost.serving.engine import Engine
-from jaxcost.study.measure import export, weight_bytes
+from jaxcost.study.export import export
+from jaxcost.study.measure import weight_bytes
 from jaxcost.training.checkpoints import Checkpoints
 from jaxcost.training.config import CheckpointConfig
 from jaxcost.training.step import init_state, make_train_step

@@ -102,7 +102,7 @@ class Interrupted(Exception):
         (prune(method="movement", sparsity=0.7, gradual=Gradual(end_step=9, every_steps=2)),),
         (quantize(mode="training", stochastic_rounding=True),),
     ],
-    ids=["dense", "qlora", "gradual", "stochastic"],
+    ids=["dense", "qlora", "gradual", "set", "rigl", "movement", "stochastic"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
     value = experiment(data_dir, transforms=transforms)

@@ -24,7 +24,8 @@ from jaxcost.planning.topology import PlanningUnavailable
 from jaxcost.serving.engine import Engine
 from jaxcost.session import Session
 from jaxcost.study import compare, report
-from jaxcost.study.measure import export, measure_decode, trainable_parameters, weight_bytes
+from jaxcost.study.export import export
+from jaxcost.study.measure import measure_decode, trainable_parameters, weight_bytes
 from jaxcost.study.recipes import Recipe, is_control
 from jaxcost.training.distill import DistillConfig, Teacher
 from jaxcost.training.loop import Fitted
