@@ -183,10 +183,13 @@ class Session:
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
         batches = train_batches(data, self.train_stream.tokens)
-        distilled = self._distilled(directory, teacher)
-        make_params = make_params or (lambda: self.fresh_params(distilled.get("origin")))
         with _alone_in(directory):
+            teacher, distilled = self._distilled(directory, teacher)
+            make_params = make_params or (lambda: self.fresh_params(teacher))
             self._claim(directory)
+            stored = distilled.get("stored")
+            if stored is not None and stored.missing():
+                stored.write(teacher, train_batches(data, self.train_stream.tokens), self.mesh)
             return self._fit(directory, batches, make_params, title, distilled)
 
     def teacher(self) -> Teacher:
@@ -216,21 +219,19 @@ class Session:
         config = self.experiment.distill
         return Distiller(config, teacher if config.online else None) if config.active else None
 
-    def _distilled(self, directory: Path, teacher: Teacher | None) -> dict[str, Any]:
-        """What `fit` needs for the distillation, and as `origin` the teacher itself where it was loaded."""
+    def _distilled(self, directory: Path, teacher: Teacher | None) -> tuple[Teacher | None, dict[str, Any]]:
+        """The teacher, where it was needed, and what `fit` must know of the distillation."""
         config = self.experiment.distill
         if not config.active:
-            return {}
+            return None, {}
         store = Path(config.store) if config.store else directory / _STORE
         stored = StoredLogits(store, self._said_by_teacher(), self.experiment.training.steps) if config.top_k else None
         if teacher is None and (config.online or config.from_layers or stored.missing()):
             teacher = self.teacher()
         if teacher is not None:
             check_pair(self.model, teacher.model, config)
-        if stored is not None and stored.missing():
-            stored.write(teacher, train_batches(self.experiment.data, self.train_stream.tokens), self.mesh)
-        online = {"teacher": teacher.params} if config.online else {"stored": stored}
-        return {"distiller": self.distiller(teacher and teacher.model), "origin": teacher} | online
+        source = {"teacher": teacher.params} if config.online else {"stored": stored}
+        return teacher, {"distiller": self.distiller(teacher and teacher.model)} | source
 
     def _said_by_teacher(self) -> dict[str, Any]:
         """What a teacher's stored logits depend on."""
@@ -267,7 +268,7 @@ class Session:
                 self.model_flops_per_token() * data.batch_size * data.sequence_length,
                 self.quiet,
             ),
-            **{name: value for name, value in distilled.items() if name != "origin"},
+            **distilled,
         )
 
     def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
