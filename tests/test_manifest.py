@@ -35,6 +35,7 @@ from jaxcost.transforms import (
     prune,
     quantize,
     rule,
+    shrink,
     smooth,
 )
 from jaxcost.transforms.base import STAGES
@@ -93,6 +94,7 @@ def test_every_transform_has_a_place():
         (quantize(), prune()),
         (quantize(), factorize()),
         (lora(), prune()),
+        (quantize(), shrink()),
         (freeze(), factorize()),
         (prune(), quantize(), lora(), prune()),
         (chain(prune(), lora()), prune()),
@@ -110,6 +112,7 @@ def test_a_wrong_order_is_refused_in_a_sentence_unless_waived(steps):
 
 def test_the_right_orders_stand():
     chain(factorize(), prune(), lora(), quantize())
+    chain(shrink(mlp=0.5), prune(), quantize(), lora())
     chain(prune(), quantize(), lora())
     chain(chain(prune(), lora()), quantize(), chain(quantize(), prune(), waive=("order",)))
     chain(freeze(), quantize())
