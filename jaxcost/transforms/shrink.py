@@ -34,7 +34,7 @@ class shrink(Transform):
 
     Dropped channels, heads and experts that no token would choose leave exactly the model in which their rows of
     `output` and `down` are zeros, but for norms over all queries (`query_key_norm` of `projection`), which then are
-    over fewer. On a mesh, parts move between devices: what stays is not where it was.
+    over fewer. On a mesh, what stays moves between devices, but no matrix is gathered.
     """
 
     rules: tuple[Rule, ...] = _LAYERS
@@ -153,10 +153,10 @@ class shrink(Transform):
     def _fewer_heads(self, attention: Any, worth_LN: jax.Array) -> Any:
         """Whole groups, or heads of every group: both are heads (L, K, G), of which an axis gets shorter."""
         h, depth = self.head_dim, worth_LN.shape[0]
-        heads, kv_heads = (attention[name]["kernel"].shape[-1] / h for name in ("query", "key"))
-        if heads % 1 or kv_heads % 1:
-            raise ValueError(f"shrink: head_dim {h} does not divide the projections; give the model's own, head_dim.")
-        heads, kv_heads = int(heads), int(kv_heads)
+        sizes = [attention[name]["kernel"].shape[-1] for name in ("query", "key")]
+        if any(size % h for size in sizes):
+            raise ValueError(f"shrink: head_dim {h} does not divide the projections {sizes}; give model.head_dim.")
+        heads, kv_heads = (size // h for size in sizes)
         group = heads // kv_heads
         step = kv_heads if self.within_groups else group
         number = _number("heads", self.heads, heads, step)
