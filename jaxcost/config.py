@@ -9,7 +9,7 @@ import math
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -82,6 +82,13 @@ class Experiment:
                 f"A gradual transform ends at step {last}, but training.steps is {self.training.steps}; "
                 "train longer or let it end earlier."
             )
+        recipe_steps = (step for recipe in self.study.recipes for step in (*recipe.transforms, *recipe.finish))
+        for one in _each((*self.transforms, *recipe_steps)):
+            if isinstance(one, transforms.shrink) and one.heads is not None and one.head_dim != self.model.head_dim:
+                raise ValueError(
+                    f"shrink: head_dim is {one.head_dim}, but model.head_dim is {self.model.head_dim}; make them the "
+                    "same."
+                )
 
     def trained_part(self) -> Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
@@ -143,6 +150,12 @@ def load(path: str | Path) -> Experiment:
     if not isinstance(found, Experiment):
         raise ConfigError(f"The config {path} does not define `experiment = Experiment(...)`.")
     return found
+
+
+def _each(steps: Iterable[transforms.Transform]) -> Iterator[transforms.Transform]:
+    """The transforms, with those of chains in their places."""
+    for one in steps:
+        yield from _each(one.transforms) if isinstance(one, transforms.Chain) else (one,)
 
 
 def _check_finite(value: Any, path: str = "") -> None:

@@ -22,7 +22,8 @@ from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.score import Scorer
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, unembedding
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, unembedding
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
@@ -130,8 +131,20 @@ class Session:
         return self.transformed(self.transform, start, self._keys()[1])
 
     def abstract_params(self) -> weights.Params:
-        """The shapes of the transformed weights, as ShapeDtypeStructs."""
-        return self.transform.abstract(abstract(self.model)[0])
+        """The shapes of the transformed weights, as ShapeDtypeStructs.
+
+        Raises:
+          ValueError: a weight cannot be transformed so, or what is left of the model does not divide over the devices.
+        """
+        params = self.transform.abstract(abstract(self.model)[0])
+        left = dataclasses.replace(self.experiment, model=resized(self.model.config, params))
+        left.check_devices(len(self.devices), left.model.vocab_size)
+        return params
+
+    @cached_property
+    def transformed_config(self) -> ModelConfig:
+        """The model's config with the sizes that the transforms leave."""
+        return resized(self.model.config, self.abstract_params())
 
     def transformed(self, transform: Transform, params: weights.Params, key: jax.Array) -> weights.Params:
         """The transformed weights, calibrated on the training split where a transform asks for it.
@@ -157,8 +170,8 @@ class Session:
         return None if peak is None else peak * self.hardware.num_chips
 
     def model_flops_per_token(self) -> float:
-        """Training FLOPs of the untransformed model, causal attention, no recomputation."""
-        return closed_form.training_flops_per_token(self.model.config, self.experiment.data.sequence_length)
+        """Training FLOPs of a model of the sizes that the transforms leave, causal attention, no recomputation."""
+        return closed_form.training_flops_per_token(self.transformed_config, self.experiment.data.sequence_length)
 
     def train(
         self,

@@ -25,6 +25,7 @@ from jaxcost.transforms import (
     prompt_tuning,
     prune,
     quantize,
+    shrink,
 )
 from jaxcost.weights import Adapters, Frozen
 
@@ -38,6 +39,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 TRANSFORMS = {
     "plain": chain(),
     "masked": prune(),
+    "shrunk": shrink(heads=2, head_dim=16, mlp=0.6, layers=3),
     "lora": lora(rank=4),
     "dora": lora(rank=4, dora=True),
     "qlora on nf4": chain(quantize(numbers="nf", bits=4, group=16), lora(rank=4)),

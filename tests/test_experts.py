@@ -21,7 +21,7 @@ from jaxcost.sharding import MeshConfig
 from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import Gradual, chain, factorize, freeze, lora, prune, quantize
+from jaxcost.transforms import Gradual, chain, factorize, freeze, lora, prune, quantize, shrink
 
 DROPLESS = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=32,
@@ -221,6 +221,7 @@ TRANSFORMS = {
     "plain": chain(),
     "prune": prune(sparsity=0.6),
     "2:4": prune(pattern="2:4"),
+    "shrink": shrink(mlp=0.5, experts=2),
     "gradual": prune(sparsity=0.7, gradual=Gradual(begin_step=1, end_step=2, every_steps=1)),
     "lora": lora(rank=2),
     "factorize": factorize(parameters=0.6),

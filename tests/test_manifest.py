@@ -36,6 +36,7 @@ from jaxcost.transforms import (
     prune,
     quantize,
     rule,
+    shrink,
     smooth,
 )
 from jaxcost.transforms.base import STAGES
@@ -94,6 +95,7 @@ def test_every_transform_has_a_place():
         (quantize(), prune()),
         (quantize(), factorize()),
         (lora(), prune()),
+        (quantize(), shrink()),
         (freeze(), factorize()),
         (prune(), quantize(), lora(), prune()),
         (chain(prune(), lora()), prune()),
@@ -111,6 +113,7 @@ def test_a_wrong_order_is_refused_in_a_sentence_unless_waived(steps):
 
 def test_the_right_orders_stand():
     chain(factorize(), prune(), lora(), quantize())
+    chain(shrink(mlp=0.5), prune(), quantize(), lora())
     chain(prune(), quantize(), lora())
     chain(chain(prune(), lora()), quantize(), chain(quantize(), prune(), waive=("order",)))
     chain(freeze(), quantize())

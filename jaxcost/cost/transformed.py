@@ -16,6 +16,7 @@ from jaxcost import weights
 from jaxcost.cost.closed_form import Attention, attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import STACKS, resized
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, LowRank, Observed, Scaled
 
 
@@ -46,17 +47,18 @@ def training_step_flops(
     compiler drops the gradient of the lowest layer's inputs where nothing below it trains.
 
     Args:
-      model: what the weights are of.
+      model: what the weights are of, whatever sizes they have left.
       params: arrays or ShapeDtypeStructs, in kinds.
       batch: sequences a step.
       sequence_tokens: tokens of a sequence, virtual ones left out.
       attention: convention for attention's FLOPs; a reference implementation computes `full`.
     """
+    model = resized(model, params)
     prompt = optional.prompt_tokens(params)
     tokens, seen = sequence_tokens + prompt, sequence_tokens + prompt + optional.prefix_tokens(params)
     below = any(jax.tree.leaves(weights.trainable_tree({k: params[k] for k in params if k not in _ABOVE})))
     total = 0
-    for stack in ("frozen_layers", "layers"):
+    for stack in STACKS:
         if stack not in params:
             continue
         below |= stack == "layers" or any(jax.tree.leaves(weights.trainable_tree(params[stack])))

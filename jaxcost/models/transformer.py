@@ -25,6 +25,7 @@ above.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -157,11 +158,13 @@ class Transformer(nn.Module):
     def __call__(self, tokens_BT, cache: Cache | None = None, key=None) -> tuple[jax.Array, Cache | None]:
         """Tokens may be embeddings (B, T, D) too. With a cache, row b's tokens start at cache.length[b].
 
+        Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
+
         `key` feeds weights whose arithmetic is random. Raises ValueError where virtual tokens leave too little of
         `max_length`, or where the cache was started without them.
         """
-        c = self.config
-        params = self.variables.get("params", {})
+        params = nn.meta.unbox(self.variables.get("params", {}))
+        c = self.config if self.is_initializing() else resized(self.config, params)
         length = tokens_BT.shape[1]
         _check_virtual(c, params, length, cache)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")()
@@ -177,7 +180,7 @@ class Transformer(nn.Module):
             table = Table(c.max_length, c.width, "position", name="positions")()
             x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
-        x_BTD, kv = self._blocks(x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
+        x_BTD, kv = self._blocks(c, x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
         hidden_BTD = Norm(c, name="final_norm")(x_BTD[:, -length:])
         if not c.tie_embeddings and self.is_initializing():
             Linear(c.vocab_size, ("embed", "vocab"), name="unembed")(hidden_BTD)
@@ -185,8 +188,7 @@ class Transformer(nn.Module):
             return hidden_BTD, None
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
-    def _blocks(self, x_BTD, positions_BT, kv, key):
-        c = self.config
+    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key):
         if self.is_initializing():
             # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
             # kernel takes so few.
@@ -251,6 +253,36 @@ def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
     return weights.map_weights(lambda path, _: known[path.removeprefix("frozen_")], params)
 
 
+def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
+    """The config with the sizes that the weights have: layers of both stacks, heads, widths of MLPs, experts.
+
+    Raises:
+      ValueError: layers were dropped from a pattern of several kinds, heads were cut in two, or fewer experts are left
+        than a token is sent to.
+    """
+    stacks = [params[name] for name in STACKS if name in params]
+    attend, mlp = stacks[-1]["attention"], stacks[-1]["mlp"]
+    query, key, up = (_shape(part["kernel"]) for part in (attend["query"], attend["key"], mlp["up"]))
+    num_layers = sum(_shape(stack["attention"]["query"]["kernel"])[0] for stack in stacks)
+    if num_layers != config.num_layers and len(set(config.pattern)) > 1:
+        raise ValueError(
+            f"The weights have {num_layers} layers of the model's {config.num_layers}, and which of the pattern "
+            f"{' '.join(config.pattern)} each of them is cannot be told; keep all layers."
+        )
+    if query[-1] % config.head_dim or key[-1] % config.head_dim:
+        raise ValueError(
+            f"The projections to queries and keys have {query[-1]} and {key[-1]} outputs, which heads of "
+            f"model.head_dim ({config.head_dim}) do not fill; drop whole heads."
+        )
+    sizes = {"num_layers": num_layers, "num_heads": query[-1] // config.head_dim}
+    sizes |= {"num_kv_heads": key[-1] // config.head_dim, "mlp_width": up[-1]}
+    if config.experts:
+        sizes["experts"] = up[1]
+    if config.shared_width:
+        sizes["shared_width"] = _shape(mlp["shared"]["up"]["kernel"])[-1]
+    return dataclasses.replace(config, **sizes)
+
+
 def unembedding(params: weights.Params) -> Any:
     """The weight (D, V) that turns hidden states into logits: a matrix of its own, or the embedding transposed."""
     if "unembed" in params:
@@ -272,7 +304,7 @@ def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache
 def start_cache(model: Transformer, params: weights.Params, batch_size: int, slots: int) -> Cache:
     """A cache for `slots` tokens a row that holds the virtual tokens of `params` already, in slots of their own."""
     prefix, prompt = optional.prefix_tokens(params), optional.prompt_tokens(params)
-    c = model.config
+    c = resized(model.config, params)
     if prefix + prompt == 0:
         return init_cache(c, batch_size, slots, model.execution.cache_dtype)
     cache = init_cache(c, 1, prefix + prompt + slots, model.execution.cache_dtype)
@@ -311,6 +343,10 @@ def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cac
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):
     stacked = jax.vmap(lambda key: block.init(key, x_BTD, positions_BT)["params"])(jax.random.split(rng, depth))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+
+def _shape(w: Any) -> tuple[int, ...]:
+    return jax.eval_shape(weights.materialize, w).shape
 
 
 def _heads(x_BTN, head_dim: int):

@@ -25,7 +25,8 @@ from jaxcost import weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
 from jaxcost.models import attention, context
-from jaxcost.models.transformer import Transformer, abstract
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import Transformer, abstract, resized
 from jaxcost.planning.plan import Plan, plan
 from jaxcost.planning.steps import StepName
 from jaxcost.planning.topology import topology_chip, topology_devices
@@ -99,6 +100,8 @@ class Found:
 class _Sizes:
     """What the closed form needs to know of the transformed weights and of the traced step."""
 
+    model: ModelConfig
+    """What is left of the model."""
     weight_bytes: int
     trainable: int
     parameters: int
@@ -246,6 +249,7 @@ def candidates(
             changed = dataclasses.replace(experiment, mesh=mesh, data=data, execution=execution, training=training)
             try:
                 changed.check_devices(len(devices), vocab_size)
+                dataclasses.replace(changed, model=sizes.model).check_devices(len(devices), vocab_size)
             except ValueError:
                 continue  # does not divide
             form = _training_form if step == "train" else _serving_form
@@ -344,10 +348,12 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
         remat: _kept_bytes(Transformer(config, _scanned(experiment, remat)), params, experiment.data.sequence_length)
         for remat in REMATS
     }
+    left = resized(config, params)
     return _Sizes(
+        model=left,
         weight_bytes=sum(weights.storage_bytes(a) for a in leaves),
         trainable=sum(a.size for a in trainable.values()),
-        parameters=closed_form.parameter_counts(model.config).total,
+        parameters=closed_form.parameter_counts(left).total,
         kept_bytes=kept,
     )
 
@@ -380,7 +386,7 @@ def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> floa
 
 def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
     """Bytes of a device and seconds of a train step, roughly."""
-    e, model = experiment, dataclasses.replace(experiment.model, vocab_size=vocab_size)
+    e, model = experiment, sizes.model
     shards = e.mesh.fsdp * e.mesh.context
     ways = shards * e.mesh.tensor
     devices = ways * e.mesh.data
@@ -414,14 +420,14 @@ def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, size
         reduced=gradients * trained / shards,
         # Both projections out of a block, forwards and backwards, and forwards again where that is made again.
         summed=(4 + 2 * again) * model.num_layers * tokens * width * item,
-        **_context_bytes(e, model.num_layers * tokens * item * (2 + again)),
+        **_context_bytes(e, model, model.num_layers * tokens * item * (2 + again)),
     )
     return num_bytes, flops / (slice_.peak(item) * _REACHED_PEAK) + _EXPOSED * exchanged
 
 
-def _context_bytes(e: Experiment, passed: float) -> dict[str, float]:
+def _context_bytes(e: Experiment, model: ModelConfig, passed: float) -> dict[str, float]:
     """What attention exchanges over `context`, of `passed` bytes for each element of a token in all passes."""
-    ways, model = e.mesh.context, e.model
+    ways = e.mesh.context
     if ways == 1:
         return {}
     heads, kv_heads = model.num_heads / e.mesh.tensor, model.num_kv_heads / e.mesh.tensor
@@ -432,7 +438,7 @@ def _context_bytes(e: Experiment, passed: float) -> dict[str, float]:
 
 def _serving_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
     """Bytes of a device and seconds of a prefill or a decode step, roughly."""
-    e, model = experiment, dataclasses.replace(experiment.model, vocab_size=vocab_size)
+    e, model = experiment, sizes.model
     ways = e.mesh.fsdp * e.mesh.tensor
     devices = ways * e.mesh.data
     item, length = e.execution.dtype.itemsize, e.data.sequence_length

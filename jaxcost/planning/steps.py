@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
-from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
+from jaxcost.models.transformer import Transformer, abstract, axes_of, resized, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.training.loop import jitted_step
 from jaxcost.training.optimizer import make_optimizer
@@ -44,6 +44,14 @@ def _model(experiment: Experiment, vocab_size: int) -> Transformer:
     return Transformer(dataclasses.replace(experiment.model, vocab_size=vocab_size), experiment.execution)
 
 
+def _shapes(experiment: Experiment, model: Transformer, devices: int) -> weights.Params:
+    """The transformed weights; ValueError if what is left of the model does not divide over the devices."""
+    params = chain(*experiment.transforms).abstract(abstract(model)[0])
+    left = dataclasses.replace(experiment, model=resized(model.config, params))
+    left.check_devices(devices, left.model.vocab_size)
+    return params
+
+
 def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     """One of the experiment's steps for a mesh. For serving, the batch and the context are the data config's.
 
@@ -71,9 +79,8 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     place = sharding.batch_sharding(mesh)
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
-    step, state = jitted_step(
-        model, transform.abstract(abstract(model)[0]), optimizer, transform, experiment.training, mesh
-    )
+    shapes = _shapes(experiment, model, mesh.size)
+    step, state = jitted_step(model, shapes, optimizer, transform, experiment.training, mesh)
     trainable, _ = weights.partition(state.params)
     categories = {
         "weights": _device_bytes(state.params),
@@ -86,9 +93,8 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
 
 def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = _model(experiment, vocab_size)
-    transform = chain(*experiment.transforms)
     batch, length = experiment.data.batch_size, experiment.data.sequence_length
-    shapes = transform.abstract(abstract(model)[0])
+    shapes = _shapes(experiment, model, mesh.size)
     places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
     rows = _place(mesh, "batch")

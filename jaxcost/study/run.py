@@ -219,7 +219,7 @@ def _baselines(session: Session) -> dict[str, float]:
 
 def _estimates(session: Session) -> dict[str, Any]:
     """The closed form of the base model's training: model FLOPs (causal, no recomputation) and memory by category."""
-    model, data = session.model.config, session.experiment.data
+    model, data = session.transformed_config, session.experiment.data
     tokens = session.experiment.training.steps * data.batch_size * data.sequence_length
     flops = closed_form.training_flops_per_token(model, data.sequence_length)
     width = session.model.execution.dtype.itemsize

@@ -23,6 +23,7 @@ from jaxcost.transforms.merge import merge_adapters, merge_losses
 from jaxcost.transforms.prune import prune
 from jaxcost.transforms.quantize import quantize
 from jaxcost.transforms.schedules import SET, Gradual, Iterative, RigL
+from jaxcost.transforms.shrink import shrink
 from jaxcost.transforms.smooth import smooth
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "prune",
     "quantize",
     "rule",
+    "shrink",
     "smooth",
 ]
