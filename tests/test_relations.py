@@ -14,7 +14,7 @@ from jaxcost.transforms import factorize, prune, quantize, smooth
 
 SMALL = BenchConfig(width=32, num_layers=2, batch_size=4, sequence_length=32, base_steps=20, recovery_steps=10)
 QUICK = (
-    "pruned_layer_with_outliers",
+    "pruned_layer",
     "whitened_over_plain",
     "gptq_over_nearest",
     "smoothing_with_outliers",

@@ -31,7 +31,7 @@ from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingC
 from jaxcost.training.loop import NonFiniteError
 from jaxcost.training.optimizer import make_optimizer, make_schedule
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import Gradual, chain, lora, prune, quantize
+from jaxcost.transforms import SET, Gradual, RigL, chain, lora, prune, quantize
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
@@ -97,9 +97,12 @@ class Interrupted(Exception):
         (),
         (chain(quantize(), lora(rank=2)),),
         (prune(sparsity=0.7, gradual=Gradual(end_step=9, every_steps=2)),),
+        (prune(method="random", sparsity=0.7, budget="erk", regrow=SET(end_step=9, every_steps=2)),),
+        (prune(method="random", sparsity=0.7, regrow=RigL(end_step=9, every_steps=2)),),
+        (prune(method="movement", sparsity=0.7, gradual=Gradual(end_step=9, every_steps=2)),),
         (quantize(mode="training", stochastic_rounding=True),),
     ],
-    ids=["dense", "qlora", "gradual", "stochastic"],
+    ids=["dense", "qlora", "gradual", "set", "rigl", "movement", "stochastic"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
     value = experiment(data_dir, transforms=transforms)

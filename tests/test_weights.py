@@ -25,6 +25,7 @@ from jaxcost.weights import (
     Quantized,
     QuantSpec,
     Scaled,
+    Scored,
     Weight,
     blank_inputs,
     contract,
@@ -89,9 +90,19 @@ def scaled(key, stack, inward, outward, rank, side="in", trains=False, inner=den
     return Scaled(inner(key, stack, inward, outward, rank), scale, side, trains)
 
 
+def growing(key, stack, inward, outward, rank, inner=dense):
+    return masked(key, stack, inward, outward, rank, inner).replace(dense_gradient=True)
+
+
+def scored(key, stack, inward, outward, rank, inner=dense):
+    kept = masked(key, stack, inward, outward, rank, inner)
+    return Scored(kept.weight, kept.mask, scores=dense(key, stack, inward, outward, rank))
+
+
 KINDS = {
     "dense": dense,
     "masked": masked,
+    "scored": scored,
     "low_rank": low_rank,
     "lora": adapted,
     "dora": dora,
@@ -111,6 +122,8 @@ KINDS = {
 
 SLOTS = {
     "masked.weight": lambda inner: lambda *args: masked(*args, inner=inner),
+    "growing.weight": lambda inner: lambda *args: growing(*args, inner=inner),
+    "scored.weight": lambda inner: lambda *args: scored(*args, inner=inner),
     "low_rank.u": lambda inner: lambda *args: low_rank(*args, left=inner),
     "low_rank.v": lambda inner: lambda *args: low_rank(*args, right=inner),
     "lora.base": lambda inner: lambda *args: adapted(*args, base=inner),
@@ -137,15 +150,19 @@ def build(name, stack=(), inward=7, outward=5, rank=2, seed=0):
     return BUILDERS[name](jax.random.key(seed), stack, inward, outward, rank)
 
 
+def descendants(kind):
+    return {found for child in kind.__subclasses__() for found in (child, *descendants(child))}
+
+
 def test_every_kind_and_every_place_that_holds_a_weight_is_in_the_lists():
     kinds = {type(build(name)) for name in KINDS} - {type(jnp.zeros(()))}
-    assert kinds == set(Weight.__subclasses__())
+    assert kinds == descendants(Weight)
     holding = {
         (kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind) if field.type == "Any"
     }
-    listed = {"masked": "Masked", "low_rank": "LowRank", "lora": "Lora", "frozen": "Frozen"}
+    listed = {"masked": "Masked", "growing": "Masked", "scored": "Scored", "low_rank": "LowRank", "lora": "Lora"}
     listed |= {"aqt": "QuantAware", "reference": "QuantAware", "observed": "Observed", "scaled": "Scaled"}
-    listed |= {"dora": "Dora", "adapters": "Adapters"}
+    listed |= {"dora": "Dora", "adapters": "Adapters", "frozen": "Frozen"}
     assert holding == {(listed[kind], field) for kind, field in (slot.split(".") for slot in SLOTS)}
     assert len(BUILDERS) == len(KINDS) * (1 + len(SLOTS))
 
@@ -341,6 +358,8 @@ def test_bfloat16_gradients_are_close_to_float32_ones_and_have_each_arrays_dtype
 TRAINS = {
     "dense": {""},
     "masked": {"weight"},
+    "scored": {"weight", "scores"},
+    "scored.weight=frozen": {"scores"},
     "low_rank": {"u", "v"},
     "lora": {"a", "b"},
     "quantized": set(),

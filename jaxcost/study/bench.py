@@ -28,7 +28,7 @@ from jaxcost.training.distill import DistillConfig, Teacher
 from jaxcost.training.loop import Fitted
 from jaxcost.transforms import Transform, calibrated, chain, rule
 
-Features = Literal["iid", "outliers", "correlated"]
+Features = Literal["iid", "outliers", "correlated", "anisotropic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,18 +199,18 @@ def layer(seed: int, features: Features, inward: int = 128, outward: int = 96, c
     Args:
       seed: draws it.
       features: `iid` is Gaussian; of `outliers`, one channel in 16 is 10 times as large; `correlated` neighbours have
-        the given correlation.
+        the given correlation; `anisotropic` has both.
       inward, outward: the matrix's shape.
       correlation: of neighbours.
     """
     rng = np.random.default_rng(seed)
     kernel = rng.normal(size=(inward, outward)) / inward**0.5
     x = rng.normal(size=(2, 8 * inward, inward))
-    if features == "outliers":
-        x[..., rng.permutation(inward)[: inward // 16]] *= 10
-    if features == "correlated":
+    if features in ("correlated", "anisotropic"):
         distance = np.abs(np.subtract.outer(np.arange(inward), np.arange(inward)))
         x = x @ np.linalg.cholesky(correlation**distance).T
+    if features in ("outliers", "anisotropic"):
+        x[..., rng.permutation(inward)[: inward // 16]] *= 10
     return Layer(*(jnp.asarray(a, jnp.float32) for a in (kernel, *x)))
 
 

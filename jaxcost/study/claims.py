@@ -322,12 +322,12 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
         movement_over_magnitude,
     ),
     Relation(
-        "pruned_layer_with_outliers",
-        "With outlier channels, SparseGPT ≤ Wanda ≤ magnitude per output, at 50 %",
+        "pruned_layer",
+        "With correlated inputs and outlier channels, SparseGPT ≤ Wanda ≤ magnitude per output, at 50 %",
         "Frantar and Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695",
         ("SparseGPT", "Wanda", "magnitude"),
         ERROR,
-        lambda bench, seed: _pruned_layer(seed, "outliers"),
+        lambda bench, seed: _pruned_layer(seed, "anisotropic"),
     ),
     Relation(
         "wanda_needs_outliers",

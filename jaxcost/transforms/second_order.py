@@ -56,9 +56,9 @@ def solve(
     Returns:
       The new values, float32 (in, out), and what `decide` kept, with a leading axis of rows.
     """
-    factor, dead = inverse_factor(_whole(gram, PartitionSpec(None, None)), count, damping)
-    # Row after row needs all rows in one place, once; the outputs may stay apart.
-    w = _whole(w.astype(jnp.float32), PartitionSpec(None, PartitionSpec.UNCONSTRAINED))
+    factor, dead = inverse_factor(whole(gram), count, damping)
+    # Row after row needs all rows in one place, once, and not anew in every round of the loops.
+    w = whole(w.astype(jnp.float32))
     w = jnp.where(dead[:, None], 0.0, w)
     group = block if group is None else group
     end, parts = 0, []
@@ -91,9 +91,9 @@ def inverse_factor(gram: jax.Array, count: jax.Array, damping: float) -> tuple[j
     return factor, silent & (count > 0)
 
 
-def _whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """x with the axes that the spec names as None on every device; without a mesh it is x."""
-    return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, spec)
+def whole(x: jax.Array) -> jax.Array:
+    """The matrix x on every device; without a mesh it is x."""
+    return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(None, None))
 
 
 def _solve_block(w, start, *, factor, size: int, group: int, plan: Plan, decide: Decide):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcost.transforms.masks import drop_smallest, keep_largest_of_group
-from jaxcost.transforms.second_order import solve
+from jaxcost.transforms.second_order import solve, whole
 from jaxcost.weights import Inputs
 
 
@@ -36,6 +36,8 @@ def sparsegpt(
     """
 
     def one(w, kept, gram, count):
+        kept = whole(kept)
+
         def plan(rows, pivots, first):
             score = jnp.square(rows / pivots[:, None])
             before = lax.dynamic_slice_in_dim(kept, first, rows.shape[0])
