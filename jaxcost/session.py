@@ -133,7 +133,8 @@ class Session:
           CalibrationError: the data are of no use.
           ValueError: a weight cannot be transformed so.
         """
-        return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
+        with jax.set_mesh(self.mesh):
+            return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
 
     @property
     def peak_flops_per_second(self) -> float | None:

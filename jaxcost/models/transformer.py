@@ -327,7 +327,7 @@ def _vector(module: nn.Module, name: str, init, size: int):
 
 
 def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
-    virtual = optional.prefix_tokens(params) + optional.prompt_tokens(params)
+    virtual = optional.virtual_tokens(params)
     if virtual and virtual + length > config.max_length:
         raise ValueError(
             f"{virtual} virtual tokens and {length} tokens are longer than model.max_length ({config.max_length}); "

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
-from jaxcost.models import attention
+from jaxcost.models import attention, optional
 from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.training.loop import jitted_step
@@ -45,8 +45,10 @@ def planned_model(experiment: Experiment, vocab_size: int, mesh: Mesh) -> Transf
     """The model as a slice's own process would make it: what is `auto` follows the slice's platform, not this one's."""
     platform = mesh.devices.flat[0].platform
     execution, config = experiment.execution, dataclasses.replace(experiment.model, vocab_size=vocab_size)
+    params = chain(*experiment.transforms).abstract(abstract(Transformer(config))[0])
+    length = experiment.data.sequence_length + optional.virtual_tokens(params)
     implementation = attention.resolve(
-        execution.attention, platform, experiment.data.sequence_length, config.head_dim, execution.dtype.itemsize * 8
+        execution.attention, platform, length, config.head_dim, execution.dtype.itemsize * 8
     )
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         implementation = "reference"  # JAX traces cuDNN's attention only where cuDNN is
