@@ -153,7 +153,8 @@ class Session:
           CalibrationError: the data are of no use.
           ValueError: a weight cannot be transformed so.
         """
-        return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
+        with jax.set_mesh(self.mesh):
+            return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
 
     def calibration(self, transform: Transform, params: weights.Params) -> Calibration | None:
         """What one transform must know of the inputs of the weights that it picks; None where that is nothing."""

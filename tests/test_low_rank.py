@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.transforms import CalibrationError, allocate_ranks, calibrate, calibrated, factorize, rule
 from jaxcost.weights import Frozen, LowRank, materialize
 
@@ -106,6 +107,32 @@ def test_whitening_stands_dead_dependent_and_large_inputs(x):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(thin))
     if np.linalg.matrix_rank(x) <= 4:
         assert output_error(params["layers"]["kernel"], thin, x) < 0.05
+
+
+def test_whitening_sharded_weights_gives_what_whitening_whole_ones_does():
+    x, params = (
+        normal((64, 16), 1),
+        {"layers": {name: {"kernel": normal((2, 16, 8), seed)} for seed, name in enumerate("abcd")}},
+    )
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    axes = jax.tree.map(lambda _: PartitionSpec("layers", "embed", "mlp"), params)
+    placed = jax.device_put(params, sharding.shardings(params, axes, mesh))
+    transform = factorize(rank=3, whitened=True)
+
+    def multiplied(params, x):
+        return sum(jnp.sum(forward({"layers": one}, x)) for one in params["layers"].values())
+
+    def place(make, *arguments):
+        places = sharding.shardings(jax.eval_shape(make, *arguments), axes, mesh)
+        return jax.jit(make, out_shardings=places)(*arguments)
+
+    want = calibrated(transform, params, None, multiplied, lambda: [x])
+    with jax.set_mesh(mesh):
+        got = calibrated(transform, placed, None, multiplied, lambda: [x], place)
+    for name in "abcd":
+        thin = got["layers"][name]["kernel"]
+        np.testing.assert_allclose(materialize(thin), materialize(want["layers"][name]["kernel"]), rtol=1e-3, atol=1e-4)
+        assert not thin.u.is_fully_replicated and not thin.v.is_fully_replicated
 
 
 def test_whitening_asks_for_calibration():

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.serving.engine import Engine
+from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import (
     RuleError,
     bias_only,
@@ -164,6 +166,28 @@ def test_pissa_trains_the_principal_part_and_leaves_the_rest():
     rounded = [flat(t(dense_params()))[UP] for t in (chain(lora(init="pissa"), quantize()), chain(quantize(), lora()))]
     errors = [np.linalg.norm(materialize(w) - dense) for w in rounded]
     assert all(isinstance(w.base, Quantized) for w in rounded) and errors[0] < errors[1]
+
+
+def test_a_base_of_4_bit_codes_trains_through_a_program_compiled_ahead_of_time():
+    # JAX 0.10.2 refuses such arrays to such programs on CPUs.
+    optimizer = optax.sgd(0.5)
+    transform = chain(quantize(numbers="nf", bits=4, group=4), lora(rank=2))
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2), jax.devices()[:2])
+    params = transform(dense_params())
+    params = jax.device_put(params, sharding.shardings(params, axes_of(MODEL, params), mesh))
+    state = init_state(params, optimizer, seed=0)
+    batch = {"inputs": tokens(), "targets": tokens(), "mask": jnp.ones((2, 8))}
+    step = jax.jit(make_train_step(MODEL, optimizer, transform))
+    with jax.set_mesh(mesh):
+        run = sharding.runnable(step, step.lower(state, batch).compile(), state, batch)
+        losses = []
+        for _ in range(5):
+            state, metrics = run(state, batch)
+            losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert np.array_equal(state.params["layers"]["mlp"]["up"]["kernel"].base.codes, flat(params)[UP].base.codes)
+    plain = step.lower(init_state(dense_params(), optimizer, 0), batch).compile()
+    assert sharding.runnable(step, plain, dense_params()) is plain
 
 
 # ---- Several adapters at once ----

@@ -46,6 +46,11 @@ def prefix_tokens(params: weights.Params) -> int:
     return 0 if found is None else _length(found["key"])
 
 
+def virtual_tokens(params: weights.Params) -> int:
+    """Virtual tokens before every sequence, of a prefix and of a prompt."""
+    return prefix_tokens(params) + prompt_tokens(params)
+
+
 def with_prompt(params: weights.Params, x_BTD: jax.Array) -> jax.Array:
     """The embeddings with the prompt's before them, (B, P + T, D)."""
     if not prompt_tokens(params):

@@ -327,7 +327,7 @@ def start_cache(model: Transformer, params: weights.Params, batch_size: int, slo
 
 
 def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
-    virtual = optional.prefix_tokens(params) + optional.prompt_tokens(params)
+    virtual = optional.virtual_tokens(params)
     if virtual and virtual + length > config.max_length:
         raise ValueError(
             f"{virtual} virtual tokens and {length} tokens are longer than model.max_length ({config.max_length}); "

@@ -75,8 +75,8 @@ class Engine:
           ValueError: an empty prompt or ids outside the vocabulary, a temperature or a number of tokens that makes no
             sense, or prompt and output longer than the model's `max_length`.
         """
-        virtual = optional.prefix_tokens(params) + optional.prompt_tokens(params)
-        limit, vocab_size = self.model.config.max_length - virtual, self.model.config.vocab_size
+        limit = self.model.config.max_length - optional.virtual_tokens(params)
+        vocab_size = self.model.config.vocab_size
         if not prompts or min(len(prompt) for prompt in prompts) < 1:
             raise ValueError("A prompt is empty; give at least one token.")
         if not all(np.min(prompt) >= 0 and np.max(prompt) < vocab_size for prompt in prompts):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxcost import weights
 from jaxcost.transforms.base import Calibration, CalibrationError, Stage, Transform, matrix_shape, rule
@@ -170,13 +171,24 @@ def _dense(path: str, w: Any) -> jax.Array:
     if isinstance(w, Weight):
         raise ValueError(f"factorize: {path} is {type(w).__name__} already; factorize comes before other transforms.")
     matrix_shape(path, w)
-    return w.astype(jnp.float32)
+    return _whole(w.astype(jnp.float32))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The array gathered on every device of the mesh, where there is one: a decomposition runs on each of them whole.
+
+    Left to itself the partitioner also splits the products around it, whose sums over devices then run side by side;
+    on a machine with fewer cores than virtual devices those wait for each other for ever.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def _whitening(inputs: Inputs, damping: float) -> tuple[jax.Array, jax.Array]:
     """S (..., in, in) such that ‖S·M‖ is the size of x·M over the data, damped, and its inverse."""
-    size = jnp.trace(inputs.gram, axis1=-2, axis2=-1)[..., None] / inputs.gram.shape[-1]
-    values, vectors = jnp.linalg.eigh(inputs.gram / jnp.where(size > 0, size, 1.0)[..., None])
+    gram = _whole(inputs.gram)
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None] / gram.shape[-1]
+    values, vectors = jnp.linalg.eigh(gram / jnp.where(size > 0, size, 1.0)[..., None])
     root = jnp.sqrt(jnp.maximum(values, 0.0) + damping)
     return root[..., None] * jnp.swapaxes(vectors, -2, -1), vectors / root[..., None, :]
 
