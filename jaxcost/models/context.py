@@ -30,8 +30,8 @@ Method = Literal["auto", "all_to_all", "ring"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 AXIS = "context"
-_SCORES = 2**20
-"""Scores of one head that the ring makes at a time, which bounds its working memory."""
+_SCORES = 2**23
+"""Scores that the ring makes at a time, those of one key head, which bounds its working memory."""
 
 
 def resolve(method: Method, heads: int, kv_heads: int, ways: int) -> Method:
@@ -94,38 +94,37 @@ def _all_to_all(whole: Attend, q_BCHh, k_BCKh, v_BCKh):
 
 def _ring(q_BCHh, k_BCKh, v_BCKh):
     rows, tokens, _, head_dim = q_BCHh.shape
-    kv_heads = k_BCKh.shape[2]
-    q_BKGCh = jnp.moveaxis(q_BCHh.reshape(rows, tokens, kv_heads, -1, head_dim), 1, 3)
-    out_BKGCh = _around(q_BKGCh, *(jnp.swapaxes(x, 1, 2) for x in (k_BCKh, v_BCKh)))
-    return jnp.moveaxis(out_BKGCh, 3, 1).reshape(q_BCHh.shape)
+    q_BCKGh = q_BCHh.reshape(rows, tokens, k_BCKh.shape[2], -1, head_dim)
+    out_KBGCh = _around(q_BCKGh.transpose(2, 0, 3, 1, 4), *(x.transpose(2, 0, 1, 3) for x in (k_BCKh, v_BCKh)))
+    return out_KBGCh.transpose(1, 3, 0, 2, 4).reshape(q_BCHh.shape)
 
 
 @jax.custom_vjp
-def _around(q_BKGCh, k_BKCh, v_BKCh):
-    return _around_forward(q_BKGCh, k_BKCh, v_BKCh)[0]
+def _around(q_KBGCh, k_KBCh, v_KBCh):
+    return _around_forward(q_KBGCh, k_KBCh, v_KBCh)[0]
 
 
-def _around_forward(q_BKGCh, k_BKCh, v_BKCh):
-    index, k, v = lax.axis_index(AXIS), k_BKCh, v_BKCh
-    seen = _attend(q_BKGCh, k, v, causal=True)
+def _around_forward(q_KBGCh, k_KBCh, v_KBCh):
+    index, k, v = lax.axis_index(AXIS), k_KBCh, v_KBCh
+    seen = _attend(q_KBGCh, k, v, causal=True)
     for step in range(1, lax.axis_size(AXIS)):
         k, v = _rotated((k, v))
         # What came round belongs to the device `step` places before this one; there is none before the first.
-        add = functools.partial(_seen_too, q_BKGCh, k, v)
+        add = functools.partial(_seen_too, q_KBGCh, k, v)
         seen = lax.cond(step <= index, add, lambda seen: seen, seen)
-    out_BKGCh, log_sum_BKGC1 = seen
-    out_BKGCh = out_BKGCh.astype(q_BKGCh.dtype)
-    return out_BKGCh, (q_BKGCh, k_BKCh, v_BKCh, out_BKGCh, log_sum_BKGC1)
+    out_KBGCh, log_sum_KBGC = seen
+    out_KBGCh = out_KBGCh.astype(q_KBGCh.dtype)
+    return out_KBGCh, (q_KBGCh, k_KBCh, v_KBCh, out_KBGCh, log_sum_KBGC)
 
 
-def _around_backward(kept, dout_BKGCh):
+def _around_backward(kept, dout_KBGCh):
     """The gradients of keys and values go round with them and end where they began.
 
     Source: Dao 2023, arXiv:2307.08691, algorithm 2, for the gradient from the kept sums.
     """
     q, k, v, out, log_sum = kept
-    row_sum = jnp.sum(out.astype(jnp.float32) * dout_BKGCh.astype(jnp.float32), axis=-1, keepdims=True)
-    from_rows = (q, dout_BKGCh, log_sum, row_sum)
+    row_sum = jnp.sum(out.astype(jnp.float32) * dout_KBGCh.astype(jnp.float32), axis=-1)
+    from_rows = (q, dout_KBGCh, log_sum, row_sum)
     index = lax.axis_index(AXIS)
     dq, dk, dv = _gradients(from_rows, k, v, causal=True)
     for step in range(1, lax.axis_size(AXIS)):
@@ -149,73 +148,79 @@ def _seen_too(q, k, v, seen):
     """Attention to what was seen so far and to further keys, weighted by the sums of their exponentials."""
     (out, its_sum), (more, more_sum) = seen, _attend(q, k, v, causal=False)
     log_sum = jnp.logaddexp(its_sum, more_sum)
-    return out * jnp.exp(its_sum - log_sum) + more * jnp.exp(more_sum - log_sum), log_sum
+    return out * jnp.exp(its_sum - log_sum)[..., None] + more * jnp.exp(more_sum - log_sum)[..., None], log_sum
 
 
 def _gradients_too(from_rows, k, v, sums):
     return jax.tree.map(jnp.add, sums, _gradients(from_rows, k, v, causal=False))
 
 
-def _attend(q_BKGCh, k_BKSh, v_BKSh, causal: bool):
-    """Attention to some keys alone: float32 outputs (B, K, G, C, h) and logarithms of the sums of their weights."""
+def _attend(q_KBGCh, k_KBSh, v_KBSh, causal: bool):
+    """Attention to some keys alone: float32 outputs (K, B, G, C, h) and logarithms of the sums of their weights."""
 
-    def piece(rows):
-        q_BKGth, first = rows
-        scores = _scores(q_BKGth, k_BKSh, first if causal else None)
-        log_sum = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - log_sum).astype(v_BKSh.dtype)
-        return _product("bkgts,bksh->bkgth", weights, v_BKSh), log_sum
+    def head(arrays):
+        q_BGCh, k_BSh, v_BSh = arrays
 
-    count = _pieces(q_BKGCh.shape[3], k_BKSh.shape[2])
-    return jax.tree.map(_joined, lax.map(piece, (_split(q_BKGCh, count), _firsts(q_BKGCh, count))))
+        def piece(rows):
+            q_BGth, first = rows
+            scores = _scores(q_BGth, k_BSh, first if causal else None)
+            log_sum = jax.nn.logsumexp(scores, axis=-1)
+            weights = jnp.exp(scores - log_sum[..., None]).astype(v_BSh.dtype)
+            return _product("bgts,bsh->bgth", weights, v_BSh), log_sum
+
+        return jax.tree.map(_joined, lax.map(piece, _pieces((q_BGCh,), k_BSh)))
+
+    return lax.map(head, (q_KBGCh, k_KBSh, v_KBSh))
 
 
-def _gradients(from_rows, k_BKSh, v_BKSh, causal: bool):
+def _gradients(from_rows, k_KBSh, v_KBSh, causal: bool):
     """Float32 gradients of queries, keys and values from the attention to some keys."""
-    scale = k_BKSh.shape[-1] ** -0.5
+    scale = k_KBSh.shape[-1] ** -0.5
 
-    def piece(sums, rows):
-        (q, dout, log_sum, row_sum), first = rows
-        weights = jnp.exp(_scores(q, k_BKSh, first if causal else None) - log_sum)
-        dweights = _product("bkgth,bksh->bkgts", dout, v_BKSh)
-        dscores = (weights * (dweights - row_sum) * scale).astype(q.dtype)
-        dk = sums[0] + _product("bkgts,bkgth->bksh", dscores, q)
-        dv = sums[1] + _product("bkgts,bkgth->bksh", weights.astype(q.dtype), dout)
-        return (dk, dv), _product("bkgts,bksh->bkgth", dscores, k_BKSh)
+    def head(arrays):
+        *from_rows, k_BSh, v_BSh = arrays
 
-    count = _pieces(from_rows[0].shape[3], k_BKSh.shape[2])
-    zeros = jnp.zeros(k_BKSh.shape, jnp.float32)
-    pieces = (tuple(_split(x, count) for x in from_rows), _firsts(from_rows[0], count))
-    (dk, dv), dq = lax.scan(piece, (zeros, zeros), pieces)
-    return _joined(dq), dk, dv
+        def piece(sums, rows):
+            q, dout, log_sum, row_sum, first = rows
+            weights = jnp.exp(_scores(q, k_BSh, first if causal else None) - log_sum[..., None])
+            dweights = _product("bgth,bsh->bgts", dout, v_BSh)
+            dscores = (weights * (dweights - row_sum[..., None]) * scale).astype(q.dtype)
+            dk = sums[0] + _product("bgts,bgth->bsh", dscores, q)
+            dv = sums[1] + _product("bgts,bgth->bsh", weights.astype(q.dtype), dout)
+            return (dk, dv), _product("bgts,bsh->bgth", dscores, k_BSh)
+
+        zeros = jnp.zeros(k_BSh.shape, jnp.float32)
+        (dk, dv), dq = lax.scan(piece, (zeros, zeros), _pieces(from_rows, k_BSh))
+        return _joined(dq), dk, dv
+
+    return lax.map(head, (*from_rows, k_KBSh, v_KBSh))
 
 
-def _scores(q_BKGth, k_BKSh, first):
-    """Scaled scores (B, K, G, t, S); `first` is the first query's place among the keys if those after it are masked."""
-    scores = _product("bkgth,bksh->bkgts", q_BKGth, k_BKSh) * q_BKGth.shape[-1] ** -0.5
+def _scores(q_BGth, k_BSh, first):
+    """Scaled scores (B, G, t, S); `first` is the first query's place among the keys if those after it are masked."""
+    scores = _product("bgth,bsh->bgts", q_BGth, k_BSh) * q_BGth.shape[-1] ** -0.5
     if first is None:
         return scores
-    places = first + jnp.arange(q_BKGth.shape[3])
-    return jnp.where(jnp.arange(k_BKSh.shape[2]) <= places[:, None], scores, -jnp.inf)
+    places = first + jnp.arange(q_BGth.shape[2])
+    return jnp.where(jnp.arange(k_BSh.shape[1]) <= places[:, None], scores, -jnp.inf)
 
 
 def _product(equation: str, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _pieces(queries: int, keys: int) -> int:
-    """In how many pieces the queries are taken: the fewest whose scores are few enough."""
-    return next(n for n in range(1, queries + 1) if queries % n == 0 and queries // n * keys <= _SCORES or n == queries)
+def _pieces(from_rows, k_BSh):
+    """Arrays (B, G, C, ...) in the fewest pieces along C whose scores are few enough, and the first row of each."""
+    rows, groups, tokens = from_rows[0].shape[:3]
+    most = max(1, _SCORES // (rows * groups * k_BSh.shape[1]))
+    size = max(n for n in range(1, min(most, tokens) + 1) if tokens % n == 0)
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:2], tokens // size, size, *x.shape[3:]), 2, 0)
+
+    return *map(cut, from_rows), jnp.arange(0, tokens, size)
 
 
-def _firsts(q_BKGCh, count: int):
-    return jnp.arange(count) * (q_BKGCh.shape[3] // count)
-
-
-def _split(x_BKGCh, count: int):
-    return jnp.moveaxis(x_BKGCh.reshape(*x_BKGCh.shape[:3], count, -1, x_BKGCh.shape[-1]), 3, 0)
-
-
-def _joined(x_nBKGth):
-    x = jnp.moveaxis(x_nBKGth, 0, 3)
-    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+def _joined(x_nBGt):
+    x = jnp.moveaxis(x_nBGt, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
