@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jaxcost import weights
 from jaxcost.transforms.base import Calibration, CalibrationError, Stage, Transform, matrix_shape, rule
+from jaxcost.transforms.whole import on_each_device
 from jaxcost.weights import Frozen, Inputs, LowRank, Params, Weight
 
 
@@ -63,13 +64,9 @@ class factorize(Transform):
             return w.replace(weight=self.apply(path, w.weight, key, inputs))
         dense = _dense(path, w)
         rank = self.rank_for(path, dense.shape)
-        whiten, restore = _whitening(inputs, self.damping) if self.whitened else (None, None)
-        u, s, vt = jnp.linalg.svd(dense if whiten is None else _product(whiten, dense), full_matrices=False)
-        u = u if restore is None else _product(restore, u)
-        root = jnp.sqrt(s[..., :rank])
-        return LowRank(
-            (u[..., :rank] * root[..., None, :]).astype(w.dtype), (root[..., None] * vt[..., :rank, :]).astype(w.dtype)
-        )
+        grams = (inputs.gram,) if self.whitened else ()
+        u, v = on_each_device(functools.partial(_factors, rank=rank, damping=self.damping))(dense, *grams)
+        return LowRank(u.astype(w.dtype), v.astype(w.dtype))
 
     def rank_for(self, path: str, shape: tuple[int, ...]) -> int:
         """The rank for a matrix (..., in, out); ValueError where the factors would hold more than the matrix."""
@@ -171,22 +168,20 @@ def _dense(path: str, w: Any) -> jax.Array:
     if isinstance(w, Weight):
         raise ValueError(f"factorize: {path} is {type(w).__name__} already; factorize comes before other transforms.")
     matrix_shape(path, w)
-    return _whole(w.astype(jnp.float32))
+    return w.astype(jnp.float32)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """The array gathered on every device of the mesh, where there is one: a decomposition runs on each of them whole.
+def _factors(dense: jax.Array, gram: jax.Array | None = None, *, rank: int, damping: float) -> tuple:
+    """The factors (..., in, rank) and (..., rank, out) of a matrix, whitened by its inputs' gram matrix if given."""
+    whiten, restore = (None, None) if gram is None else _whitening(gram, damping)
+    u, s, vt = jnp.linalg.svd(dense if whiten is None else _product(whiten, dense), full_matrices=False)
+    u = u if restore is None else _product(restore, u)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
 
-    Left to itself the partitioner also splits the products around it, whose sums over devices then run side by side;
-    on a machine with fewer cores than virtual devices those wait for each other for ever.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
-
-def _whitening(inputs: Inputs, damping: float) -> tuple[jax.Array, jax.Array]:
+def _whitening(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """S (..., in, in) such that ‖S·M‖ is the size of x·M over the data, damped, and its inverse."""
-    gram = _whole(inputs.gram)
     size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None] / gram.shape[-1]
     values, vectors = jnp.linalg.eigh(gram / jnp.where(size > 0, size, 1.0)[..., None])
     root = jnp.sqrt(jnp.maximum(values, 0.0) + damping)
@@ -203,6 +198,6 @@ def _energies(path: str, settings: factorize, w: Any, inputs: Inputs | None) -> 
     if settings.whitened:
         if inputs is None:
             raise CalibrationError(f"allocate_ranks: nothing is known of the inputs of {path}; calibrate first.")
-        dense = _product(_whitening(inputs, settings.damping)[0], dense)
+        dense = _product(_whitening(inputs.gram, settings.damping)[0], dense)
     values = np.asarray(jnp.linalg.svd(dense, compute_uv=False), np.float64)
     return np.square(values).reshape(-1, values.shape[-1]).sum(axis=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcost.transforms.second_order import solve
+from jaxcost.transforms.whole import on_each_device
 from jaxcost.weights import GridName, Inputs, Quantized, encode, group_scale, quantized
 from jaxcost.weights.quantized import decode
 
@@ -51,7 +52,7 @@ def gptq(dense: jax.Array, mask: jax.Array | None, inputs: Inputs, grid: GridNam
 
     dense = dense.astype(jnp.float32)
     kept = jnp.ones(dense.shape, bool) if mask is None else mask
-    codes, scale = _over_stack(one, dense.ndim - 2)(dense, kept, inputs.gram, inputs.count)
+    codes, scale = on_each_device(_over_stack(one, dense.ndim - 2))(dense, kept, inputs.gram, inputs.count)
     return Quantized(codes, scale, grid=grid)
 
 
@@ -79,7 +80,8 @@ def awq_factor(dense: jax.Array, inputs: Inputs, grid: GridName, group: int | No
         return factor(powers[jnp.argmin(lax.map(error, powers))])
 
     dense = dense.astype(jnp.float32)
-    return _over_stack(one, dense.ndim - 2)(dense, inputs.gram, inputs.squares, inputs.count)
+    factors = on_each_device(_over_stack(one, dense.ndim - 2))
+    return factors(dense, inputs.gram, inputs.squares, inputs.count)
 
 
 def _over_stack(f, depth: int):

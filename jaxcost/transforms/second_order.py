@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 Plan = Callable[[jax.Array, jax.Array, jax.Array], Any]
 """(rows (group, out) as they are now, pivots (group,), number of the first row) → a tree with a leading group axis."""
@@ -56,10 +55,8 @@ def solve(
     Returns:
       The new values, float32 (in, out), and what `decide` kept, with a leading axis of rows.
     """
-    factor, dead = inverse_factor(whole(gram), count, damping)
-    # Row after row needs all rows in one place, once, and not anew in every round of the loops.
-    w = whole(w.astype(jnp.float32))
-    w = jnp.where(dead[:, None], 0.0, w)
+    factor, dead = inverse_factor(gram, count, damping)
+    w = jnp.where(dead[:, None], 0.0, w.astype(jnp.float32))
     group = block if group is None else group
     end, parts = 0, []
     # Whole blocks, what is left of whole groups, and what is left.
@@ -89,11 +86,6 @@ def inverse_factor(gram: jax.Array, count: jax.Array, damping: float) -> tuple[j
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     factor = jax.scipy.linalg.solve_triangular(upper, jnp.eye(len(diagonal), dtype=jnp.float32))
     return factor, silent & (count > 0)
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """The matrix x on every device; without a mesh it is x."""
-    return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(None, None))
 
 
 def _solve_block(w, start, *, factor, size: int, group: int, plan: Plan, decide: Decide):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcost.transforms.masks import drop_smallest, keep_largest_of_group
-from jaxcost.transforms.second_order import solve, whole
+from jaxcost.transforms.second_order import solve
+from jaxcost.transforms.whole import on_each_device
 from jaxcost.weights import Inputs
 
 
@@ -36,8 +37,6 @@ def sparsegpt(
     """
 
     def one(w, kept, gram, count):
-        kept = whole(kept)
-
         def plan(rows, pivots, first):
             score = jnp.square(rows / pivots[:, None])
             before = lax.dynamic_slice_in_dim(kept, first, rows.shape[0])
@@ -55,5 +54,5 @@ def sparsegpt(
 
     for _ in range(w.ndim - 2):
         one = jax.vmap(one)
-    dense, mask = one(w, kept, inputs.gram, inputs.count)
+    dense, mask = on_each_device(one)(w, kept, inputs.gram, inputs.count)
     return dense.astype(w.dtype), mask
