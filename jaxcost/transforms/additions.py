@@ -17,6 +17,7 @@ from jaxcost.transforms.base import Covered, Rule, Stage, Transform
 from jaxcost.weights import Params
 
 STACKS = ("frozen_layers", "layers")
+"""The stacks of blocks that a tree may hold; what is added to the blocks is added to both."""
 
 Maker = Callable[[jax.Array], jax.Array]
 """A random key → the initial values of a parameter, float32."""

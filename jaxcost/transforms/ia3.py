@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class ia3(Adapting):
 
     rules: tuple[Rule, ...] = (rule("attention/(key|value)/kernel$"), rule("mlp/down/kernel$", side="in"))
     """Which weights, and with which options: the first rule whose pattern is found in the path decides."""
-    side: str = "out"
+    side: Literal["in", "out"] = "out"
     """Whether the outputs (`out`) or the inputs (`in`) of a weight are scaled."""
 
     def __post_init__(self):
