@@ -170,10 +170,10 @@ class Transformer(nn.Module):
         table = Table(c.vocab_size, c.width, "vocab", name="embed")()
         x_BTD = tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
         x_BTD = x_BTD.astype(self.execution.dtype)
-        if c.scale_embeddings and tokens_BT.ndim == 2:
-            x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         if cache is None:
             x_BTD = optional.with_prompt(params, x_BTD)
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         if c.position == "learned":
