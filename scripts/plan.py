@@ -260,16 +260,21 @@ def _print_rows(console, plans) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in rows:
         run = row["run"] or {}
-        table.add_row(
-            row["topology"] if one_config else f"{name}\n{row['topology']}",
-            _FITS[row["fits"]],
+        figures = (
             _figure(row["needed_bytes"], _GIB, 3),
             *(_figure(row[f"{figure}_seconds"], digits=3) for figure in ("lower_bound", "compiler", "calibrated")),
             *(_figure(run.get(figure), digits=3) for figure in ("usd", "kwh")),
             _figure(row["usd_per_million_tokens"], digits=3),
         )
+        table.add_row(
+            row["topology"] if one_config else f"{name}\n{row['topology']}",
+            _FITS[row["fits"]],
+            *("?" if figure == "unknown" else figure for figure in figures),
+        )
     console.print(table)
-    console.print(f"Dollars and kWh are of all {rows[0][1]['steps']} steps; they rest on:", highlight=False)
+    console.print(
+        f"Dollars and kWh are of all {rows[0][1]['steps']} steps; ? is unknown. They rest on:", highlight=False
+    )
     for kind in dict.fromkeys(row["seconds_are"] for _, row in rows if row["seconds_are"]):
         who = ", ".join(dict.fromkeys(row["topology"] for _, row in rows if row["seconds_are"] == kind))
         console.print(f"  {kind}: {who}", highlight=False)
