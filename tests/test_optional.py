@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,9 @@ import numpy as np
 import pytest
 
 from jaxcost import weights
-from jaxcost.config import Experiment
-from jaxcost.data.config import DataConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, init_cache, initialize, start_cache, unembedding
-from jaxcost.planning.steps import planned_model
 from jaxcost.serving.engine import Engine
 from jaxcost.transforms import bottleneck, chain, freeze, lora, prefix_tuning, prompt_tuning, quantize, rule
 
@@ -172,15 +168,6 @@ def test_generation_takes_virtual_tokens_into_account():
             row = np.append(row, token)
     with pytest.raises(ValueError, match="15 new tokens are longer than the 16 that the model's max_length leaves"):
         engine.generate(params, prompts, max_new_tokens=15)
-
-
-def test_the_planner_chooses_a_kernel_for_the_sequence_with_its_virtual_tokens():
-    model = dataclasses.replace(CONFIG, head_dim=128, max_length=512)
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
-    for transforms, kernel in (((), "splash"), ((prefix_tuning(tokens=20),), "reference")):
-        data = DataConfig(sequence_length=128)
-        experiment = Experiment(model=model, data=data, transforms=transforms)
-        assert planned_model(experiment, 32, mesh).execution.attention == kernel
 
 
 def test_virtual_tokens_are_held_in_integers_too():

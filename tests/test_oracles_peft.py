@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_oracles import PEFT_NAMES, PROMPT, array, llama, llama_params, our_logits, their_logits
+from test_oracles import PEFT_NAMES, PROMPT, array, llama, loaded, our_logits, their_logits
 
 from jaxcost import weights
 from jaxcost.models.transformer import Transformer
@@ -108,7 +108,7 @@ def check_merged(adapted, config, ours):
     """Our merged weights are peft's to 1e-6, and so are the model's logits to float32's rounding."""
     merged = merge_adapters()(ours)
     theirs = adapted.merge_and_unload()
-    expected = llama_params(theirs.state_dict(), tied=False)
+    _, expected = loaded(theirs)
     assert jax.tree.structure(expected) == jax.tree.structure(merged)
     for got, leaf in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
         assert distance(got, leaf) < EXACT
