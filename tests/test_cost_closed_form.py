@@ -156,7 +156,7 @@ def test_chain_from_flops_to_carbon():
 
 
 def test_unknown_peak_and_wrong_utilization():
-    assert closed_form.cost_of_flops(1e12, V5E, operand_type="f32") is None
+    assert closed_form.cost_of_flops(1e12, V5E, operand_type="fp8") is None
     with pytest.raises(ValueError, match="utilization is 1.5"):
         closed_form.cost_of_flops(1e12, V5E, utilization=1.5)
 
