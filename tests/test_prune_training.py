@@ -124,7 +124,7 @@ def test_gradual_rules_may_leave_the_schedule_out():
     transform, states = gradual_run()
     assert pruned_counts(states[0]["layers/mlp/gate/kernel"].mask) == [round(0.83 * 16 * 24)] * 3
     np.testing.assert_array_equal(states[0]["layers/mlp/gate/kernel"].mask, states[-1]["layers/mlp/gate/kernel"].mask)
-    assert transform.last_step() == 8 and chain(lora(), transform).last_step() == 8
+    assert transform.last_step() == 8 and chain(transform, lora()).last_step() == 8
     assert prune(rules=(rule("mlp", gradual=Gradual(end_step=30)), rule("attention"))).last_step() == 30
     assert prune().last_step() == chain(prune(), quantize()).last_step() == chain().last_step() == -1
 

@@ -54,6 +54,10 @@ class Scored(Masked):
     scores: jax.Array = struct.field(kw_only=True)
     """float32, (..., in, out)."""
 
+    def contract(self, x, key):
+        # Always through the gate, where the scores' gradient comes from.
+        return contract(x, self.materialize())
+
     def materialize(self):
         dense = materialize(self.weight)
         gate = self.mask + (self.scores - lax.stop_gradient(self.scores))
