@@ -166,6 +166,7 @@ def test_nothing_to_choose_from_is_refused():
         sensitivities(prune(), "colour", (0.5,), PARAMS, score)
 
 
+@pytest.mark.slow
 def test_the_allocation_beats_the_uniform_level_on_a_trained_model(tmp_path):
     """The small version of `scripts/allocate.py` on the quickstart's model."""
     value = Experiment(

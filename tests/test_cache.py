@@ -65,6 +65,7 @@ def test_what_is_read_is_what_was_written_to_half_a_step(dtype):
     assert caches.read(held, dtype).dtype == dtype
 
 
+@pytest.mark.slow
 def test_attention_over_codes_errs_by_what_its_keys_and_values_do():
     def one(cache):
         hidden, cache = Transformer(CONFIG).apply({"params": trained()}, sequences(3, 10, 1000), cache)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweep import sweep
 
 from jaxcost import serialization
 from jaxcost.config import ConfigError, Experiment, Overrides, load, parse
@@ -165,7 +166,7 @@ def test_every_script_documents_its_flags(script):
             assert field in run.stdout
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("arguments", "said"),
     [
         (["--data.name", "no_such_dataset"], "no_such_dataset"),
@@ -175,6 +176,7 @@ def test_every_script_documents_its_flags(script):
         (["--data.validation-split", "nope"], "nope"),
         (["--json", "/proc/nope/result.json"], "--json"),
     ],
+    quick=3,
 )
 def test_a_script_that_fails_says_so_in_one_line(tmp_path, arguments, said):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), str(ROOT / "configs" / "quickstart.py")]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import config, sharding
 from jaxcost.config import MeshConfig
@@ -57,7 +58,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
-@pytest.mark.parametrize("ways", [2, 4, 8])
+@sweep("ways", [4, 2, 8], quick=1)
 def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_heads, ways):
     shapes = [(ROWS, LENGTH, 8, 16), (ROWS, LENGTH, kv_heads, 16), (ROWS, LENGTH, kv_heads, 16)]
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
@@ -72,7 +73,7 @@ def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_hea
     assert_same(run(mesh_of(context=ways)), run(mesh_of()))
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("sizes", "method"),
     [
         ({"context": 8}, "ring"),
@@ -81,6 +82,7 @@ def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_hea
         ({"data": 2, "tensor": 2, "context": 2}, "all_to_all"),
         ({"fsdp": 2, "tensor": 2, "context": 2}, "ring"),
     ],
+    quick=2,
 )
 def test_a_model_on_a_context_mesh_has_one_devices_loss_and_gradients(sizes, method):
     model = Transformer(MODEL, ExecutionConfig(context=method, remat="attention"))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from sweep import sweep
 
 from jaxcost.cost import closed_form
 from jaxcost.cost.hlo import compiled_cost
@@ -66,13 +67,13 @@ def compiled_and_closed(transform, unroll):
     return compiled, training_step_flops(CONFIG, params, BATCH, SEQUENCE, "full")
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=6)
 def test_a_scanned_step_costs_what_the_closed_form_says(name):
     compiled, closed = compiled_and_closed(TRANSFORMS[name], "never")
     assert closed == pytest.approx(compiled, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["plain", "lora", "dora", "qlora on nf4", "low rank", "lora on low rank"])
+@sweep("name", ["plain", "lora", "dora", "qlora on nf4", "low rank", "lora on low rank"], quick=2)
 def test_an_unrolled_step_costs_what_the_closed_form_says_within_a_twentieth(name):
     # The compiler sees that the gradient of the lowest layer's inputs is not needed where nothing below it trains.
     compiled, closed = compiled_and_closed(TRANSFORMS[name], "always")

@@ -269,6 +269,7 @@ def session_of(value, devices=1):
     return Session(value, quiet=True, devices=jax.devices()[:devices])
 
 
+@pytest.mark.slow
 def test_a_student_on_a_mesh_learns_what_one_device_would_teach_it(tmp_path, data_dir, taught):
     value = experiment(data_dir, distill=DistillConfig(teacher=str(taught), logits=1.0, hidden=0.5))
     one = session_of(value).train(tmp_path / "one")
@@ -319,6 +320,7 @@ def test_a_student_may_start_as_layers_of_its_teacher(tmp_path, data_dir, taught
     assert copied.losses[0] < anew.losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_a_recipe_is_taught_by_the_base_of_its_study(tmp_path, data_dir):
     recipes = (Recipe("thin", transforms=(factorize(),), finish=(quantize(),), distill=DistillConfig(logits=1.0)),)
     study = StudyConfig(recipes=recipes, recovery_steps=4, topology="v99:1x1", decode_tokens=4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
@@ -84,7 +85,7 @@ X = jax.random.normal(jax.random.key(3), (3, 10, 16))
 # ---- One layer ----
 
 
-@pytest.mark.parametrize("config", [DROPLESS, ROOMY, SHARED])
+@sweep("config", [DROPLESS, ROOMY, SHARED], quick=2)
 def test_tokens_take_the_weighted_sum_of_their_experts(config):
     mlp = layer_of(params_of(config))
     np.testing.assert_allclose(block(config, mlp, X)[0], by_hand(config, mlp, X), rtol=1e-4, atol=1e-5)
@@ -109,6 +110,7 @@ def test_capacities_are_at_least_one_row_and_at_most_the_sequence():
     assert experts.capacity(mixtral, 4096) == 1280
 
 
+@pytest.mark.slow
 def test_both_paths_have_the_same_gradients_where_nothing_is_dropped():
     mlp = layer_of(params_of(DROPLESS))
 
@@ -120,7 +122,7 @@ def test_both_paths_have_the_same_gradients_where_nothing_is_dropped():
     )
 
 
-@pytest.mark.parametrize("config", [CAPACITY, DROPLESS])
+@sweep("config", [CAPACITY, DROPLESS], quick=1)
 def test_gradients_are_those_of_finite_differences(config):
     mlp = layer_of(params_of(config))
     check_grads(
@@ -143,7 +145,7 @@ def test_router_losses_are_one_where_loads_are_even_and_the_number_of_experts_wh
 # ---- Kinds of weight ----
 
 
-@pytest.mark.parametrize("config", [ROOMY, DROPLESS])
+@sweep("config", [ROOMY, DROPLESS], quick=1)
 @pytest.mark.parametrize("name", ["prune", "2:4", "lora", "factorize", "qlora", "quantised training"])
 def test_every_kind_of_weight_means_the_same_as_its_dense_matrix(name, config):
     params = TRANSFORMS[name](params_of(config))
@@ -258,7 +260,7 @@ def trained(config, name, mesh_name, accumulation=1):
     return found, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("config", "mesh_name"),
     [
         (CAPACITY, "fsdp 2 x tensor 2 x expert 2"),
@@ -267,6 +269,7 @@ def trained(config, name, mesh_name, accumulation=1):
         (DROPLESS, "data 2 x expert 4"),
         (SHARED, "fsdp 4 x tensor 2"),
     ],
+    quick=2,
 )
 def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     want, got = trained(config, "plain", None)[0], trained(config, "plain", mesh_name)[0]
@@ -277,7 +280,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     assert want[0]["loss"] != want[-1]["loss"]
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "plain"])
+@sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=4)
 def test_every_transform_trains_experts(name):
     metrics, params = trained(CAPACITY, name, None)
     assert np.ptp([m["loss"] for m in metrics]) > 1e-3
@@ -286,7 +289,7 @@ def test_every_transform_trains_experts(name):
         assert np.any(leaf != before[path]), path
 
 
-@pytest.mark.parametrize("name", ["gradual", "factorize", "qlora", "quantised training"])
+@sweep("name", ["gradual", "factorize", "qlora", "quantised training"], quick=1)
 def test_transformed_experts_train_on_a_mesh_as_on_one_device(name):
     want, _ = trained(CAPACITY, name, None)
     got, _ = trained(CAPACITY, name, "fsdp 2 x tensor 2 x expert 2")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import transforms, weights
 from jaxcost.config import Experiment
@@ -188,7 +189,7 @@ def test_an_adapter_beside_a_sparse_base_leaves_its_promises():
     assert check(manifest(prune(pattern="2:4", rules=MLP)(dense())), adapted())[UP]["pattern"] == "2:4"
 
 
-@pytest.mark.parametrize(
+@sweep(
     "later",
     [
         (lora(rules=MLP, rank=2, dora=True),),
@@ -199,6 +200,7 @@ def test_an_adapter_beside_a_sparse_base_leaves_its_promises():
         (quantize(rules=MLP, method="gptq", bits=4),),
         (lora(rules=MLP, rank=2), merge_adapters(lossy=True)),
     ],
+    quick=2,
 )
 def test_what_is_put_around_a_mask_keeps_its_zeros(later):
     model = Transformer(CONFIG)
@@ -345,13 +347,14 @@ def test_methods_that_may_give_weights_back_waive_that_themselves():
     assert chain(prune(method="movement", gradual=moving), prune(budget="global")).waived() == ()
 
 
-@pytest.mark.parametrize(
+@sweep(
     "moving",
     [
         prune(rules=MLP, gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
         prune(rules=MLP, method="movement", gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
         prune(rules=MLP, method="random", regrow=RigL(end_step=3, every_steps=1), sparsity=0.8),
     ],
+    quick=1,
 )
 def test_masks_that_move_while_training_keep_what_they_promise(tmp_path, moving):
     trained = session_of(experiment(tmp_path, transforms=(moving,))).train(tmp_path / "run")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
@@ -264,7 +265,7 @@ def temporaries(name):
     return executed(name)[1].memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", [name for name in EXECUTIONS if name != "none"])
+@sweep("name", [name for name in EXECUTIONS if name != "none"], quick=3)
 def test_no_execution_changes_the_loss_or_the_gradients(name):
     loss, gradients = executed(name)[2]
     want_loss, want = executed("none")[2]
@@ -423,7 +424,7 @@ def losses(name, mesh_name):
     return np.array(found), jax.device_get(state)
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
+@sweep("mesh_name", MESHES, quick=1)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_training_on_a_mesh_equals_training_on_one_device(name, mesh_name):
     want, want_state = losses(name, None)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.cost import trace
@@ -107,7 +108,7 @@ def test_options_make_the_parameters_that_they_need():
     assert not added("partial rotary") and not added("alternating")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=2)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name):
     want, tokens = full_logits(name)
     model, params = Transformer(CONFIGS[name]), params_of(name)
@@ -205,7 +206,7 @@ def by_hand(q, k, v, window, scale, soft_cap):
     return out
 
 
-@pytest.mark.parametrize("length", [7, 12, 13])
+@sweep("length", [13, 7, 12], quick=1)
 @pytest.mark.parametrize("scores", [Scores(), Scores(3), Scores(4, 0.7), Scores(5, 0.0, 1.5), Scores(0, 0.0, 2.0)])
 def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):
     q, k, v = qkv(length)
@@ -239,7 +240,7 @@ def test_local_layers_cost_their_window_and_not_the_sequence():
     assert decode(64, 0).flops == a_score * 64
 
 
-@pytest.mark.parametrize("scores", [Scores(128), Scores(200, 0.05), Scores(100, 0.0, 3.0), Scores(0, 0.0, 3.0)])
+@sweep("scores", [Scores(128), Scores(200, 0.05), Scores(100, 0.0, 3.0), Scores(0, 0.0, 3.0)], quick=1)
 def test_splash_attention_equals_the_reference(scores, monkeypatch):
     interpreted = functools.partial(attention._splash_kernel, interpret=True)
     monkeypatch.setattr(attention, "_splash_kernel", interpreted)
@@ -312,7 +313,7 @@ def deep_gradients(name, top_layers=None):
     return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(trainable)
 
 
-@pytest.mark.parametrize("name", [name for name in EXECUTIONS if name != "scanned"])
+@sweep("name", [name for name in EXECUTIONS if name != "scanned"], quick=1)
 def test_no_execution_changes_the_loss_or_the_gradients(name):
     (loss, gradients), (want_loss, want) = deep_gradients(name), deep_gradients("scanned")
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)

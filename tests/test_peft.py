@@ -168,6 +168,7 @@ def test_pissa_trains_the_principal_part_and_leaves_the_rest():
     assert all(isinstance(w.base, Quantized) for w in rounded) and errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_a_base_of_4_bit_codes_trains_through_a_program_compiled_ahead_of_time():
     # JAX 0.10.2 refuses such arrays to such programs on CPUs.
     optimizer = optax.sgd(0.5)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from sweep import sweep
 
 from jaxcost import config
 from jaxcost.cost import estimate, hardware, hlo, hlo_text, hlo_work, kernels
@@ -157,7 +158,7 @@ ENTRY %main (q: bf16[2,64,4,128], k: bf16[2,64,2,128]) -> bf16[2,4,64,128] {{
 # ---- Attention ----
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@sweep("kv_heads", [4, 2, 1], quick=1)
 def test_splash_attention_equals_the_reference(kv_heads, monkeypatch):
     interpreted = functools.partial(attention._splash_kernel, interpret=True)
     monkeypatch.setattr(attention, "_splash_kernel", interpreted)

@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost.config import Experiment, MeshConfig
 from jaxcost.cost import hardware, links
@@ -108,6 +109,7 @@ def test_what_was_compiled_corrects_the_closed_form():
     assert first in search._corrected(candidates, [], 2 * first.bytes_per_device) and first not in fitting
 
 
+@pytest.mark.slow
 def test_adapters_need_less():
     adapted = dataclasses.replace(EXPERIMENT, transforms=(lora(rank=4),))
     assert found(adapted)[0].bytes_per_device < found()[0].bytes_per_device
@@ -201,7 +203,7 @@ def script(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("command", "said"),
     [
         (("budget.py", "0"), "give a positive"),
@@ -212,6 +214,7 @@ def script(name, *arguments):
         (("plan.py", "configs/llama2_7b.py", "--topology", "cpu:2x2"), "of no TPU or GPU"),
         (("validate_planner.py", "no.json"), "cannot be read"),
     ],
+    quick=3,
 )
 def test_scripts_refuse_in_one_sentence(command, said):
     done = script(command[0], *(str(ROOT / a) if a.startswith("configs") else a for a in command[1:]))

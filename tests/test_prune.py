@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
@@ -346,7 +347,7 @@ def statistics():
     return calibrate(forward, wide_params(), [tokens], wanted)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=4)
 def test_a_sharded_transform_gives_what_an_unsharded_one_does_and_gathers_no_weight(name):
     transform, params, key = TRANSFORMS[name], wide_params(), jax.random.key(0)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.transforms import (
@@ -200,7 +201,7 @@ def test_pruned_integers_stay_integers():
 # ---- GPTQ ----
 
 
-@pytest.mark.parametrize("group", [None, 16])
+@sweep("group", [None, 16], quick=1)
 @pytest.mark.parametrize(("bits", "numbers"), [(4, "int"), (8, "int"), (4, "nf")])
 def test_gptq_errs_less_than_rounding_to_nearest_the_more_the_inputs_correlate(bits, numbers, group):
     w = normal((1, 64, 48))
@@ -221,7 +222,7 @@ def test_gptq_of_whole_channels_keeps_the_scales_of_rounding_to_nearest():
     assert 0.05 < np.mean(found.codes.astype(jnp.int32) != nearest.codes.astype(jnp.int32)) < 0.6
 
 
-@pytest.mark.parametrize("group", [None, 16])
+@sweep("group", [None, 16], quick=1)
 @pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
 @pytest.mark.parametrize(("bits", "numbers"), [(4, "int"), (4, "nf"), (8, "fp")])
 def test_masks_are_kept_whatever_rounds(method, bits, numbers, group):

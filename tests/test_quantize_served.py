@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost import closed_form
@@ -73,9 +74,10 @@ def trained(name, compute):
     return state.params
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("name", "compute"),
     [*((name, "float32") for name in TRAININGS), ("int8", "bfloat16"), ("int4 weights", "bfloat16")],
+    quick=2,
 )
 def test_a_model_serves_the_bits_that_it_was_trained_with(name, compute):
     params = trained(name, compute)
@@ -90,7 +92,7 @@ def test_a_model_serves_the_bits_that_it_was_trained_with(name, compute):
     assert np.mean(forward(floats) != forward(params)) > 0.8
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 weights"])
+@sweep("name", ["int8", "int4 weights"], quick=1)
 def test_what_is_served_on_a_mesh_has_the_same_codes_and_nearly_the_same_logits(name):
     params = trained(name, "float32")
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2, data=2))
@@ -145,7 +147,7 @@ def stored(name):
     return calibrated(STORED[name], params, None, forward, lambda: [tokens()], lambda make, *a: jax.jit(make)(*a))
 
 
-@pytest.mark.parametrize("name", STORED)
+@sweep("name", STORED, quick=2)
 def test_a_whole_model_is_quantised_and_means_nearly_what_it_did(name):
     params = initialize(Transformer(CONFIG), jax.random.key(0))[0]
     forward = logits("float32")

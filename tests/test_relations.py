@@ -112,6 +112,7 @@ def test_claims_about_layers_hold(tmp_path, name):
     assert row["verdict"] == "holds", said(row)
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_training_get_the_same(tmp_path):
     config = BenchConfig(**{**vars(SMALL), "data_dir": str(tmp_path / "data"), "evaluation_tokens": 512})
     bench = Bench(tmp_path, config)

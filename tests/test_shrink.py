@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
@@ -219,7 +220,7 @@ def test_sizes_follow_from_the_options_and_jit_changes_nothing(name):
     assert shrink(mlp=8).coverage(params)[0].action == "-"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=1)
 def test_a_mesh_changes_nothing_and_no_weight_is_gathered(name):
     config = dataclasses.replace(CONFIGS[name], num_heads=8, num_kv_heads=4)
     one = dataclasses.replace(EVERYTHING[name], heads=4)
@@ -318,6 +319,7 @@ def test_a_smaller_model_trains_restores_and_generates(tmp_path):
     assert len(made[0]) == 3
 
 
+@pytest.mark.slow
 def test_a_recipe_goes_through_the_study(tmp_path):
     recipes = (Recipe("small", transforms=(SMALLER,)), Recipe("later", finish=(shrink(mlp=0.5),)))
     study = StudyConfig(recipes=recipes, recovery_steps=1, decode_tokens=4, decode_batch_size=2, topology="v99:1x1")

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.config import Experiment
@@ -91,7 +92,7 @@ class Interrupted(Exception):
     """Stands for whatever ends a run between two checkpoints."""
 
 
-@pytest.mark.parametrize(
+@sweep(
     "transforms",
     [
         (),
@@ -103,6 +104,7 @@ class Interrupted(Exception):
         (quantize(mode="training", stochastic_rounding=True),),
     ],
     ids=["dense", "qlora", "gradual", "set", "rigl", "movement", "stochastic"],
+    quick=2,
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
     value = experiment(data_dir, transforms=transforms)
@@ -140,6 +142,7 @@ def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
     session, params, _ = load_run(tmp_path)
@@ -215,7 +218,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "metadata"])
+@sweep("damage", ["flipped", "truncated", "missing", "metadata"], quick=2)
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_earlier_one_used_once_it_is_gone(tmp_path, data_dir, damage):
     whole = fitted(experiment(data_dir), tmp_path)
     newest = tmp_path / "checkpoints" / "12"
@@ -261,6 +264,7 @@ def environment():
     return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, data_dir):
     subprocess.run(train_command(tmp_path, data_dir, "--checkpoint.keep", "100"), env=environment(), check=True)
     forget_after(tmp_path, 5)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
@@ -218,7 +219,7 @@ def test_shapes_are_known_without_computing(name):
     assert jax.tree.leaves(abstract) == jax.tree.leaves(concrete)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=6)
 def test_bfloat16_models_keep_their_dtype(name):
     halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense_params())
     got = TRANSFORMS[name](halves)
@@ -233,7 +234,7 @@ def test_bfloat16_models_keep_their_dtype(name):
         assert error < (0.25 if name == "all" else 0.1)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=8)
 def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
     transform = TRANSFORMS[name]
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))

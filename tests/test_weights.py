@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.weights import (
@@ -248,7 +249,7 @@ def test_contracting_is_multiplying_with_what_the_weight_means(name, shape, dtyp
     assert np.max(excess) <= 0
 
 
-@pytest.mark.parametrize("outer", ["", *SLOTS])
+@sweep("outer", ["", *SLOTS], quick=4)
 def test_law_holds_under_jit_vmap_scan_checkpoint_and_grad(outer):
     stacked = {name: build(name, (2,)) for name in BUILDERS if name.rpartition("=")[0] == outer}
     assert len(stacked) == len(KINDS)
