@@ -1,5 +1,7 @@
 """The closed form of a training step with weights of any kind is what the compiled step costs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,8 +57,13 @@ TRANSFORMS = {
 }
 
 
-def compiled_and_closed(transform, unroll):
-    model = Transformer(CONFIG, ExecutionConfig(unroll=unroll))
+EXPERTS = dataclasses.replace(
+    CONFIG, mlp_width=96, experts=4, experts_per_token=2, capacity_factor=1.25, shared_width=32
+)
+
+
+def compiled_and_closed(transform, unroll, config=CONFIG):
+    model = Transformer(config, ExecutionConfig(unroll=unroll))
     optimizer = make_optimizer(OptimizerConfig(), 10)
     params = transform.abstract(abstract(model)[0])
     state = jax.eval_shape(lambda params: init_state(params, optimizer, 0), params)
@@ -64,7 +71,22 @@ def compiled_and_closed(transform, unroll):
     batch["mask"] = jax.ShapeDtypeStruct((BATCH, SEQUENCE), jnp.float32)
     step = jax.jit(make_train_step(model, optimizer, transform), compiler_options=QUICK)
     compiled = compiled_cost(step.lower(state, batch).compile()).flops
-    return compiled, training_step_flops(CONFIG, params, BATCH, SEQUENCE, "full")
+    return compiled, training_step_flops(config, params, BATCH, SEQUENCE, "full")
+
+
+@sweep("name", ["plain", "shrunk", "lora", "low rank", "top layers"], quick=2)
+def test_experts_cost_the_rows_that_they_have_room_for(name):
+    compiled, closed = compiled_and_closed(TRANSFORMS[name], "never", EXPERTS)
+    assert closed == pytest.approx(compiled, rel=1e-3)
+
+
+def test_experts_without_a_capacity_cost_what_each_token_is_sent_to():
+    dropless = dataclasses.replace(EXPERTS, capacity_factor=0.0, shared_width=0)
+    params = abstract(Transformer(dropless))[0]
+    dense = dataclasses.replace(dropless, experts=0, mlp_width=2 * dropless.mlp_width)
+    routers = 3 * 2 * 4 * 64 * 4 * BATCH * SEQUENCE
+    found = training_step_flops(dropless, params, BATCH, SEQUENCE)
+    assert found - routers == training_step_flops(dense, abstract(Transformer(dense))[0], BATCH, SEQUENCE)
 
 
 @sweep("name", TRANSFORMS, quick=6)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxcost import weights
 from jaxcost.cost.closed_form import Attention, attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
+from jaxcost.models.experts import capacity
 from jaxcost.models.transformer import STACKS, resized
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, LowRank, Observed, Scaled
 
@@ -43,8 +45,9 @@ def training_step_flops(
     The stack `frozen_layers` costs its forward pass only, unless something in it or below it trains. Masked weights,
     and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
     whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
-    unembedding. Experts are not told apart: each token counts as multiplied with all matrices of a stack. Unrolled, a
-    compiler drops the gradient of the lowest layer's inputs where nothing below it trains.
+    unembedding. Experts with a capacity multiply as many rows of each sequence, full or not; those without one multiply
+    the tokens sent to them with dense matrices, the making of which is left out. Unrolled, a compiler drops the
+    gradient of the lowest layer's inputs where nothing below it trains.
 
     Args:
       model: what the weights are of, whatever sizes they have left.
@@ -63,11 +66,12 @@ def training_step_flops(
             continue
         below |= stack == "layers" or any(jax.tree.leaves(weights.trainable_tree(params[stack])))
         depth = jax.tree.leaves(params[stack])[0].shape[0]
-        one = _of_kernels(params[stack])
+        every, routed = _of_kernels(params[stack], model)
         passes = 2 if below else 1
         scores = attention_flops_per_token(dataclasses.replace(model, num_layers=depth), seen, attention)
-        per_token = 2 * (passes * one.entries + one.trained)
-        total += batch * (tokens * per_token + seen * scores * (3 if below else 1)) + one.once
+        for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
+            total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
+        total += batch * seen * scores * (3 if below else 1)
     unembed = params["unembed"]["kernel"] if "unembed" in params else params["embed"]["table"]
     one = multiplied(unembed)
     return total + batch * sequence_tokens * 2 * (2 * one.entries + one.trained) + one.once
@@ -91,6 +95,10 @@ def multiplied(w: Any) -> Multiplied:
         return multiplied(w.weight) + Multiplied(once=_update_flops(w.weight))
     if isinstance(w, Scaled | Observed):
         return multiplied(w.weight)
+    return _made_dense(w)
+
+
+def _made_dense(w: Any) -> Multiplied:
     entries = math.prod(jax.eval_shape(weights.materialize, w).shape)
     return Multiplied(entries, entries if any(jax.tree.leaves(weights.trainable(w))) else 0)
 
@@ -99,10 +107,28 @@ def _frozen(w: Any) -> Multiplied:
     return dataclasses.replace(multiplied(w), trained=0)
 
 
-def _of_kernels(params: weights.Params) -> Multiplied:
-    found = [Multiplied()]
-    weights.map_weights(lambda path, w: found.append(multiplied(w)) if path.endswith("kernel") else None, params)
-    return sum(found[1:], found[0])
+def _of_kernels(params: weights.Params, model: ModelConfig) -> tuple[Multiplied, Multiplied]:
+    """Of a stack's kernels, those that every token meets, and those of experts."""
+    every, routed = [Multiplied()], [Multiplied()]
+
+    def one(path, w):
+        if model.experts and _OF_EXPERTS.search(path):
+            routed.append(multiplied(w) if model.capacity_factor else _made_dense(w))
+        elif path.endswith("kernel"):
+            every.append(multiplied(w))
+
+    weights.map_weights(one, params)
+    return sum(every[1:], every[0]), sum(routed[1:], routed[0])
+
+
+_OF_EXPERTS = re.compile(r"mlp/(up|gate|down)/kernel$")
+
+
+def _rows_of_an_expert(model: ModelConfig, tokens: int) -> float:
+    """Rows of a sequence that an expert multiplies, on average."""
+    if not model.experts:
+        return 0
+    return capacity(model, tokens) if model.capacity_factor else tokens * model.experts_per_token / model.experts
 
 
 def _update_flops(w: Any) -> int:

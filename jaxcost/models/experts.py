@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxcost import weights
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import named
-from jaxcost.models.layers import Linear, kernel, split_keys
+from jaxcost.models.layers import Linear, kernel
 from jaxcost.models.mlp import Mlp, activated
 from jaxcost.sharding import constrain, mesh_spec
 
@@ -44,7 +44,7 @@ class Experts(nn.Module):
     def __call__(self, x_BTD, key):
         """The block's output (B, T, D), and the router's losses, float32 scalars."""
         c = self.config
-        key_router, key_experts, key_shared = split_keys(key, 3)
+        key_router, key_experts, key_shared = weights.split_keys(key, 3)
         router_BTE = Linear(c.experts, ("embed", None), name="router")(x_BTD, key_router).astype(jnp.float32)
         experts_BkT, shares_BkT, losses = route(router_BTE, c.experts_per_token, c.normalize_experts)
         inward, outward = (c.experts, c.width, c.mlp_width), (c.experts, c.mlp_width, c.width)
@@ -97,7 +97,7 @@ def _with_capacity(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels, key)
     taken_BMD = jax.vmap(_dispatch)(x_BTD, rows_BkT, pairs_BM)
     taken_EBCD = jnp.swapaxes(taken_BMD.reshape(batch, c.experts, rows, -1), 0, 1)
     taken_EBCD = constrain(taken_EBCD, "expert", "batch", None, None)
-    keys = split_keys(key, 3)
+    keys = weights.split_keys(key, 3)
 
     def each(x_EBCd, name, key):
         keys = None if key is None else jax.random.split(key, c.experts)

@@ -83,8 +83,3 @@ def vector(module: nn.Module, name: str, init, size: int, axis: str | None = Non
 def soft_capped(x: jax.Array, cap: float) -> jax.Array:
     """x bent to stay within ±cap, cap·tanh(x / cap); x itself where cap is 0. Source: Gemma 2, arXiv:2408.00118."""
     return cap * jnp.tanh(x / cap) if cap else x
-
-
-def split_keys(key: jax.Array | None, n: int):
-    """n keys from one, or n times None."""
-    return (None,) * n if key is None else jax.random.split(key, n)

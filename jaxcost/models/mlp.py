@@ -7,9 +7,10 @@ import functools
 import jax
 from flax import linen as nn
 
+from jaxcost import weights
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import named
-from jaxcost.models.layers import Linear, split_keys
+from jaxcost.models.layers import Linear
 from jaxcost.sharding import constrain
 
 
@@ -22,7 +23,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, key):
         c = self.config
-        keys = split_keys(key, 3)
+        keys = weights.split_keys(key, 3)
         inward = functools.partial(Linear, self.hidden, ("embed", "mlp"), c.mlp_bias)
         up_BTF = named(inward(name="up")(x_BTD, keys[0]), "mlp_up")
         gate_BTF = named(inward(name="gate")(x_BTD, keys[1]), "mlp_gate") if c.gated else None

@@ -41,7 +41,7 @@ from jaxcost.models import cache as caches
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.models.experts import Experts
-from jaxcost.models.layers import Linear, Norm, Table, soft_capped, split_keys
+from jaxcost.models.layers import Linear, Norm, Table, soft_capped
 from jaxcost.models.mlp import Mlp
 from jaxcost.models.positions import frequencies, rotate
 from jaxcost.sharding import constrain
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, positions_BT, cache, key):
         c = self.config
-        keys = split_keys(key, 4)
+        keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
         k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(x_BTD, keys[1])
@@ -121,7 +121,7 @@ class Block(nn.Module):
     def __call__(self, x_BTD, positions_BT, cache=None, key=None):
         """The residual stream (B, T, D), the cache, and the router's losses by name (none without experts)."""
         c = self.config
-        key_attention, key_mlp = split_keys(key, 2)
+        key_attention, key_mlp = weights.split_keys(key, 2)
         x_BTD = named(x_BTD, "layer_input")
         activation = getattr(jax.nn, c.activation)
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")

@@ -13,7 +13,7 @@ One law holds for every kind and every nesting: `contract(x, w) == x @ materiali
 """
 
 from jaxcost.weights.adapters import Adapters, choose, stack_adapters
-from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, materialize, trainable
+from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, materialize, split_keys, trainable
 from jaxcost.weights.frozen import Frozen
 from jaxcost.weights.lowrank import Dora, Lora, LowRank, column_norm
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
@@ -71,6 +71,7 @@ __all__ = [
     "path_name",
     "quantization_scale",
     "quantized",
+    "split_keys",
     "spread",
     "stack_adapters",
     "storage_bytes",

@@ -61,7 +61,7 @@ def is_weight(node: Any) -> bool:
     return isinstance(node, Weight)
 
 
-def split(key: jax.Array | None, n: int = 2) -> tuple[jax.Array | None, ...]:
+def split_keys(key: jax.Array | None, n: int = 2) -> tuple[jax.Array | None, ...]:
     """n keys from one; n times None from None."""
     return (None,) * n if key is None else tuple(jax.random.split(key, n))
 

@@ -18,7 +18,7 @@ from jaxcost.weights.base import (
     materialize,
     matmul,
     nothing,
-    split,
+    split_keys,
     trainable,
 )
 
@@ -33,7 +33,7 @@ class LowRank(Weight):
     """(..., r, out)."""
 
     def contract(self, x, key):
-        key_u, key_v = split(key)
+        key_u, key_v = split_keys(key)
         return contract(contract(x, self.u, key_u), self.v, key_v)
 
     def materialize(self):
@@ -63,7 +63,7 @@ class Lora(Weight):
     scale: float = struct.field(pytree_node=False, default=1.0)
 
     def contract(self, x, key):
-        key_base, key_a, key_b = split(key, 3)
+        key_base, key_a, key_b = split_keys(key, 3)
         update = contract(contract(x, self.a, key_a), self.b, key_b)
         return contract(x, lax.stop_gradient(self.base), key_base) + jnp.asarray(self.scale, x.dtype) * update
 
