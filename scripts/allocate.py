@@ -17,10 +17,11 @@ class Arguments:
 
     workdir: Positional[Path]
     """Folder of a training, such as runs/study/base."""
-    what: Literal["sparsity", "rank"] = "sparsity"
-    """Prune with masks, or factorise."""
-    uniform: float = 0.8
-    """The level whose cost is the budget: a share that is pruned, or a share of the parameters that factors keep."""
+    what: Literal["sparsity", "rank", "bits"] = "sparsity"
+    """Prune with masks, factorise, or quantise the weights."""
+    uniform: float | None = None
+    """The level whose cost is the budget: the share that is pruned or the share of the parameters that factors keep
+    (0.8 where it is left out), or the bits (8)."""
     cost: Literal["bytes", "seconds"] = "bytes"
     """Bytes stored, or least seconds of the products on the experiment's chip."""
     batches: int = 8
@@ -35,16 +36,19 @@ def main(arguments: Arguments) -> dict[str, Any]:
     """Allocates, prints both sides and returns what they came to."""
     from jaxcost.session import load_run
     from jaxcost.study.allocate import compare_with_uniform
-    from jaxcost.transforms import factorize, prune
+    from jaxcost.transforms import factorize, prune, quantize
     from jaxcost.transforms.base import ALL_KERNELS
 
     shares = tuple(round(0.05 * n, 2) for n in range(1, 20))
-    if arguments.uniform not in shares:
-        raise ValueError(f"--uniform {arguments.uniform} is no multiple of 0.05 between 0.05 and 0.95; choose one.")
-    transform, option, levels = {
-        "sparsity": (prune(rules=ALL_KERNELS), "sparsity", (0.0, *shares)),
-        "rank": (factorize(rules=ALL_KERNELS), "parameters", (*shares, None)),
+    transform, option, levels, usual = {
+        "sparsity": (prune(rules=ALL_KERNELS), "sparsity", (0.0, *shares), 0.8),
+        "rank": (factorize(rules=ALL_KERNELS), "parameters", (*shares, None), 0.8),
+        "bits": (quantize(rules=ALL_KERNELS), "bits", (4, 8, None), 8),
     }[arguments.what]
+    uniform = usual if arguments.uniform is None else arguments.uniform
+    if uniform not in levels:
+        said = ", ".join(f"{level:g}" for level in levels if level)
+        raise ValueError(f"--uniform {uniform:g} is none of the levels of {arguments.what} ({said}); choose one.")
     session, params, step = load_run(arguments.workdir)
     found = compare_with_uniform(
         session,
@@ -52,7 +56,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
         transform,
         option,
         levels,
-        arguments.uniform,
+        uniform,
         cost=arguments.cost,
         batches=arguments.batches,
     )

@@ -184,3 +184,7 @@ def test_the_allocation_beats_the_uniform_level_on_a_trained_model(tmp_path):
     assert found["allocated"]["cost"] <= found["uniform"]["cost"] * (1 + 1e-9)
     assert found["beats_uniform"] and found["gap"] < 1e-3
     assert found["allocated"]["bits_per_byte"] < found["uniform"]["bits_per_byte"] - 0.02
+    bits = compare_with_uniform(session, params, quantize(), "bits", (4, 8, None), 8, batches=4)
+    assert bits["allocated"]["cost"] <= bits["uniform"]["cost"] * (1 + 1e-9)
+    # Eight bits lose next to nothing, so there is next to nothing to win.
+    assert abs(bits["allocated"]["bits_per_byte"] - bits["uniform"]["bits_per_byte"]) < 0.01

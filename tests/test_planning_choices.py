@@ -213,6 +213,7 @@ def script(name, *arguments):
         (("plan.py", "configs/llama2_7b.py", "--topology", "h100:8"), "hosts x GPUs a host"),
         (("plan.py", "configs/llama2_7b.py", "--topology", "cpu:2x2"), "of no TPU or GPU"),
         (("validate_planner.py", "no.json"), "cannot be read"),
+        (("allocate.py", "nowhere", "--uniform", "0.83"), "none of the levels of sparsity"),
     ],
     quick=3,
 )
