@@ -46,7 +46,7 @@ def main(arguments: Arguments) -> dict[str, Any]:
         "bits": (quantize(rules=ALL_KERNELS), "bits", (4, 8, None), 8),
     }[arguments.what]
     uniform = usual if arguments.uniform is None else arguments.uniform
-    if uniform not in levels:
+    if not uniform or uniform not in levels:
         said = ", ".join(f"{level:g}" for level in levels if level)
         raise ValueError(f"--uniform {uniform:g} is none of the levels of {arguments.what} ({said}); choose one.")
     session, params, step = load_run(arguments.workdir)
