@@ -7,15 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from small import normal
 
 from jaxcost import sharding, weights
 from jaxcost.transforms import CalibrationError, allocate_ranks, calibrate, calibrated, factorize, rule
 from jaxcost.weights import Frozen, LowRank, materialize
-
-
-def normal(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 PARAMS = {"layers": {"kernel": normal((2, 13, 11))}}
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import CONFIG, KERNELS, MODEL, QUICK, UP, dense_params, flat, forward, tokens
 
 from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
@@ -31,37 +32,7 @@ from jaxcost.transforms import (
 from jaxcost.transforms.base import freeze_weight
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, Masked, Quantized, Scaled, contract, materialize
 
-CONFIG = ModelConfig(
-    vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=24
-)
-MODEL = Transformer(CONFIG)
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
-
-KERNELS = [f"layers/attention/{name}/kernel" for name in ("key", "output", "query", "value")]
-KERNELS += [f"layers/mlp/{name}/kernel" for name in ("down", "gate", "up")]
-UP = "layers/mlp/up/kernel"
 RULES = (rule("attention/(query|value)/|mlp/"),)
-
-
-@functools.cache
-def dense_params():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
-
-
-@functools.cache
-def forward():
-    return jax.jit(lambda params: MODEL.apply({"params": params}, tokens())[0])
-
-
-def tokens():
-    return jax.random.randint(jax.random.key(7), (2, 8), 0, CONFIG.vocab_size)
-
-
-def flat(params):
-    found = {}
-    weights.map_weights(lambda path, w: found.setdefault(path, w), params)
-    return found
 
 
 def trained(params, seed=0, size=0.1):

@@ -7,48 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import CONFIG, QUICK, UP, dense_params, flat, normal, pruned_counts
 from sweep import sweep
 
-from jaxcost import sharding, weights
+from jaxcost import sharding
 from jaxcost.cost.hlo import compiled_cost
-from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.transforms import SET, Gradual, Iterative, RigL, calibrate, chain, factorize, lora, prune, quantize, rule
 from jaxcost.transforms.masks import _wide_sum, erdos_renyi_shares
 from jaxcost.weights import Frozen, Inputs, Lora, LowRank, Masked, QuantAware, materialize
 
-CONFIG = ModelConfig(
-    vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=16
-)
-MODEL = Transformer(CONFIG)
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
-
-UP = "layers/mlp/up/kernel"
-
-
-@functools.cache
-def dense_params():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
-
-
-def flat(params):
-    found = {}
-    weights.map_weights(lambda path, w: found.setdefault(path, w), params)
-    return found
-
-
-def pruned_counts(mask):
-    return np.sum(~np.asarray(mask), axis=(-2, -1)).ravel().tolist()
-
 
 def apply_to(transform, w, path="layers/kernel", inputs=None):
     """The transform of one weight with a layer axis."""
     return flat(transform({"layers": {"kernel": w}}, None, None if inputs is None else {path: inputs}))[path]
-
-
-def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def observed(x):

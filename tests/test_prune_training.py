@@ -7,42 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import CONFIG, QUICK, UP, dense_params, flat, pruned_counts, tokens
 
 from jaxcost import weights
-from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.models.transformer import Transformer
 from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import SET, Gradual, Iterative, RigL, chain, lora, prune, quantize, rule
 from jaxcost.weights import Masked, Scored, contract, materialize
-
-CONFIG = ModelConfig(
-    vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=16
-)
-MODEL = Transformer(CONFIG)
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
-
-UP = "layers/mlp/up/kernel"
-
-
-@functools.cache
-def dense_params():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
-
-
-def flat(params):
-    found = {}
-    weights.map_weights(lambda path, w: found.setdefault(path, w), params)
-    return found
-
-
-def pruned_counts(mask):
-    return np.sum(~np.asarray(mask), axis=(-2, -1)).ravel().tolist()
-
-
-def tokens():
-    return jax.random.randint(jax.random.key(7), (2, 8), 0, CONFIG.vocab_size)
 
 
 def batch():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import normal
 from sweep import sweep
 
 from jaxcost import weights
@@ -44,10 +45,6 @@ QUICK = {"xla_backend_optimization_level": 0}
 """For what is computed and not how: compiling is most of its time."""
 
 KERNEL = (path_rule("kernel"),)
-
-
-def normal(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def store(**options):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import KERNELS, MODEL, QUICK, UP, dense_params, flat, pruned_counts
 from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
-from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, axes_of, initialize
+from jaxcost.models.transformer import axes_of
 from jaxcost.transforms import (
     Gradual,
     Rule,
@@ -28,50 +28,12 @@ from jaxcost.transforms import (
 )
 from jaxcost.weights import LowRank, Masked, Quantized, materialize
 
-CONFIG = ModelConfig(
-    vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=16
-)
-MODEL = Transformer(CONFIG)
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
-
-KERNELS = [f"layers/attention/{name}/kernel" for name in ("key", "output", "query", "value")]
-KERNELS += [f"layers/mlp/{name}/kernel" for name in ("down", "gate", "up")]
 NORMS = ["final_norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"]
-UP = "layers/mlp/up/kernel"
-
-
-@functools.cache
-def dense_params():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
-
-
-@functools.cache
-def forward():
-    return jax.jit(lambda params: MODEL.apply({"params": params}, tokens())[0])
-
-
-def tokens():
-    return jax.random.randint(jax.random.key(7), (2, 8), 0, CONFIG.vocab_size)
-
-
-def flat(params):
-    found = {}
-    weights.map_weights(lambda path, w: found.setdefault(path, w), params)
-    return found
-
-
-def pruned_counts(mask):
-    return np.sum(~np.asarray(mask), axis=(-2, -1)).ravel().tolist()
 
 
 def apply_to(transform, w, path="layers/kernel"):
     """The transform of one weight with a layer axis."""
     return flat(transform({"layers": {"kernel": w}}))[path]
-
-
-def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 # ---- Chains ----

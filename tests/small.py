@@ -1,0 +1,52 @@
+"""A small model, and what tests of transforms ask of its weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcost import weights
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import Transformer, initialize
+
+CONFIG = ModelConfig(
+    vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=24
+)
+MODEL = Transformer(CONFIG)
+QUICK = {"xla_backend_optimization_level": 0}
+"""For tests of what is computed and not of how: compiling is most of their time."""
+
+KERNELS = [f"layers/attention/{name}/kernel" for name in ("key", "output", "query", "value")]
+KERNELS += [f"layers/mlp/{name}/kernel" for name in ("down", "gate", "up")]
+UP = "layers/mlp/up/kernel"
+
+
+@functools.cache
+def dense_params():
+    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
+
+
+@functools.cache
+def forward():
+    return jax.jit(lambda params: MODEL.apply({"params": params}, tokens())[0])
+
+
+def tokens():
+    return jax.random.randint(jax.random.key(7), (2, 8), 0, CONFIG.vocab_size)
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def flat(params):
+    """The weights by path."""
+    found = {}
+    weights.map_weights(lambda path, w: found.setdefault(path, w), params)
+    return found
+
+
+def pruned_counts(mask):
+    """Pruned entries of each matrix of a stack."""
+    return np.sum(~np.asarray(mask), axis=(-2, -1)).ravel().tolist()
