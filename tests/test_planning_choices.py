@@ -86,6 +86,27 @@ def test_long_sequences_may_be_split():
     assert any(pushed[c.flags()] != c.seconds for c in found(long) if c.experiment.mesh.context > 1)
 
 
+def mixture(**options):
+    model = dataclasses.replace(EXPERIMENT.model, experts=4, **options)
+    return dataclasses.replace(EXPERIMENT, model=model)
+
+
+def test_experts_may_be_split():
+    assert {c.experiment.mesh.expert for c in found()} == {1}
+    assert {c.experiment.mesh.expert for c in found(mixture())} == {1, 2, 4}
+    assert {c.experiment.mesh.expert for c in found(mixture(), step="decode")} == {1, 2, 4}
+
+    def seconds(experiment, mesh):
+        return next(c.seconds for c in found(experiment) if c.experiment.mesh == mesh)
+
+    # Wide experts and few tokens: their weights cost more links than the tokens that are sent to them.
+    few = dataclasses.replace(EXPERIMENT.data, batch_size=8, sequence_length=64)
+    wide = dataclasses.replace(mixture(mlp_width=4096, capacity_factor=1.25), data=few)
+    assert seconds(wide, MeshConfig(fsdp=2, expert=4)) < seconds(wide, MeshConfig(fsdp=8))
+    narrow = mixture(mlp_width=16, capacity_factor=1.25)
+    assert seconds(narrow, MeshConfig(fsdp=2, expert=4)) > seconds(narrow, MeshConfig(fsdp=8))
+
+
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_serving_chooses_meshes_and_batches_alone(step):
     candidates = found(step=step, batches=(8,))

@@ -27,8 +27,8 @@ class ParameterCounts:
     """Parameters of a model."""
 
     by_part: dict[str, int]
-    """`embedding`, `positions`, `attention`, `mlp`, `router`, `biases`, `norms`, `unembedding`; a tied unembedding
-    counts 0 here."""
+    """`embedding`, `positions`, `attention`, `mlp` (of experts those that all tokens share), `experts`, `router`,
+    `biases`, `norms`, `unembedding`; a tied unembedding counts 0 here."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
     unembedding, tied or not."""
@@ -54,19 +54,22 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
     table, layers = model.vocab_size * model.width, model.num_layers
     attention = layers * _attention_parameters_per_layer(model)
-    expert, shared = (_matrices(model) * model.width * hidden for hidden in (model.mlp_width, model.shared_width))
+    one = layers * _matrices(model) * model.width * model.mlp_width
+    shared = layers * _matrices(model) * model.width * model.shared_width
+    mlp, expert = (shared, one) if model.experts else (one, 0)
     router = layers * model.width * model.experts
     by_part = {
         "embedding": table,
         "positions": model.max_length * model.width if model.position == "learned" else 0,
         "attention": attention,
-        "mlp": layers * ((model.experts or 1) * expert + shared),
+        "mlp": mlp,
+        "experts": model.experts * expert,
         "router": router,
         "biases": layers * _biases_per_layer(model),
         "norms": _norm_parameters(model),
         "unembedding": 0 if model.tie_embeddings else table,
     }
-    active = layers * ((model.experts_per_token if model.experts else 1) * expert + shared)
+    active = mlp + model.experts_per_token * expert
     return ParameterCounts(by_part, matmul=attention + active + router + table)
 
 

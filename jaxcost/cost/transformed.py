@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jaxcost import weights
 from jaxcost.cost.closed_form import Attention, attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.experts import capacity
+from jaxcost.models.experts import KERNELS, capacity
 from jaxcost.models.transformer import STACKS, resized
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, LowRank, Observed, Scaled
 
@@ -112,16 +111,13 @@ def _of_kernels(params: weights.Params, model: ModelConfig) -> tuple[Multiplied,
     every, routed = [Multiplied()], [Multiplied()]
 
     def one(path, w):
-        if model.experts and _OF_EXPERTS.search(path):
+        if model.experts and KERNELS.search(path):
             routed.append(multiplied(w) if model.capacity_factor else _made_dense(w))
         elif path.endswith("kernel"):
             every.append(multiplied(w))
 
     weights.map_weights(one, params)
     return sum(every[1:], every[0]), sum(routed[1:], routed[0])
-
-
-_OF_EXPERTS = re.compile(r"mlp/(up|gate|down)/kernel$")
 
 
 def _rows_of_an_expert(model: ModelConfig, tokens: int) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ from jaxcost.sharding import constrain, mesh_spec
 
 LOSSES = ("load_balancing", "router_z")
 """The router's losses, by name."""
+
+KERNELS = re.compile(r"mlp/(up|gate|down)/kernel(/|$)")
+"""Paths of the experts' kernels, in a model that has experts, and of the arrays that they are made of."""
 
 
 class Experts(nn.Module):

@@ -26,6 +26,7 @@ from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
 from jaxcost.models import attention, context
 from jaxcost.models.config import ModelConfig
+from jaxcost.models.experts import KERNELS
 from jaxcost.models.transformer import Transformer, abstract, resized
 from jaxcost.planning.plan import Plan, plan
 from jaxcost.planning.steps import StepName
@@ -104,9 +105,15 @@ class _Sizes:
     """What is left of the model."""
     weight_bytes: int
     trainable: int
+    trainable_experts: int
     parameters: int
     kept_bytes: Mapping[str, float]
     """For each rematerialisation, bytes that the blocks keep for the backward pass of one token."""
+
+    @property
+    def experts(self) -> int:
+        """Parameters of the experts, which the devices of an expert axis share instead of gathering them."""
+        return closed_form.parameter_counts(self.model).by_part["experts"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,6 +139,10 @@ class _Slice:
         mesh: MeshConfig,
         gathered: float = 0,
         scattered: float = 0,
+        experts_gathered: float = 0,
+        experts_scattered: float = 0,
+        dispatched: float = 0,
+        collected: float = 0,
         reduced: float = 0,
         summed: float = 0,
         traded: float = 0,
@@ -141,16 +152,24 @@ class _Slice:
 
         Args:
             mesh: sizes of the mesh's axes.
-            gathered: bytes of a device's shards of the weights that `fsdp` and `context` gather.
-            scattered: bytes of the gradients that `fsdp` and `context` sum and scatter.
+            gathered: bytes of a device's shards of the weights that `fsdp`, `expert` and `context` gather.
+            scattered: bytes of the gradients that `fsdp`, `expert` and `context` sum and scatter.
+            experts_gathered: bytes of a device's shards of the experts, which `fsdp` and `context` alone gather.
+            experts_scattered: bytes of the gradients of a device's experts.
+            dispatched: bytes of the tokens that `expert` trades for rows of its experts, and of what comes back.
+            collected: bytes of the tokens that a device gives to the dropless experts of all others.
             reduced: bytes of the gradients that `data` sums.
             summed: bytes of the activations that `tensor` sums.
             traded: bytes of the activations that `context` trades between tokens and heads.
             rotated: bytes of the keys, values and their gradients that `context` passes on round the ring.
         """
         return (
-            gathered * self._seconds_a_byte("all-gather", mesh, "fsdp", "context")
-            + scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp", "context")
+            gathered * self._seconds_a_byte("all-gather", mesh, "fsdp", "context", "expert")
+            + scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp", "context", "expert")
+            + experts_gathered * self._seconds_a_byte("all-gather", mesh, "fsdp", "context")
+            + experts_scattered * self._seconds_a_byte("reduce-scatter", mesh, "fsdp", "context")
+            + dispatched * self._seconds_a_byte("all-to-all", mesh, "expert")
+            + collected * self._seconds_a_byte("all-gather", mesh, "expert")
             + reduced * self._seconds_a_byte("all-reduce", mesh, "data")
             + summed * self._seconds_a_byte("all-reduce", mesh, "tensor")
             + traded * self._seconds_a_byte("all-to-all", mesh, "context")
@@ -233,7 +252,7 @@ def candidates(
     """Every layout that divides over the devices, in the order of the slice."""
     slice_ = _Slice(chip, links.network_of(devices, chip), step)
     splits = experiment.data.sequence_length // _SHORTEST_PART if step == "train" else 1
-    meshes = _meshes(len(devices), max(1, splits))
+    meshes = _meshes(len(devices), max(1, splits), sizes.model.experts)
     for mesh, batch in itertools.product(meshes, dict.fromkeys([experiment.data.batch_size, *batches])):
         data = dataclasses.replace(experiment.data, batch_size=batch)
         steps = -(-experiment.training.steps * experiment.data.batch_size // batch)
@@ -285,7 +304,7 @@ def _corrected(
 def _kind(candidate: Candidate) -> tuple:
     """What the closed form is wrong about in the same way."""
     mesh = candidate.experiment.mesh
-    return candidate.experiment.execution.remat, mesh.tensor > 1, mesh.context > 1
+    return candidate.experiment.execution.remat, mesh.tensor > 1, mesh.context > 1, mesh.expert > 1
 
 
 def _frontier(fitting: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -329,11 +348,14 @@ def _processes() -> int:
     return max(1, min(os.cpu_count() // 2, memory // _BYTES_A_COMPILER))
 
 
-def _meshes(devices: int, most_context: int) -> Iterator[MeshConfig]:
+def _meshes(devices: int, most_context: int, experts: int) -> Iterator[MeshConfig]:
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for data, fsdp, split in itertools.product(divisors, divisors, divisors):
-        if split <= most_context and devices % (data * fsdp * split) == 0:
-            yield MeshConfig(data=data, fsdp=fsdp, tensor=devices // (data * fsdp * split), context=split)
+    contexts = [n for n in divisors if n <= most_context]
+    groups = [n for n in divisors if experts % n == 0] if experts else [1]
+    for data, fsdp, split, group in itertools.product(divisors, divisors, contexts, groups):
+        tensor, left = divmod(devices, data * fsdp * split * group)
+        if tensor and not left:
+            yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=split, expert=group)
 
 
 def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
@@ -353,6 +375,7 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> _Sizes:
         model=left,
         weight_bytes=sum(weights.storage_bytes(a) for a in leaves),
         trainable=sum(a.size for a in trainable.values()),
+        trainable_experts=sum(a.size for path, a in trainable.items() if KERNELS.search(path)) if left.experts else 0,
         parameters=closed_form.parameter_counts(left).total,
         kept_bytes=kept,
     )
@@ -387,7 +410,7 @@ def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> floa
 def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
     """Bytes of a device and seconds of a train step, roughly."""
     e, model = experiment, sizes.model
-    shards = e.mesh.fsdp * e.mesh.context
+    shards = e.mesh.fsdp * e.mesh.context * e.mesh.expert
     ways = shards * e.mesh.tensor
     devices = ways * e.mesh.data
     length, width = e.data.sequence_length, model.width
@@ -397,7 +420,9 @@ def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, size
 
     kept, layer = sizes.kept_bytes[e.execution.remat], sizes.kept_bytes["none"] / model.num_layers
     logits = 2 * 4 * vocab_size / e.training.loss_chunks
-    gathered = _GATHERED_LAYERS * sizes.parameters / model.num_layers * item / e.mesh.tensor
+    experts, common = sizes.experts, sizes.parameters - sizes.experts
+    whole = (common + experts / e.mesh.expert) / e.mesh.tensor
+    gathered = _GATHERED_LAYERS * whole / model.num_layers * item
     held = (sizes.weight_bytes + 12 * sizes.trainable) / ways + gathered
     accumulated = 4 * sizes.trainable / ways if e.training.accumulation > 1 else 0
     num_bytes = held + accumulated + live * (kept + layer + logits) / e.mesh.tensor
@@ -412,15 +437,20 @@ def _training_form(experiment: Experiment, slice_: _Slice, vocab_size: int, size
 
     passes, accumulation = 3 if e.execution.remat != "none" else 2, e.training.accumulation
     gradients = 2 if e.execution.gradients == "bfloat16" else 4
+    repeated = passes * accumulation * item / ways
     trained = sizes.trainable / e.mesh.tensor
+    trained_experts = sizes.trainable_experts / e.mesh.tensor
     exchanged = slice_.exchange_seconds(
         e.mesh,
-        gathered=passes * accumulation * item * sizes.parameters / ways,
-        scattered=gradients * accumulation * trained,
+        gathered=repeated * common,
+        scattered=gradients * accumulation * (trained - trained_experts),
+        experts_gathered=repeated * experts,
+        experts_scattered=gradients * accumulation * trained_experts / e.mesh.expert,
         reduced=gradients * trained / shards,
         # Both projections out of a block, forwards and backwards, and forwards again where that is made again.
         summed=(4 + 2 * again) * model.num_layers * tokens * width * item,
         **_context_bytes(e, model, model.num_layers * tokens * item * (2 + again)),
+        **_expert_bytes(e, model, model.num_layers * tokens * item * (2 + again), drops=True),
     )
     return num_bytes, flops / (slice_.peak(item) * _REACHED_PEAK) + _EXPOSED * exchanged
 
@@ -436,24 +466,39 @@ def _context_bytes(e: Experiment, model: ModelConfig, passed: float) -> dict[str
     return {"traded": 2 * (heads + math.lcm(int(kv_heads), ways)) * model.head_dim * passed}
 
 
+def _expert_bytes(e: Experiment, model: ModelConfig, passed: float, drops: bool) -> dict[str, float]:
+    """What tokens travel over `expert`, of `passed` bytes for each element of a token in all passes."""
+    if e.mesh.expert == 1:
+        return {}
+    if model.capacity_factor and drops:
+        return {"dispatched": 2 * model.capacity_factor * model.experts_per_token * model.width * passed}
+    # Every device gets the tokens of all others, and its sums go back: twice an all-gather.
+    return {"collected": 2 * model.width * passed}
+
+
 def _serving_form(experiment: Experiment, slice_: _Slice, vocab_size: int, sizes: _Sizes) -> tuple[float, float]:
     """Bytes of a device and seconds of a prefill or a decode step, roughly."""
     e, model = experiment, sizes.model
-    ways = e.mesh.fsdp * e.mesh.tensor
+    shards = e.mesh.fsdp * e.mesh.expert
+    ways = shards * e.mesh.tensor
     devices = ways * e.mesh.data
     item, length = e.execution.dtype.itemsize, e.data.sequence_length
     read = 1 if slice_.step == "decode" else length
-    rows = e.data.batch_size / (e.mesh.data * e.mesh.fsdp)
+    rows = e.data.batch_size / (e.mesh.data * shards)
     held = (e.execution.cache_dtype.itemsize, e.execution.cache_scale_bytes)
     cache = closed_form.kv_cache_bytes(model, e.data.batch_size, length, *held) / devices
     working = rows * read * (2 * model.width + 2 * model.mlp_width / e.mesh.tensor) * item
     num_bytes = sizes.weight_bytes / ways + cache + working + rows * 4 * vocab_size / e.mesh.tensor
     flops = e.data.batch_size * read * closed_form.forward_flops_per_token(model, length, "full") / devices
-    moved = sizes.weight_bytes / e.mesh.tensor + cache
+    experts = sizes.weight_bytes * sizes.experts / sizes.parameters
+    common = sizes.weight_bytes - experts
+    moved = (common + experts / e.mesh.expert) / e.mesh.tensor + cache
     exchanged = slice_.exchange_seconds(
         e.mesh,
-        gathered=sizes.weight_bytes / ways,
+        gathered=common / ways,
+        experts_gathered=experts / ways,
         summed=2 * model.num_layers * rows * read * model.width * item,
+        **_expert_bytes(e, model, model.num_layers * rows * read * item, drops=False),
     )
     return num_bytes, max(flops / slice_.peak(item), moved / slice_.bandwidth) + exchanged
 
