@@ -23,7 +23,7 @@ from jaxcost.models import attention
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.planning import cache, memory, published, steps, topology
-from jaxcost.transforms import freeze, lora, prune, quantize
+from jaxcost.transforms import freeze, lora, prune, quantize, shrink
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -261,13 +261,14 @@ def test_activations_stay_where_they_are():
 
 
 def test_transforms_change_the_plan_as_they_should():
-    base, adapted, top, masked, served = (
+    base, adapted, top, masked, smaller, served = (
         planned(**changes)[1].cost
         for changes in (
             {},
             {"transforms": (lora(rank=4),)},
             {"transforms": (freeze(top_layers=1),)},
             {"transforms": (prune(sparsity=0.5),)},
+            {"transforms": (shrink(mlp=0.5, layers=2),)},
             {"transforms": (quantize(mode="training"),)},
         )
     )
@@ -276,6 +277,8 @@ def test_transforms_change_the_plan_as_they_should():
     assert adapted.argument_bytes < 0.6 * base.argument_bytes
     assert masked.total_flops == base.total_flops
     assert masked.argument_bytes > base.argument_bytes
+    assert smaller.total_flops < 0.8 * base.total_flops
+    assert smaller.argument_bytes < 0.8 * base.argument_bytes
     assert any("int" in kind for kind in served.flops_by_type)
 
 
@@ -474,3 +477,12 @@ def test_plan_says_what_does_not_fit_with_status_2(tmp_path):
     (found,) = json.loads(out.read_text())["plans"]
     assert found["fits"] is False and found["needed_bytes"] > found["usable_bytes"]
     assert "does not fit: needs" in done.stdout
+
+
+@pytest.mark.slow
+def test_plan_says_in_words_what_a_mask_costs(tmp_path):
+    pytest.importorskip("libtpu")
+    flags = ["--topology", "v5e:2x2", "--transforms", "prune(sparsity=0.5)"]
+    done = script("plan.py", ROOT / "configs/quickstart.py", *flags, cache_dir=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "A mask saves no FLOPs and adds its own bytes" in " ".join(done.stdout.split())
