@@ -72,3 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{path} is JSON, but not an object.")
     return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n")

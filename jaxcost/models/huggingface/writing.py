@@ -7,7 +7,6 @@ merged, codes as numbers. `compressed` writes codes as codes.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxcost.models import families
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.huggingface import compressed
 from jaxcost.models.huggingface.fields import fields_of
-from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, Place, places
+from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, Place, places, write_json
 from jaxcost.models.huggingface.safetensors import Tensor, write
 from jaxcost.models.transformer import STACKS, Transformer, abstract, resized
 from jaxcost.progress import byte_bar
@@ -81,10 +80,10 @@ def save(
             write(unfinished / name, shard, advance)
         if len(shards) > 1:
             index = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-            _write_json(unfinished / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+            write_json(unfinished / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
-        _write_json(unfinished / CONFIG, written)
+        write_json(unfinished / CONFIG, written)
 
 
 class Source:
@@ -168,7 +167,3 @@ def _shards(tensors: Sequence[Tensor], limit: int) -> dict[str, list[Tensor]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
