@@ -25,6 +25,9 @@ setup(
         "grain>=0.2.16,<0.3",
         "aqtp>=0.9,<0.10",  # "aqt-jax", imported as aqt.jax.v2
         "tokenizers>=0.22,<0.24",
+        "huggingface-hub>=1,<3",  # fetches checkpoints; tokenizers needs it anyway
+        "jinja2>=3.1,<4",  # chat templates of checkpoints
+        "sentencepiece>=0.2,<0.3",  # tokenizers of checkpoints that have no tokenizer.json
         "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
         "numpy>=2,<3",
         "scipy>=1.13,<2",
@@ -40,7 +43,6 @@ setup(
         # error whatever the script, so it is asked for by itself.
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
-        "hub": ["safetensors>=0.5,<1", "huggingface-hub>=1,<2"],
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -53,6 +55,7 @@ setup(
             "torch==2.13.0",
             "transformers>=5,<6",
             "peft>=0.19,<0.22",
+            "compressed-tensors>=0.15,<1",  # with transformers, the reader of what we write quantised
             "qwix>=0.1.8,<0.2",
             "bitsandbytes>=0.50,<0.51",
             "llmcompressor>=0.14,<0.15",

@@ -4,16 +4,16 @@ Run with `pytest -m oracles`, with torch and transformers installed.
 """
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import FIELDS, tensors_of, write
 
-from jaxcost import weights
 from jaxcost.models import families, huggingface
-from jaxcost.models.transformer import Transformer, abstract, init_cache, logits
+from jaxcost.models.huggingface import fields
+from jaxcost.models.transformer import Transformer, init_cache, logits
 from jaxcost.serving.engine import Engine
 
 oracles = pytest.mark.oracles
@@ -173,45 +173,32 @@ def test_shards_and_their_index_are_read(tmp_path, loaded):
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
+@oracles
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_is_loaded_by_transformers_with_the_same_logits(name, loaded, tmp_path):
+    import torch
+    import transformers
+
+    config, params = loaded(name)
+    want = hugging_model(name)
+    model_type = want.config.model_type
+    huggingface.save(tmp_path / "out", config, params, model_type=model_type, shard_bytes=50_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    kind = transformers.AutoModelForCausalLM
+    again, problems = kind.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(again) is type(want) and not any(problems.values()), problems
+    with torch.no_grad():
+        got = again.eval()(torch.as_tensor(PROMPT)).logits.numpy()
+    np.testing.assert_allclose(got, their_logits(name, PROMPT), atol=2e-4)
+    # And the config reads back as the one that it was written from.
+    back, same = huggingface.load(tmp_path / "out")
+    assert fields._effective(back) == fields._effective(config)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
 # ---- Without transformers ----
-
-FIELDS = {
-    "model_type": "llama",
-    "vocab_size": 8,
-    "hidden_size": 4,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 6,
-}
-
-
-def tensors_of(fields):
-    """Random tensors of a config, by their names in a checkpoint."""
-    family, config = families.family_of(fields), families.config_of(fields)
-    params = weights.map_weights(lambda path, a: a.shape, abstract(Transformer(config))[0])
-    shapes = {
-        weights.path_name(path): shape
-        for path, shape in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, tuple))
-    }
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for name, (paths, index) in huggingface._places(family, config, shapes).items():
-        shape = [shapes[path][len(index) :] for path in paths]
-        value = rng.normal(size=(*shape[0][:-1], sum(s[-1] for s in shape))).astype(np.float32)
-        tensors[name] = value.T if huggingface._is_transposed(name, paths, family) else value
-    return tensors
-
-
-def write(folder, fields, tensors, cut=0, dtype="F32"):
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, value in tensors.items():
-        raw = np.ascontiguousarray(value).tobytes()
-        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    content = len(text).to_bytes(8, "little") + text + data
-    (folder / "model.safetensors").write_bytes(content[: len(content) - cut])
-    (folder / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -216,9 +216,14 @@ def _pattern(kinds: Sequence[str], window: int) -> dict[str, Any]:
     unknown = sorted(set(kinds) - set(_KINDS))
     if unknown:
         raise UnsupportedModel(f"Layers of the type {', '.join(unknown)} are not among {', '.join(_KINDS)}.")
-    period = next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
-    pattern = tuple(_KINDS[kind] for kind in kinds[:period])
+    pattern = tuple(_KINDS[kind] for kind in shortest_pattern(kinds))
     return {"pattern": pattern, "window": window if "local" in pattern else 0}
+
+
+def shortest_pattern(kinds: Sequence[str]) -> Sequence[str]:
+    """The shortest start of a sequence that repeats to the whole of it."""
+    period = next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+    return kinds[:period]
 
 
 def _rope_fields(fields: Fields, kind: str) -> Fields:

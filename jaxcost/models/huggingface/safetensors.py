@@ -1,4 +1,4 @@
-"""Reading a safetensors file one tensor at a time, without loading the rest.
+"""Reading and writing a safetensors file one tensor at a time, without holding the rest.
 
 A file is the length of a JSON header (8 bytes, little-endian), the header (name → dtype, shape, offsets), and the
 arrays' bytes. Source: the format's description at github.com/huggingface/safetensors.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,13 +21,16 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +44,58 @@ class Stored:
     offset: int
     """Bytes from the start of the file."""
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The tensor, read-only, mapped from the file."""
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to write, made when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    """Returns its values, of this dtype and shape."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Sequence[Tensor], done: Callable[[int], None] = lambda _: None) -> None:
+    """Writes a file to disk, one tensor after the other; `done` is told the bytes of each.
+
+    Raises:
+        ValueError: a tensor is made with another shape or dtype than it was announced with.
+        OSError: the disk is full, or the file cannot be made.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        offsets = [end, end + tensor.bytes]
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for tensor in tensors:
+            value = np.ascontiguousarray(tensor.make()).reshape(tensor.shape)
+            if value.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name} was announced as {tensor.dtype} and made as {value.dtype}.")
+            file.write(value.view(np.uint8).data if value.size else b"")
+            done(tensor.bytes)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -1,0 +1,79 @@
+"""Where each tensor of a checkpoint stands in our stacked parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.families import Family
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+UNEMBEDDING = "lm_head.weight"
+
+
+class BadCheckpoint(ValueError):
+    """A folder that is no checkpoint, or whose tensors are not those of its config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tensor of a checkpoint, and the parameters that it holds side by side along their last axis."""
+
+    name: str
+    paths: tuple[str, ...]
+    index: tuple[int, ...]
+    """Layer and expert in front of each parameter; empty for one that is not stacked."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of each parameter, without what the index takes."""
+    transposed: bool
+    """Stored as (out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored tensor."""
+        joined = (*self.shapes[0][:-1], sum(shape[-1] for shape in self.shapes))
+        return joined[::-1] if self.transposed else joined
+
+    @property
+    def module(self) -> str:
+        """The name without what the tensor is of its module."""
+        return self.name.rpartition(".")[0]
+
+
+def places(family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """The place of every tensor that a model of the config has, by name; `shapes` are those of its dense parameters."""
+    found = {}
+    for template, paths in family.tensors.items():
+        if not set(paths) <= set(shapes):
+            continue
+        transposed = paths[0].endswith("/kernel") and (family.transposed or template == UNEMBEDDING)
+        stacks = [("layer", config.num_layers), ("expert", config.experts)]
+        stacks = [(axis, size) for axis, size in stacks if f"{{{axis}}}" in template]
+        for index in itertools.product(*(range(size) for _, size in stacks)):
+            name = template.format(**{axis: i for (axis, _), i in zip(stacks, index, strict=True)})
+            parts = tuple(tuple(shapes[path][len(index) :]) for path in paths)
+            found[name] = Place(name, paths, index, parts, transposed)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; BadCheckpoint if it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadCheckpoint(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise BadCheckpoint(f"{path} is JSON, but not an object.")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n")

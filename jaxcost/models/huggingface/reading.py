@@ -1,0 +1,177 @@
+"""Reading a checkpoint of transformers: one tensor at a time, straight into its place in the stacked parameters.
+
+Every tensor is checked against the config before any is read. A parameter is an array on the devices from the start,
+sharded as the mesh asks, into which each layer's tensor is written in place: the host holds no stack and no copy of the
+model, at most the tensor that is read and, while it is turned round, a second one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcost import sharding, weights
+from jaxcost.models import families
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.huggingface import layout, safetensors
+from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, UNEMBEDDING, BadCheckpoint, Place, read_json
+from jaxcost.models.transformer import Transformer, abstract
+from jaxcost.progress import byte_bar
+
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+"""Constants that older checkpoints keep beside the weights."""
+
+
+def load(
+    folder: str | Path, dtype: str = "float32", mesh: Mesh | None = None, quiet: bool = True
+) -> tuple[ModelConfig, weights.Params]:
+    """The config and the parameters of a checkpoint.
+
+    Args:
+      folder: holds `config.json` and one or several safetensors files.
+      dtype: dtype of the parameters.
+      mesh: where they live, by the rules of `sharding`; the first device if it is not given.
+      quiet: show no progress.
+
+    Raises:
+      BadCheckpoint: files or tensors are missing, extra, cut off or of another shape than the config says; the
+        sentence names the tensor and the file.
+      UnsupportedModel: the family or an option of it is not one of ours.
+      ValueError: the parameters do not divide the mesh.
+    """
+    folder = Path(folder)
+    config, family = read_config(folder)
+    stored = read_headers(folder, family)
+    params, axes = abstract(Transformer(config))
+    shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
+    places = layout.places(family, config, shapes)
+    _check(places, stored, config, folder)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+    shards = sharding.shardings(params, axes, mesh)
+    homes = {weights.path_name(path): home for path, home in jax.tree_util.tree_leaves_with_path(shards)}
+    made = {path: jnp.zeros(shape, dtype, device=homes[path]) for path, shape in shapes.items()}
+    total = sum(stored[name].bytes for name in places)
+    with byte_bar(f"reading {folder.name}", total, quiet) as advance:
+        for place in places.values():
+            _fill(made, place, stored[place.name], homes)
+            advance(stored[place.name].bytes)
+    return config, jax.tree_util.tree_map_with_path(lambda path, _: made[weights.path_name(path)], params)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, families.Family]:
+    """The config and the family of a folder's `config.json`; raises as `load` does."""
+    path = folder / CONFIG
+    fields = read_json(path)
+    if "quantization_config" in fields:
+        method = (fields["quantization_config"] or {}).get("quant_method", "an unknown method")
+        raise families.UnsupportedModel(
+            f"{path} says that the weights are quantised ({method}); give the checkpoint that it was made from, and "
+            "quantise that here."
+        )
+    family = families.family_of(fields)
+    try:
+        return family.config(fields), family
+    except (KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{path} lacks or garbles {error}.") from error
+
+
+def read_headers(folder: Path, family: families.Family) -> dict[str, safetensors.Stored]:
+    """All tensors of a folder by the names of the family's table; raises as `load` does.
+
+    A checkpoint of a model without its head has names without the first part, which is put before them.
+    """
+    if (folder / INDEX).exists():
+        mapping = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(mapping, dict):
+            raise BadCheckpoint(f"{folder / INDEX} has no weight_map.")
+        files = sorted(set(mapping.values()))
+    else:
+        files = [SINGLE]
+    found: dict[str, safetensors.Stored] = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            hint = "; its pickle files are not read, so save it again with safetensors" if pickled else ""
+            raise BadCheckpoint(f"There is no {path}{hint}.")
+        try:
+            found |= safetensors.read_header(path)
+        except ValueError as error:
+            raise BadCheckpoint(str(error)) from error
+    prefix = next(iter(family.tensors)).partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in found):
+        return found
+    return {name if name == UNEMBEDDING else prefix + name: tensor for name, tensor in found.items()}
+
+
+def _check(
+    places: Mapping[str, Place], stored: Mapping[str, safetensors.Stored], config: ModelConfig, folder: Path
+) -> None:
+    missing = sorted(set(places) - set(stored))
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise BadCheckpoint(f"{folder} lacks {missing[0]}{more}, which a model of its config.json has.")
+    tied = {UNEMBEDDING} if config.tie_embeddings else set()
+    extra = sorted(name for name in set(stored) - set(places) - tied if not _NOT_WEIGHTS.search(name))
+    if extra:
+        raise BadCheckpoint(f"{stored[extra[0]].path} has {extra[0]}, which a model of this config.json does not have.")
+    for name, place in places.items():
+        found = stored[name]
+        if found.shape != place.shape:
+            raise BadCheckpoint(
+                f"{found.path}: {name} has the shape {found.shape}, but config.json says {place.shape}."
+            )
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise BadCheckpoint(f"{found.path}: {name} holds {found.dtype} numbers; weights must be floating point.")
+
+
+# ---- Arrays ----
+
+
+def _fill(
+    made: dict[str, jax.Array], place: Place, stored: safetensors.Stored, homes: Mapping[str, NamedSharding]
+) -> None:
+    """Writes a tensor into the parameters that it holds."""
+    ends = np.cumsum([shape[-1] for shape in place.shapes])
+    for path, shape, end in zip(place.paths, place.shapes, ends, strict=True):
+        home = homes[path]
+        spec = (*home.spec, *(None,) * (made[path].ndim - len(home.spec)))[len(place.index) :]
+        here = NamedSharding(home.mesh, PartitionSpec(*(spec[::-1] if place.transposed else spec)))
+        moved = _moved(stored, 0 if place.transposed else -1, slice(end - shape[-1], end), here)
+        made[path] = _writer(home, place.transposed)(made[path], moved, place.index)
+        # The next tensor is read only when this one has left the host.
+        made[path].block_until_ready()
+
+
+def _moved(stored: safetensors.Stored, axis: int, cut: slice, here: NamedSharding) -> jax.Array:
+    """A part of a tensor on the devices, of which each asks for its own part of the mapped file."""
+    value = stored.read()
+    part = value[cut] if axis == 0 else value[..., cut]
+
+    def on_host(index):
+        # JAX has no doubles.
+        return np.asarray(part[index], np.float32 if part.dtype == np.float64 else part.dtype)
+
+    return jax.make_array_from_callback(part.shape, here, on_host)
+
+
+@functools.cache
+def _writer(home: NamedSharding, transposed: bool):
+    """A jitted (array, tensor, index) → the array with the tensor at the index, in the memory of the first."""
+
+    def write(held, part, index):
+        # Turned round on its way into place, a matrix takes twice the time on a CPU.
+        part = lax.optimization_barrier(part.T) if transposed else part
+        part = part.astype(held.dtype)
+        start = (*index, *(0,) * part.ndim)
+        return lax.dynamic_update_slice(held, part.reshape(*(1,) * len(index), *part.shape), start)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=home)
