@@ -128,6 +128,8 @@ def make_train_step(
         updated = optax.apply_updates(trainable, updates)
         params = weights.combine(state.params, updated, frozen)
         params = transform.update(params, state.step, gradient)
+        if transform.last_step() >= 0:
+            optimizer_state = weights.forget_pruned(params, optimizer_state)
         beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(kept)
