@@ -220,7 +220,7 @@ def _print(console, plans) -> None:
     line("fits", lambda r: _FITS[r["fits"]])
     line("needed, GiB a device", lambda r: _figure(r["needed_bytes"], _GIB))
     line("usable, GiB a device", lambda r: _figure(r["usable_bytes"], _GIB))
-    for part in ("weights", "optimizer", "gradients", "cache", "batch", "temporaries"):
+    for part in ("weights", "teacher", "optimizer", "gradients", "cache", "batch", "temporaries"):
         line(f"  {part}, GiB", lambda r, p=part: _figure((r["memory_split_bytes"] or {}).get(p), _GIB))
     line("lower bound, s", lambda r: f"{_figure(r['lower_bound_seconds'])} ({r['bound_by'] or 'unknown'})")
     line("compiler, links hidden, s", lambda r: _figure(r["compiler_seconds"]))

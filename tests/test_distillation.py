@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.config import Experiment
@@ -15,9 +16,10 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation import distillation as loss
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.evaluation.score import EvaluationConfig
+from jaxcost.models.attention import Scores, causal_attention, log_probabilities
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.models.transformer import HEADS, WATCHED, Transformer, attention_scores, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
 from jaxcost.study.recipes import Recipe, StudyConfig, is_control
@@ -26,7 +28,7 @@ from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingC
 from jaxcost.training.distill import PROJECTION, DistillConfig, Distiller, StoredLogits, Teacher, student_params
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain, factorize, lora, quantize
+from jaxcost.transforms import chain, factorize, freeze, lora, quantize
 
 BIG = ModelConfig(
     vocab_size=0, width=32, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=64, max_length=32
@@ -151,7 +153,97 @@ def test_hidden_states_are_compared_at_the_teachers_width():
     assert loss.hidden_loss(hidden, hidden, None, mask) == 0
 
 
+def relation(seed, heads=4, kv_heads=2, size=8, length=6, **scores):
+    keys = jax.random.split(jax.random.key(seed))
+    shapes = [(2, length, n, size) for n in (heads, kv_heads)]
+    return loss.Relation(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)), Scores(**scores))
+
+
+def probabilities(found):
+    """Of a relation, by the definition: float64 (B, N, T, T)."""
+    left, right = (np.asarray(x, np.float64) for x in (found.left_BTNh, found.right_BTMh))
+    right = np.repeat(right, left.shape[2] // right.shape[2], axis=2)
+    products = np.einsum("btnh,bsnh->bnts", left, right) * left.shape[-1] ** -0.5
+    if found.scores.soft_cap:
+        products = found.scores.soft_cap * np.tanh(products / found.scores.soft_cap)
+    distance = np.subtract.outer(np.arange(left.shape[1]), np.arange(left.shape[1]))
+    seen = (distance >= 0) & (distance < (found.scores.window or left.shape[1]))
+    exponents = np.where(seen, np.exp(products), 0)
+    return exponents / exponents.sum(axis=-1, keepdims=True)
+
+
+@sweep("scores", [{"window": 3, "soft_cap": 2.0}, {}, {"window": 3}, {"soft_cap": 2.0}], quick=1)
+def test_relations_diverge_as_their_definition_says_whatever_the_chunks_and_sizes_of_heads(scores):
+    student, teacher = relation(0, size=4, kv_heads=4, **scores), relation(1, **scores)
+    mask = jnp.ones((2, 6)).at[1, 4:].set(0)
+
+    def both(student, teacher):
+        return loss.relation_loss(student, teacher, mask), loss.relation_loss(student, teacher, mask, chunks=3)
+
+    p, q = probabilities(teacher), probabilities(student)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each = np.where(p > 0, p * np.log(p / q), 0).sum(axis=-1).mean(axis=1)
+
+    def values_and_gradients(student, teacher):
+        found, back = jax.vjp(both, student, teacher)
+        return found, back((1.0, 0.0)), back((0.0, 1.0))
+
+    found, one, cut = jax.jit(values_and_gradients, compiler_options=QUICK)(student, teacher)
+    np.testing.assert_allclose(found, [np.sum(each * mask)] * 2, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, cut)
+    assert all(map(np.any, jax.tree.leaves(one[0]))) and not any(map(np.any, jax.tree.leaves(one[1])))
+
+
+def test_relations_that_cannot_be_compared_are_refused_in_one_line():
+    for other, message in ((relation(1, heads=2), "last layer has 2 where the student's has 4"),
+                           (relation(1, window=3), "see all and 3 of them")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            loss.relation_loss(relation(0), other, jnp.ones((2, 6)))
+
+
 # ---- The step ----
+
+
+def watched(model, params, tokens):
+    out, sown = model.apply({"params": params}, tokens, mutable=[WATCHED])
+    return out, sown[WATCHED][HEADS]
+
+
+@sweep(("top_layers", "remat"), [(2, "none"), (None, "none"), (1, "full")], quick=1)
+def test_what_is_seen_is_the_last_layers_and_nothing_else_changes(top_layers, remat):
+    config = dataclasses.replace(
+        BIG,
+        vocab_size=VOCABULARY,
+        num_heads=4,
+        head_dim=8,
+        num_layers=3,
+        window=3,
+        pattern=("local", "global", "local"),
+    )
+    model = Transformer(config, ExecutionConfig(unroll="never", remat=remat))
+    params = initial(model)
+    params = freeze(top_layers=top_layers)(params) if top_layers else params
+    tokens = jax.random.randint(jax.random.key(5), (2, 16), 0, VOCABULARY)
+    (hidden, _), seen = watched(model, params, tokens)
+    np.testing.assert_array_equal(hidden, model.apply({"params": params}, tokens)[0])
+    assert {name: a.shape for name, a in seen.items()} == {
+        "query": (2, 16, 4, 8),
+        "key": (2, 16, 2, 8),
+        "value": (2, 16, 2, 8),
+    }
+    # With the last layer's output matrix, the probabilities that are seen make what the layer adds.
+    scores = attention_scores(config, config.layer_kinds[-1])
+    weights_BNTT = jnp.exp(log_probabilities(seen["query"], seen["key"], jnp.arange(16)[None], scores))
+    np.testing.assert_allclose(jnp.sum(weights_BNTT, axis=-1), 1, rtol=1e-5)
+    averaged = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, jnp.repeat(seen["value"], 2, axis=2))
+    expected = causal_attention(seen["query"], seen["key"], seen["value"], "reference", scores)
+    np.testing.assert_allclose(averaged, expected, atol=1e-5)
+    # It is the last layer: twice its values are twice what is seen of them, and nothing else.
+    layers = params["layers"]
+    doubled = layers["attention"]["value"]["kernel"].at[-1].multiply(2)
+    changed = layers | {"attention": layers["attention"] | {"value": {"kernel": doubled}}}
+    _, twice = watched(model, params | {"layers": changed}, tokens)
+    jax.tree.map(np.testing.assert_array_equal, twice, seen | {"value": 2 * seen["value"]})
 
 
 def step_of(config, accumulation=1, chunks=1, options=QUICK):
@@ -189,7 +281,7 @@ def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
 
 
 def test_accumulation_gives_the_objective_of_the_whole_batch():
-    config = DistillConfig(logits=0.7, hidden=0.3, labels=0.5, direction="reverse")
+    config = DistillConfig(logits=0.7, hidden=0.3, attention=0.2, values=0.1, labels=0.5, direction="reverse")
     found = []
     for accumulation, chunks in ((1, 1), (2, 4)):
         step, state, batch, teacher = step_of(config, accumulation=accumulation, chunks=chunks)
@@ -206,6 +298,21 @@ def test_a_learned_projection_trains_beside_the_weights_and_a_fixed_one_does_not
     assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
     step, state, batch, teacher = step_of(DistillConfig(hidden=1.0, projection="fixed"))
     assert state.beside == {} and step(state, batch, teacher.params)[0].beside == {}
+
+
+def test_a_student_learns_to_attend_as_its_teacher_does():
+    step, state, batch, teacher = step_of(DistillConfig(attention=1.0, values=1.0, labels=0.0))
+    student = Transformer(dataclasses.replace(SMALL, vocab_size=VOCABULARY), ExecutionConfig(unroll="never"))
+
+    def distances(params):
+        both = [watched(m, p, batch["inputs"])[1] for m, p in ((student, params), (teacher.model, teacher.params))]
+        pairs = [[loss.Relation(seen[a], seen[b]) for seen in both] for a, b in (("query", "key"), ("value", "value"))]
+        return [float(loss.relation_loss(*pair, batch["mask"])) for pair in pairs]
+
+    before = distances(state.params)
+    for _ in range(10):
+        state, _ = step(state, batch, teacher.params)
+    assert all(new < 0.8 * old for new, old in zip(distances(state.params), before, strict=True))
 
 
 def test_all_of_the_vocabulary_stored_trains_like_the_teacher_itself():
@@ -346,7 +453,9 @@ def test_a_recipe_is_taught_by_the_base_of_its_study(tmp_path, data_dir):
         ({"temperature": float("nan")}, "distill.temperature is nan"),
         ({"logits": -1.0}, "distill.logits is -1.0; it cannot be negative"),
         ({"top_k": -1}, "distill.top_k is -1"),
+        ({"values": -1.0}, "distill.values is -1.0; it cannot be negative"),
         ({"top_k": 4}, "distill.top_k stores logits alone"),
+        ({"top_k": 4, "logits": 1.0, "attention": 1.0}, "logits above 0 and distill.attention to 0"),
         ({"top_k": 4, "logits": 1.0, "hidden": 1.0}, "distill.top_k stores logits alone"),
     ],
 )
@@ -400,10 +509,31 @@ def test_recipes_are_taught_by_the_base_alone():
             Recipe("taught", distill=config)
 
 
-def test_a_step_with_a_teacher_is_not_planned_as_if_it_had_none(data_dir):
+def test_a_step_with_a_teacher_is_planned_with_it(data_dir, taught):
     from jaxcost import sharding
     from jaxcost.planning.steps import trace_step
 
-    value = experiment(data_dir, distill=DistillConfig(teacher="x", logits=1.0), mesh=MeshConfig())
-    with pytest.raises(ValueError, match="cannot be planned"):
-        trace_step("train", value, 384, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    def traced(config, **changes):
+        value = experiment(data_dir, distill=config, **changes | {"mesh": MeshConfig(fsdp=2)})
+        return trace_step("train", value, 384, sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+
+    def compiled(found):
+        return compiled_cost(found.jitted.lower(*found.arguments).compile(compiler_options=QUICK))
+
+    config = DistillConfig(teacher=str(taught), logits=1.0, hidden=1.0, attention=1.0)
+    alone, both = traced(DistillConfig()), traced(config)
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(load_run(taught)[1]))
+    assert both.bytes_by_category["teacher"] == pytest.approx(held / 2, rel=0.05)
+    costs = [compiled(found) for found in (alone, both)]
+    beside = 3 * 4 * SMALL.width * BIG.width
+    assert costs[1].argument_bytes - costs[0].argument_bytes == pytest.approx(held / 2 + beside, rel=0.05)
+    assert costs[1].total_flops > 2 * costs[0].total_flops
+    stored = traced(DistillConfig(logits=1.0, top_k=4))
+    assert stored.bytes_by_category["teacher"] == 0
+    assert stored.bytes_by_category["batch"] - alone.bytes_by_category["batch"] == 8 * 32 * (5 + 4) * 4 // 2
+    stored.jitted.lower(*stored.arguments)
+    with pytest.raises(ValueError, match="give the folder of a training as distill.teacher"):
+        traced(DistillConfig(logits=1.0))
+    with pytest.raises(ValueError, match="last layer has 2 where the student's has 1"):
+        unlike = traced(config, model=dataclasses.replace(SMALL, num_heads=1, num_kv_heads=1))
+        unlike.jitted.lower(*unlike.arguments)

@@ -154,6 +154,25 @@ def test_connections_move_at_one_sparsity_and_new_ones_start_at_zero(kind):
     assert transform.last_step() == 6
 
 
+@pytest.mark.parametrize("kind", [SET, RigL])
+def test_what_is_pruned_is_forgotten_so_that_what_grows_is_new_to_the_optimizer(kind):
+    schedule = kind(end_step=6, every_steps=2, share=0.4)
+    transform = prune(method="random", sparsity=0.75, regrow=schedule, rules=(rule("mlp/up"),))
+    states, (adam, *_) = run(transform, 3, optax.adam(1e-2))
+    old, new = (np.asarray(state[UP].mask) for state in states[-2:])
+    for moments in (adam.mu, adam.nu):
+        found = np.asarray(moments[f"{UP}/weight"])
+        assert np.any(old & ~new) and np.any(new & ~old)
+        assert not np.any(found[~new]) and not np.any(found[new & ~old]) and np.all(found[new & old])
+        assert np.all(moments["layers/mlp/down/kernel"])
+
+
+def test_fixed_masks_of_one_budget_train_too():
+    fixed = prune(sparsity=0.8, budget="erk")
+    params = fixed(dense_params())
+    assert fixed.update(params, jnp.zeros((), jnp.int32), {}) is params
+
+
 def test_the_largest_dense_gradients_grow():
     """Against the gradient of the loss where every pruned weight stands at zero and trains."""
     transform = prune(method="random", sparsity=0.75, regrow=RigL(end_step=6, every_steps=2), rules=(rule("mlp/up"),))

@@ -1,6 +1,7 @@
-"""Losses of a student against its teacher: logits at a temperature, stored or made on the spot, and hidden states.
+"""Losses of a student against its teacher: logits at a temperature, stored or made on the spot, states and attention.
 
-Shapes in names: B batch, T tokens, D width, E the teacher's width, V vocabulary, k stored entries.
+Shapes in names: B batch, T tokens, D width, E the teacher's width, V vocabulary, k stored entries, N and M heads, h
+their size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from flax import struct
 
 from jaxcost import weights
 from jaxcost.evaluation.losses import negative_log_likelihood, over_chunks
+from jaxcost.models.attention import Scores, log_probabilities
 from jaxcost.models.layers import soft_capped
 
 Direction = Literal["forward", "reverse"]
@@ -39,6 +41,21 @@ class StoredTeacher:
     """float32 (B, T, k + 1): log-probabilities, that of all other tokens together last; -inf where there are none."""
     indices_BTk: jax.Array
     """int32 (B, T, k): the tokens, the likeliest first."""
+
+
+@struct.dataclass
+class Relation:
+    """How much each token of a layer has to do with those that it sees: softmax(left · right) over them, head by head.
+
+    Of queries and keys these are the attention's own probabilities; of values and values, what the layer hands on.
+    """
+
+    left_BTNh: jax.Array
+    """Vectors of the tokens that look."""
+    right_BTMh: jax.Array
+    """Vectors of those that are looked at; N is a multiple of M."""
+    scores: Scores = struct.field(pytree_node=False, default=Scores())
+    """How products become scores."""
 
 
 def kl_divergence(
@@ -157,6 +174,49 @@ def hidden_loss(
     projected = hidden_BTD if projection_DE is None else weights.contract(hidden_BTD, projection_DE)
     difference = projected.astype(jnp.float32) - jax.lax.stop_gradient(teacher_BTE).astype(jnp.float32)
     return jnp.sum(jnp.mean(jnp.square(difference), axis=-1) * mask_BT)
+
+
+def relation_loss(student: Relation, teacher: Relation, mask_BT: jax.Array, *, chunks: int = 1) -> jax.Array:
+    """The divergence of the student's relation from the teacher's, the mean over heads, summed over tokens; float32.
+
+    Heads may have any size, but must be as many. No gradient reaches the teacher. Source: Wang et al. 2020 (MiniLM),
+    arXiv:2002.10957, equations 6 and 8, with causal relations in the place of bidirectional ones.
+
+    Args:
+      student: its relation.
+      teacher: the teacher's, of the same tokens.
+      mask_BT: 1 where the token that looks counts.
+      chunks: as of `cross_entropy`; no (B, N, T, T) array exists whole if there are more than one.
+
+    Raises:
+      ValueError: the heads are not as many, or see other tokens.
+    """
+    ours, theirs = (relation.left_BTNh.shape[2] for relation in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"Attention is compared head by head, and the teacher's last layer has {theirs} where the student's has "
+            f"{ours}; give both as many, or leave that loss out."
+        )
+    windows = [relation.scores.window for relation in (student, teacher)]
+    if windows[0] != windows[1]:
+        said = " and ".join(str(window) if window else "all" for window in windows)
+        raise ValueError(
+            f"Attention is compared token by token, and the last layers of student and teacher see {said} of them; "
+            "give both the same window, or leave that loss out."
+        )
+    teacher = jax.lax.stop_gradient(teacher)
+    positions_BT = jnp.broadcast_to(jnp.arange(mask_BT.shape[1]), mask_BT.shape)
+
+    def piece(mask_Bt, positions_Bt, *lefts):
+        found = [
+            log_probabilities(left, relation.right_BTMh, positions_Bt, relation.scores)
+            for left, relation in zip(lefts, (teacher, student), strict=True)
+        ]
+        divergence_BNt = _divergence(*found, "forward")
+        return (jnp.sum(jnp.mean(divergence_BNt, axis=1) * mask_Bt),)
+
+    (total,) = over_chunks(piece, (mask_BT, positions_BT, teacher.left_BTNh, student.left_BTNh), chunks)
+    return total
 
 
 def _divergence(log_p: jax.Array, log_q: jax.Array, direction: Direction) -> jax.Array:

@@ -142,6 +142,20 @@ def cached_attention(
     return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores.window), scores)
 
 
+def log_probabilities(
+    q_BTHh: jax.Array, k_BSKh: jax.Array, positions_BT: jax.Array, scores: Scores = Scores()
+) -> jax.Array:
+    """The logarithm of what queries at `positions_BT` give to each of the keys 0 .. S - 1: float32 (B, H, T, S).
+
+    This is what attention averages values by, for those who want to look at it; keys that a query does not see have
+    -1e30. No attention of this file makes it whole where it need not.
+    """
+    seen_BTS = _seen(positions_BT, jnp.arange(k_BSKh.shape[1])[None], scores.window)
+    products_BKGTS = _products(q_BTHh, k_BSKh, scores)
+    hidden = jnp.where(seen_BTS[:, None, None], products_BKGTS, _HIDDEN)
+    return jax.nn.log_softmax(hidden, axis=-1).reshape(q_BTHh.shape[0], -1, *hidden.shape[-2:])
+
+
 def _seen(queries_BT: jax.Array, keys_BS: jax.Array, window: int) -> jax.Array:
     """Which keys each query sees, by their positions: (B, T, S) bool."""
     distance = queries_BT[:, :, None] - keys_BS[:, None, :]
@@ -149,15 +163,19 @@ def _seen(queries_BT: jax.Array, keys_BS: jax.Array, window: int) -> jax.Array:
 
 
 def _attend(q_BTHh, k_BSKh, v_BSKh, seen_BTS, scores: Scores) -> jax.Array:
-    factor = scores.factor(q_BTHh.shape[-1])
     if not scores.soft_cap:
+        factor = scores.factor(q_BTHh.shape[-1])
         return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=seen_BTS[:, None], scale=factor)
-    kv_heads = k_BSKh.shape[2]
-    q_BTKGh = q_BTHh.reshape(*q_BTHh.shape[:2], kv_heads, -1, q_BTHh.shape[3])
-    products = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
-    capped = soft_capped(products * factor, scores.soft_cap)
-    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], capped, _HIDDEN), axis=-1).astype(v_BSKh.dtype)
+    products = _products(q_BTHh, k_BSKh, scores)
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], products, _HIDDEN), axis=-1).astype(v_BSKh.dtype)
     return jnp.einsum("BKGTS,BSKh->BTKGh", weights, v_BSKh).reshape(q_BTHh.shape)
+
+
+def _products(q_BTHh, k_BSKh, scores: Scores) -> jax.Array:
+    """The scores of all keys, whether they are seen or not: float32 (B, K, G, T, S)."""
+    q_BTKGh = q_BTHh.reshape(*q_BTHh.shape[:2], k_BSKh.shape[2], -1, q_BTHh.shape[3])
+    products = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    return soft_capped(products * scores.factor(q_BTHh.shape[-1]), scores.soft_cap)
 
 
 def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores) -> jax.Array:

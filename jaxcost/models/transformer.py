@@ -49,6 +49,9 @@ from jaxcost.sharding import constrain
 STACKS = ("frozen_layers", "layers")
 """The stacks of blocks a tree may hold, in the order in which they run."""
 
+WATCHED, HEADS = "attention", "heads"
+"""The collection, and the name in it, under which the last layer's `query`, `key` and `value` are sown."""
+
 
 @struct.dataclass
 class Cache:
@@ -62,6 +65,12 @@ class Cache:
     """(B,) int32: tokens in each row, virtual ones included."""
     virtual: int = struct.field(pytree_node=False, default=0)
     """Virtual tokens that it was started with."""
+
+
+def attention_scores(config: ModelConfig, kind: LayerKind) -> attention.Scores:
+    """How a layer of this kind makes the scores of its attention."""
+    window = config.window if kind == "local" else 0
+    return attention.Scores(window, config.attention_scale, config.attention_soft_cap)
 
 
 class Attention(nn.Module):
@@ -93,8 +102,8 @@ class Attention(nn.Module):
         q_BTHh = named(q_BTHh, "query")
         k_BTKh = named(k_BTKh, "key")
         v_BTKh = named(v_BTKh, "value")
-        window = c.window if self.kind == "local" else 0
-        scores = attention.Scores(window, c.attention_scale, c.attention_soft_cap)
+        _sow(self, WATCHED, HEADS, {"query": q_BTHh, "key": k_BTKh, "value": v_BTKh})
+        scores = attention_scores(c, self.kind)
         if cache is None:
             length = q_BTHh.shape[1]
             q_BTHh, k_BTKh, v_BTKh = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh)
@@ -148,7 +157,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens (B, T) to hidden states (B, T, D), of which `logits` makes logits.
 
-    With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars.
+    With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars. For
+    `mutable=[WATCHED]` so is a dict of the last layer's queries (B, T, H, h), keys and values (B, T, K, h), as they
+    meet, from which `attention.log_probabilities` makes its attention. Who does not ask pays nothing.
     """
 
     config: ModelConfig
@@ -180,7 +191,11 @@ class Transformer(nn.Module):
             table = Table(c.max_length, c.width, "position", name="positions")()
             x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
-        x_BTD, kv = self._blocks(c, x_BTD, positions_BT, None if cache is None else (cache.key, cache.value), key)
+        kv = None if cache is None else (cache.key, cache.value)
+        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key)
+        if watched is not None:
+            # What virtual tokens stand before the text is nobody else's.
+            _sow(self, WATCHED, HEADS, {name: heads_BTNh[:, -length:] for name, heads_BTNh in watched.items()})
         hidden_BTD = Norm(c, name="final_norm")(x_BTD[:, -length:])
         if not c.tie_embeddings and self.is_initializing():
             Linear(c.vocab_size, ("embed", "vocab"), name="unembed")(hidden_BTD)
@@ -194,37 +209,46 @@ class Transformer(nn.Module):
             # kernel takes so few.
             block = Block(c, c.pattern[0], "reference", parent=None)
             self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, c.num_layers))
-            return x_BTD, kv
+            return x_BTD, kv, None
         e = self.execution
         blocks = {kind: Block(c, kind, e.attention, e.context, parent=None) for kind in set(c.pattern)}
         stacks = [
             nn.meta.unbox(self.get_variable("params", name)) for name in STACKS if self.has_variable("params", name)
         ]
 
-        def step(kinds, x, group):
+        def step(kinds, kept, x, group):
             made = []
             for kind, (params, cache, index) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                x, *rest = blocks[kind].apply({"params": params}, x, positions_BT, cache, layer_key)
-                made.append(rest)
+                (x, *rest), sown = blocks[kind].apply(
+                    {"params": params}, x, positions_BT, cache, layer_key, mutable=kept
+                )
+                made.append((*rest, sown))
             return x, _restacked(made)
 
-        start, made = 0, []
+        start, made, watched = 0, [], None
         for stack in stacks:
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             cache = None if kv is None else jax.tree.map(lambda a: a[start : start + depth], kv)  # noqa: B023
             layers = (stack, cache, jnp.arange(start, start + depth))
-            for groups, kinds in c.groups(start, depth):
+            runs = [(*run, ()) for run in c.groups(start, depth)]
+            if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
+                # The last layer runs by itself, so that what is seen of it is kept of no other.
+                runs = [(*run, ()) for run in c.groups(start, depth - 1)]
+                runs += [(*run, (WATCHED,)) for run in c.groups(start + depth - 1, 1)]
+            for groups, kinds, kept in runs:
                 run = _grouped(layers, done, groups, len(kinds))
-                wrapped = self.execution.rematerialize(functools.partial(step, kinds), groups, len(kinds))
-                x_BTD, new = lax.scan(wrapped, x_BTD, run, unroll=self.execution.unrolled(groups))
+                wrapped = e.rematerialize(functools.partial(step, kinds, kept), groups, len(kinds))
+                x_BTD, (*new, sown) = lax.scan(wrapped, x_BTD, run, unroll=e.unrolled(groups))
                 made.append(_ungrouped(new, len(kinds)))
                 done += groups * len(kinds)
+                if kept:
+                    watched = jax.tree.map(lambda a: a[0], sown[WATCHED]["attention"][HEADS])
             start += depth
         kv, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *made)
         for name, values_L in losses.items():
-            self.sow("losses", name, jnp.mean(values_L), init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return x_BTD, kv
+            _sow(self, "losses", name, jnp.mean(values_L))
+        return x_BTD, kv, watched
 
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
@@ -338,6 +362,11 @@ def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cac
             f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
             "start_cache and the same weights."
         )
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Sows a value that is one and no tuple of them."""
+    module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):

@@ -50,6 +50,8 @@ class Split:
     """Peak bytes of one device by what they hold; the parts add up to the peak."""
 
     weights: int
+    teacher: int
+    """Weights of a teacher that runs inside of the step."""
     optimizer: int
     gradients: int
     """Bytes of the gradients of what trains, at most what the arguments leave of the peak."""
@@ -73,7 +75,7 @@ def device_memory(compiled: Any) -> DeviceMemory:
 
 def split_peak(peak_bytes: int, bytes_by_category: dict[str, int]) -> Split:
     """Splits a peak by the sizes of what is known; the rest is temporaries."""
-    held = {name: bytes_by_category.get(name, 0) for name in ("weights", "optimizer", "cache", "batch")}
+    held = {name: bytes_by_category.get(name, 0) for name in ("weights", "teacher", "optimizer", "cache", "batch")}
     rest = max(0, peak_bytes - sum(held.values()))
     gradients = min(rest, bytes_by_category.get("gradients", 0))
     return Split(**held, gradients=gradients, temporaries=rest - gradients)

@@ -10,7 +10,7 @@ from typing import Any
 from jaxcost.data.files import atomic_write
 
 _GIB = 2**30
-_PARTS = ("weights", "optimizer", "gradients", "cache", "batch", "temporaries")
+_PARTS = ("weights", "teacher", "optimizer", "gradients", "cache", "batch", "temporaries")
 
 
 def draw(plans: Sequence[tuple[str, Mapping[str, Any]]], path: pathlib.Path) -> None:

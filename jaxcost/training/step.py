@@ -82,13 +82,14 @@ def make_train_step(
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
-        (hidden_BSD, _), sown = model.apply({"params": params}, batch["inputs"], key=model_key, mutable=["losses"])
+        kept = ("losses", *(distiller.watched if distiller else ()))
+        (hidden_BSD, _), sown = model.apply({"params": params}, batch["inputs"], key=model_key, mutable=kept)
         how = {"chunks": loss_chunks, "key": head_key, "soft_cap": model.config.logit_soft_cap}
         if distiller is None:
             total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
             objective = total
         else:
-            objective, total = distiller.loss_sum(hidden_BSD, params, batch, trainable, teacher, **how)
+            objective, total = distiller.loss_sum(model, hidden_BSD, sown, params, batch, trainable, teacher, **how)
         # A microbatch counts by its targets, in the router's losses as in the other.
         count = jnp.sum(batch["mask"])
         sums = {"loss": total} | {name: loss * count for name, loss in sown.get("losses", {}).items()}
@@ -127,6 +128,8 @@ def make_train_step(
         updated = optax.apply_updates(trainable, updates)
         params = weights.combine(state.params, updated, frozen)
         params = transform.update(params, state.step, gradient)
+        if transform.last_step() >= 0:
+            optimizer_state = weights.forget_pruned(params, optimizer_state)
         beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(kept)

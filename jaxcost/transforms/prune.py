@@ -201,6 +201,8 @@ class prune(Transform):
 
     def update(self, params, step, gradients):
         moving = {p: (s, m) for p, (s, m) in self._matrices(params).items() if s.gradual or s.regrow}
+        if not moving:
+            return params
         shares = self._shares({path: s._units(m.mask.shape) for path, (s, m) in moving.items()}, moving)
         together = [moving] if self.budget == "global" else [{path: one} for path, one in moving.items()]
         new: dict[str, Masked] = {}

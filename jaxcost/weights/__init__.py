@@ -31,7 +31,7 @@ from jaxcost.weights.quantized import (
     storage_bytes,
 )
 from jaxcost.weights.scaled import Scaled
-from jaxcost.weights.sparse import Masked, Scored, kept_gradients
+from jaxcost.weights.sparse import Masked, Scored, forget_pruned, kept_gradients
 from jaxcost.weights.tree import Params, combine, map_weights, merge, partition, path_name, trainable_tree
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "contract",
     "encode",
     "fake_quantize",
+    "forget_pruned",
     "group_scale",
     "integer_limit",
     "is_weight",

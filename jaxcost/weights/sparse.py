@@ -81,3 +81,24 @@ def kept_gradients(params: Params, gradients: dict[str, jax.Array]) -> dict[str,
 
     jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Masked))
     return found
+
+
+def forget_pruned(params: Params, state: Any) -> Any:
+    """An optimizer's state with zeros where entries are pruned, so that one that grows again starts as a new one.
+
+    The state's arrays are known by the last key of their path, which is that of the array they belong to. Source: the
+    authors' code of Evci et al. 2020, arXiv:1911.11134, which resets the momentum of what grows.
+    """
+    masks = {}
+
+    def one(path, node):
+        if isinstance(node, Masked):
+            masks[f"{path_name(path)}/weight"] = node.mask
+
+    jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Masked))
+
+    def kept(path, leaf):
+        mask = masks.get(getattr(path[-1], "key", None))
+        return leaf if mask is None else jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(kept, state)
