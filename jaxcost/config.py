@@ -124,6 +124,8 @@ class Experiment:
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         m, ways = self.model, sizes["fsdp"] * sizes["context"]
+        if not m.causal:
+            raise ValueError("model.causal is off, and mesh.context splits causal sequences alone; set it to 1.")
         if m.width % ways:
             raise ValueError(
                 f"model.width ({m.width}) must be a multiple of mesh.fsdp x mesh.context ({ways}), which both split "

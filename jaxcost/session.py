@@ -71,6 +71,11 @@ class Session:
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
             )
+        if not (config.causal and config.head.of_vocabulary):
+            raise ValueError(
+                "A session trains and scores on the next token of a text, which takes a causal model with logits of "
+                "the vocabulary; set model.causal, and leave model.head as it is by default."
+            )
         experiment.check_devices(len(self.devices), config.vocab_size)
         self.model = Transformer(config, experiment.execution)
         self.mesh = sharding.make_mesh(experiment.mesh, self.devices)

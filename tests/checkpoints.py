@@ -30,7 +30,7 @@ def tensors_of(fields, make=None):
     }
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, place in layout.places(family, config, shapes).items():
+    for name, place in layout.places(family, family.head_of(fields), config, shapes).items():
         made = rng.normal(size=place.shape) if make is None else make(np.float32(0), place.shape)
         tensors[name] = made.astype(np.float32, copy=False)
     return tensors

@@ -65,7 +65,7 @@ def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_hea
 
     def run(mesh):
         def loss(q, k, v):
-            return jnp.sum(jnp.sin(attention.causal_attention(q, k, v, "reference", method=method)))
+            return jnp.sum(jnp.sin(attention.self_attention(q, k, v, "reference", method=method)))
 
         with jax.set_mesh(mesh):
             return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v))

@@ -16,7 +16,7 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation import distillation as loss
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.evaluation.score import EvaluationConfig
-from jaxcost.models.attention import Scores, causal_attention, log_probabilities
+from jaxcost.models.attention import Scores, log_probabilities, self_attention
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import HEADS, WATCHED, Transformer, attention_scores, initialize
@@ -236,7 +236,7 @@ def test_what_is_seen_is_the_last_layers_and_nothing_else_changes(top_layers, re
     weights_BNTT = jnp.exp(log_probabilities(seen["query"], seen["key"], jnp.arange(16)[None], scores))
     np.testing.assert_allclose(jnp.sum(weights_BNTT, axis=-1), 1, rtol=1e-5)
     averaged = jnp.einsum("bnts,bsnh->btnh", weights_BNTT, jnp.repeat(seen["value"], 2, axis=2))
-    expected = causal_attention(seen["query"], seen["key"], seen["value"], "reference", scores)
+    expected = self_attention(seen["query"], seen["key"], seen["value"], "reference", scores)
     np.testing.assert_allclose(averaged, expected, atol=1e-5)
     # It is the last layer: twice its values are twice what is seen of them, and nothing else.
     layers = params["layers"]

@@ -133,7 +133,7 @@ def test_a_model_of_ours_finds_its_family_and_comes_back(name, tmp_path):
         ({"rope_scaling": RopeScaling("linear", 2.0), "rotary_fraction": 0.5, "qkv_bias": True}, None, "rotary_frac"),
         ({"qkv_bias": True}, "llama", "llama does not have model.qkv_bias = True"),
         ({}, "mixtral", "mixtral does not have"),
-        ({}, "bert", "'bert' is not one of gpt2, llama"),
+        ({}, "mamba", "'mamba' is not one of gpt2, llama"),
     ],
 )
 def test_options_that_no_family_has_are_named(change, model_type, message):

@@ -211,7 +211,7 @@ def by_hand(q, k, v, window, scale, soft_cap):
 def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):
     q, k, v = qkv(length)
     want = by_hand(q, k, v, scores.window, scores.scale, scores.soft_cap)
-    got = attention.causal_attention(q, k, v, "reference", scores)
+    got = attention.self_attention(q, k, v, "reference", scores)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for start, span in ((0, length), (length - 1, 1), (length - 3, 2)):
         positions = jnp.full((2, 1), start) + jnp.arange(span)
@@ -222,7 +222,7 @@ def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):
 def test_local_layers_cost_their_window_and_not_the_sequence():
     def flops(length, window):
         q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv(length))
-        return trace.flops_of(lambda q, k, v: attention.causal_attention(q, k, v, scores=Scores(window)), q, k, v).flops
+        return trace.flops_of(lambda q, k, v: attention.self_attention(q, k, v, scores=Scores(window)), q, k, v).flops
 
     a_score = 4 * 2 * 4 * 8
     assert flops(64, 0) == a_score * 64 * 64
@@ -247,7 +247,7 @@ def test_splash_attention_equals_the_reference(scores, monkeypatch):
     q, k, v = qkv(384, heads=2, kv_heads=1, head_dim=128, batch=1)
 
     def loss(implementation, *inputs):
-        return jnp.sum(jnp.sin(attention.causal_attention(*inputs, implementation, scores)))
+        return jnp.sum(jnp.sin(attention.self_attention(*inputs, implementation, scores)))
 
     want = jax.value_and_grad(loss, argnums=(1, 2, 3))("reference", q, k, v)
     got = jax.value_and_grad(loss, argnums=(1, 2, 3))("splash", q, k, v)
@@ -258,7 +258,7 @@ def test_cudnn_is_not_taken_where_scores_are_capped():
     assert attention.resolve("auto", "gpu", 64, 64, 16) == "cudnn"
     assert attention.resolve("auto", "gpu", 64, 64, 16, soft_cap=5.0) == "reference"
     with pytest.raises(ValueError, match="has no soft cap"):
-        attention.causal_attention(*qkv(8), "cudnn", Scores(soft_cap=5.0))
+        attention.self_attention(*qkv(8), "cudnn", Scores(soft_cap=5.0))
 
 
 # ---- Layers of several kinds in one scan ----

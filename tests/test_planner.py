@@ -166,7 +166,7 @@ def test_splash_attention_equals_the_reference(kv_heads, monkeypatch):
     q, k, v = (jax.random.normal(jax.random.key(i), s, jnp.float32) for i, s in enumerate(shapes))
 
     def loss(implementation, *args):
-        return jnp.sum(jnp.sin(attention.causal_attention(*args, implementation)))
+        return jnp.sum(jnp.sin(attention.self_attention(*args, implementation)))
 
     expected = jax.value_and_grad(loss, argnums=(1, 2, 3))("reference", q, k, v)
     found = jax.value_and_grad(loss, argnums=(1, 2, 3))("splash", q, k, v)
@@ -176,7 +176,7 @@ def test_splash_attention_equals_the_reference(kv_heads, monkeypatch):
 def test_splash_refuses_lengths_that_it_cannot_tile():
     x = jnp.zeros((1, 100, 1, 128))
     with pytest.raises(ValueError, match="multiple of 128 tokens, not 100"):
-        attention.causal_attention(x, x, x, "splash")
+        attention.self_attention(x, x, x, "splash")
 
 
 @pytest.mark.parametrize(

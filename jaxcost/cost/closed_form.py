@@ -27,11 +27,12 @@ class ParameterCounts:
     """Parameters of a model."""
 
     by_part: dict[str, int]
-    """`embedding`, `positions`, `attention`, `mlp` (of experts those that all tokens share), `experts`, `router`,
-    `biases`, `norms`, `unembedding`; a tied unembedding counts 0 here."""
+    """`embedding` (with that of token types, or of images), `positions`, `attention`, `mlp` (of experts those that all
+    tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layer), `unembedding` (or the head's
+    output); a tied one counts 0 here."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
-    unembedding, tied or not."""
+    head with the unembedding, tied or not, unless it pools the tokens."""
 
     @property
     def total(self) -> int:
@@ -50,27 +51,30 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     Raises:
         ValueError: the vocabulary's size is still 0.
     """
-    if model.vocab_size == 0:
+    if model.vocab_size == 0 and not model.images.patch:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
     table, layers = model.vocab_size * model.width, model.num_layers
+    outputs = _outputs(model)
     attention = layers * _attention_parameters_per_layer(model)
     one = layers * _matrices(model) * model.width * model.mlp_width
     shared = layers * _matrices(model) * model.width * model.shared_width
     mlp, expert = (shared, one) if model.experts else (one, 0)
     router = layers * model.width * model.experts
     by_part = {
-        "embedding": table,
-        "positions": model.max_length * model.width if model.position == "learned" else 0,
+        "embedding": table + model.token_types * model.width + _image_parameters(model),
+        "positions": (model.max_length + model.position_offset) * model.width if model.position == "learned" else 0,
         "attention": attention,
         "mlp": mlp,
         "experts": model.experts * expert,
         "router": router,
-        "biases": layers * _biases_per_layer(model),
+        "biases": layers * _biases_per_layer(model) + _head_biases(model),
         "norms": _norm_parameters(model),
-        "unembedding": 0 if model.tie_embeddings else table,
+        "head": model.width**2 if model.head.hidden != "none" else 0,
+        "unembedding": 0 if model.tie_embeddings else outputs * model.width,
     }
     active = mlp + model.experts_per_token * expert
-    return ParameterCounts(by_part, matmul=attention + active + router + table)
+    head = by_part["head"] + outputs * model.width
+    return ParameterCounts(by_part, matmul=attention + active + router + (head if model.head.pooling == "none" else 0))
 
 
 def _matrices(model: model_config.ModelConfig) -> int:
@@ -87,21 +91,38 @@ def _biases_per_layer(model: model_config.ModelConfig) -> int:
     return qkv + model.width * model.output_bias + mlp
 
 
+def _head_biases(model: model_config.ModelConfig) -> int:
+    head = model.head
+    hidden = model.width if head.hidden != "none" and head.hidden_bias else 0
+    return hidden + (_outputs(model) if head.bias else 0)
+
+
+def _outputs(model: model_config.ModelConfig) -> int:
+    return model.vocab_size if model.head.of_vocabulary else model.head.outputs
+
+
+def _image_parameters(model: model_config.ModelConfig) -> int:
+    images = model.images
+    numbers = images.patch**2 * images.channels
+    return (numbers + 1 + images.class_tokens) * model.width if images.patch else 0
+
+
 def _norm_parameters(model: model_config.ModelConfig) -> int:
-    vectors = 2 if model.norm == "layer" else 1
+    vectors = 2 if model.norm == "layer" and model.norm_bias else 1
     blocks = 4 if model.norm_placement == "both" else 2
     heads = {"none": 0, "head": 2, "projection": model.num_heads + model.num_kv_heads}[model.query_key_norm]
     per_layer = blocks * model.width + heads * model.head_dim
-    return (model.num_layers * per_layer + model.width) * vectors
+    single = (model.norm_placement != "sum") + model.embedding_norm + model.head.hidden_norm
+    return (model.num_layers * per_layer + single * model.width) * vectors
 
 
 def attention_flops_per_token(model: model_config.ModelConfig, sequence_tokens: int, attention: Attention) -> int:
     """Forward FLOPs of QKᵀ and of the weighted sum of values, for one token of a sequence: 4·H·h for each score.
 
     Full: all scores that plain attention makes, those that the mask hides too: S a layer, and 2·W in a local layer of
-    window W, computed in blocks that see themselves and the one before, where that is less. Causal: those that are
-    seen, S/2 on average, and W - W²/(2·S) with a window. Grouped-query attention shrinks the cache and the
-    projections, not these.
+    window W, computed in blocks that see themselves and the one before, where that is less (3·W if the model is not
+    causal: the one behind as well). Causal: those that are seen, S/2 on average, and W - W²/(2·S) with a window, twice
+    that if the model is not causal. Grouped-query attention shrinks the cache and the projections, not these.
 
     Source: Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, for the full form; counting, for the windows.
     """
@@ -114,11 +135,13 @@ def _scores_per_sequence(
 ) -> float:
     """Pairs of a query and a key in one layer; of those on the diagonal half are counted, as is usual."""
     window = min(model.window, tokens) if kind == "local" else tokens
+    one_side = (2 * tokens - window) * window / 2
     if attention == "causal":
-        return (2 * tokens - window) * window / 2
-    if 2 * window >= tokens:
+        return one_side if model.causal else 2 * one_side
+    blocks = 2 if model.causal else 3
+    if blocks * window >= tokens:
         return tokens**2
-    return -(-tokens // window) * window * 2 * window
+    return -(-tokens // window) * window * blocks * window
 
 
 def forward_flops_per_token(

@@ -28,7 +28,7 @@ class KernelCost(NamedTuple):
 # queries and that of keys and values each make the scores again. Source: Dao 2023, arXiv:2307.08691, algorithms 1, 2.
 _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
-_SCOPE = re.compile(r"[/(](?:causal|window_(\d+))[/)]")
+_SCOPE = re.compile(r"[/(](causal|full)(?:_window_(\d+))?[/)]")
 
 
 def _splash(kernel: hlo_work.Kernel) -> KernelCost:
@@ -75,9 +75,10 @@ def _run(kernel: hlo_work.Kernel, tiles: int, length: int) -> float:
     scope = _SCOPE.search(kernel.name)
     if scope is None:
         return 1.0
-    # A row of tiles sees itself and, up to the window, those before it that hold any token that its first token sees.
-    before = tiles if scope[1] is None else -(-(int(scope[1]) - 1) * tiles // length)
-    return sum(min(row, before) + 1 for row in range(tiles)) / tiles**2
+    # A row of tiles sees itself and, up to the window, those on a side that hold any token that one of its own sees.
+    side = tiles if scope[2] is None else -(-(int(scope[2]) - 1) * tiles // length)
+    behind = 0 if scope[1] == "causal" else side
+    return sum(min(row, side) + 1 + min(tiles - 1 - row, behind) for row in range(tiles)) / tiles**2
 
 
 COST_FUNCTIONS: tuple[tuple[re.Pattern[str], Callable[[hlo_work.Kernel], KernelCost]], ...] = (

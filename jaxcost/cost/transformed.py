@@ -71,12 +71,21 @@ def training_step_flops(
         for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
             total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
         total += batch * seen * scores * (3 if below else 1)
-    unembed = params["unembed"]["kernel"] if "unembed" in params else params["embed"]["table"]
-    one = multiplied(unembed)
-    return total + batch * sequence_tokens * 2 * (2 * one.entries + one.trained) + one.once
+    answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
+    for one in map(multiplied, _of_the_head(params)):
+        total += answered * 2 * (2 * one.entries + one.trained) + one.once
+    return total
 
 
-_ABOVE = ("frozen_layers", "layers", "final_norm", "unembed")
+_ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
+
+
+def _of_the_head(params: weights.Params) -> list[Any]:
+    """The matrices behind the last block."""
+    head, unembed = params.get("head", {}), params.get("unembed", {})
+    parts = [head.get("hidden", {}), head.get("output", unembed)]
+    matrices = [part["kernel"] for part in parts if "kernel" in part]
+    return matrices if "kernel" in parts[1] else [*matrices, params["embed"]["table"]]
 
 
 def multiplied(w: Any) -> Multiplied:

@@ -15,7 +15,7 @@ from flax import struct
 from jaxcost import weights
 from jaxcost.evaluation.losses import negative_log_likelihood, over_chunks
 from jaxcost.models.attention import Scores, log_probabilities
-from jaxcost.models.layers import soft_capped
+from jaxcost.models.heads import outputs
 
 Direction = Literal["forward", "reverse"]
 """KL(teacher ‖ student), which covers all that the teacher does, or KL(student ‖ teacher), which seeks its modes."""
@@ -31,6 +31,8 @@ class HiddenTeacher:
     """A weight (E, V) of any kind."""
     soft_cap: float = struct.field(pytree_node=False, default=0.0)
     """Bound on its logits, as in `ModelConfig.logit_soft_cap`; 0 is none."""
+    bias: jax.Array | None = None
+    """(V,), of its unembedding."""
 
 
 @struct.dataclass
@@ -124,6 +126,7 @@ def distillation_loss(
     chunks: int = 1,
     key: jax.Array | None = None,
     soft_cap: float = 0.0,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood of the targets and the summed divergence from the teacher; float32 scalars.
 
@@ -140,13 +143,14 @@ def distillation_loss(
       chunks: as of `cross_entropy`; neither's (B, T, V) logits exist whole if there are more than one.
       key: random key for an unembedding whose arithmetic is random.
       soft_cap: bound on the student's logits.
+      bias: (V,) of the student's unembedding, or None.
     """
     teacher = jax.lax.stop_gradient(teacher)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt, *taught):
-        logits_BtV = soft_capped(weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32), soft_cap)
+        logits_BtV = outputs(hidden_BtD, unembedding, bias, soft_cap, key)
         if isinstance(teacher, HiddenTeacher):
-            teacher_BtV = soft_capped(weights.contract(taught[0], teacher.unembedding), teacher.soft_cap)
+            teacher_BtV = outputs(taught[0], teacher.unembedding, teacher.bias, teacher.soft_cap)
             divergence_Bt = kl_divergence(teacher_BtV, logits_BtV, temperature, direction)
         else:
             divergence_Bt = stored_divergence(*taught, logits_BtV, temperature, direction)

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcost import weights
-from jaxcost.models.layers import soft_capped
+from jaxcost.models.heads import outputs
 from jaxcost.sharding import context_ways
 
 
@@ -22,6 +21,7 @@ def cross_entropy(
     chunks: int = 1,
     key: jax.Array | None = None,
     soft_cap: float = 0.0,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood in nats, and the number of targets that counted; both float32 scalars.
 
@@ -34,10 +34,11 @@ def cross_entropy(
         so the full (B, T, V) logits never exist. See `over_chunks`.
       key: random key for an unembedding whose arithmetic is random.
       soft_cap: bound on the logits, as in `ModelConfig.logit_soft_cap`; 0 is none.
+      bias: (V,) of the unembedding, or None.
     """
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
-        logits_BtV = soft_capped(weights.contract(hidden_BtD, unembedding, key).astype(jnp.float32), soft_cap)
+        logits_BtV = outputs(hidden_BtD, unembedding, bias, soft_cap, key)
         return (jnp.sum(negative_log_likelihood(logits_BtV, targets_Bt) * mask_Bt),)
 
     (total,) = over_chunks(piece, (hidden_BTD, targets_BT, mask_BT), chunks)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
 from jaxcost.evaluation.losses import cross_entropy
-from jaxcost.models.transformer import Transformer, unembedding
+from jaxcost.models.transformer import Transformer, output_bias, unembedding
 
 Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S), 1 where the target counts."""
@@ -53,9 +53,9 @@ class Scorer:
         self._bytes = int(sum(token_bytes[targets].sum(dtype=np.int64) for targets in kept))
 
         def sums(params, batch):
-            hidden_BSD, _ = model.apply({"params": params}, batch["inputs"])
-            soft_cap = model.config.logit_soft_cap
-            return cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], soft_cap=soft_cap)
+            hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], valid_BT=batch.get("valid"))
+            how = {"soft_cap": model.config.logit_soft_cap, "bias": output_bias(params)}
+            return cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
 
         self._sums = jax.jit(sums)
 

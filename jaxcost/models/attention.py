@@ -1,4 +1,4 @@
-"""Causal attention, global or in a window, computed by the reference or by the kernel that a platform would choose.
+"""Attention of a sequence to itself, causal or not, global or in a window, by the kernel that a platform would choose.
 
 `reference` is `jax.nn.dot_product_attention` and runs everywhere; `splash` is JAX's Pallas kernel for TPUs and `cudnn`
 NVIDIA's; both never store the (T, T) scores. All give the same numbers to the arithmetic's tolerance. Where the mesh
@@ -35,11 +35,13 @@ class Scores:
     """How the scores of queries and keys are made."""
 
     window: int = 0
-    """Tokens that a token sees, itself included; 0 is all before it."""
+    """Tokens that a token sees, itself included, and as many on the other side if it is not causal; 0 is all."""
     scale: float = 0.0
     """Factor of the products; 0 is h**-0.5."""
     soft_cap: float = 0.0
     """Bound on the scores, by `soft_capped`; 0 is none."""
+    causal: bool = True
+    """A token sees itself and what came before it alone."""
 
     def factor(self, head_dim: int) -> float:
         """The factor of the products for heads of this size."""
@@ -58,18 +60,19 @@ def resolve(
     return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "reference"
 
 
-def causal_attention(
+def self_attention(
     q_BTHh: jax.Array,
     k_BTKh: jax.Array,
     v_BTKh: jax.Array,
     implementation: Implementation = "auto",
     scores: Scores = Scores(),
     method: context.Method = "auto",
+    valid_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Each token attends to itself and to what came before it: (B, T, H, h) in the queries' dtype.
+    """Each token attends to those that it sees: (B, T, H, h) in the queries' dtype.
 
-    `method` says how, where the mesh splits the sequence; a sequence that is shorter than the axis, such as the one
-    token that parameters are made with, is not split.
+    Nobody sees tokens that are not valid; all are if it is not said. `method` says how, where the mesh splits the
+    sequence; one that is shorter than the axis, such as the one token that parameters are made with, is not split.
 
     Raises:
         ValueError: the kernel that was asked for does not take these shapes or scores.
@@ -80,6 +83,8 @@ def causal_attention(
     whole = functools.partial(_on_one_device, implementation, scores)
     ways = context_ways(length)
     if ways > 1:
+        if not scores.causal or valid_BT is not None:
+            raise ValueError("mesh.context splits causal sequences without padding alone; set it to 1.")
         tensor = mesh.shape.get("tensor", 1)
         method = context.resolve(method, q_BTHh.shape[2] // tensor, k_BTKh.shape[2] // tensor, ways)
         if method == "ring" and scores != Scores():
@@ -89,12 +94,13 @@ def causal_attention(
             )
         return context.attend(method, whole, q_BTHh, k_BTKh, v_BTKh)
     if _implementation(implementation, scores, q_BTHh) != "splash" or mesh.empty or mesh.size == 1:
-        return whole(q_BTHh, k_BTKh, v_BTKh)
+        return whole(q_BTHh, k_BTKh, v_BTKh, valid_BT)
     # A Pallas kernel is opaque to the partitioner, so each device is told to run it on its own rows and heads.
     queries = mesh_spec(PartitionSpec("batch", None, "heads", None), mesh.shape)
     keys = mesh_spec(PartitionSpec("batch", None, "kv_heads", None), mesh.shape)
-    mapped = jax.shard_map(whole, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
-    return mapped(q_BTHh, k_BTKh, v_BTKh)
+    rows = None if valid_BT is None else mesh_spec(PartitionSpec("batch", None), mesh.shape)
+    mapped = jax.shard_map(whole, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
+    return mapped(q_BTHh, k_BTKh, v_BTKh, valid_BT)
 
 
 def _implementation(asked: Implementation, scores: Scores, q_BTHh: jax.Array) -> Implementation:
@@ -102,26 +108,28 @@ def _implementation(asked: Implementation, scores: Scores, q_BTHh: jax.Array) ->
     return resolve(asked, platform(), length, head_dim, q_BTHh.dtype.itemsize * 8, scores.soft_cap)
 
 
-def _on_one_device(
-    implementation: Implementation, scores: Scores, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array
-) -> jax.Array:
+def _on_one_device(implementation: Implementation, scores: Scores, q_BTHh, k_BTKh, v_BTKh, valid_BT=None) -> jax.Array:
     """Attention over whole sequences, on what a device holds or where the partitioner splits rows and heads."""
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     implementation = _implementation(implementation, scores, q_BTHh)
     if implementation == "splash":
-        return _splash(q_BTHh, k_BTKh, v_BTKh, scores)
+        return _splash(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
     if implementation == "cudnn":
         if scores.soft_cap:
             raise ValueError("execution.attention is 'cudnn', which has no soft cap on scores; use 'reference'.")
-        seen = (scores.window - 1, 0) if scores.window else None
+        behind = scores.window - 1
+        mask = None if valid_BT is None else valid_BT[:, None, None, :]
         return jax.nn.dot_product_attention(
-            q_BTHh, k_BTKh, v_BTKh, is_causal=True, scale=scores.factor(head_dim), local_window_size=seen,
+            q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=scores.causal, scale=scores.factor(head_dim),
+            local_window_size=(behind, 0 if scores.causal else behind) if scores.window else None,
             implementation="cudnn",
         )  # fmt: skip
-    if 0 < 2 * scores.window < length:
-        return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores)
+    if 0 < (2 if scores.causal else 3) * scores.window < length:
+        return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
     positions_1T = jnp.arange(length)[None]
-    return _attend(q_BTHh, k_BTKh, v_BTKh, _seen(positions_1T, positions_1T, scores.window), scores)
+    seen_BTS = _seen(positions_1T, positions_1T, scores)
+    seen_BTS = seen_BTS if valid_BT is None else seen_BTS & valid_BT[:, None]
+    return _attend(q_BTHh, k_BTKh, v_BTKh, seen_BTS, scores)
 
 
 def cached_attention(
@@ -139,7 +147,7 @@ def cached_attention(
         cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, span))
         k_BSKh, v_BSKh = cut(k_BSKh, start_B), cut(v_BSKh, start_B)
         slots_BS = start_B[:, None] + jnp.arange(span)
-    return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores.window), scores)
+    return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores), scores)
 
 
 def log_probabilities(
@@ -150,16 +158,17 @@ def log_probabilities(
     This is what attention averages values by, for those who want to look at it; keys that a query does not see have
     -1e30. No attention of this file makes it whole where it need not.
     """
-    seen_BTS = _seen(positions_BT, jnp.arange(k_BSKh.shape[1])[None], scores.window)
+    seen_BTS = _seen(positions_BT, jnp.arange(k_BSKh.shape[1])[None], scores)
     products_BKGTS = _products(q_BTHh, k_BSKh, scores)
     hidden = jnp.where(seen_BTS[:, None, None], products_BKGTS, _HIDDEN)
     return jax.nn.log_softmax(hidden, axis=-1).reshape(q_BTHh.shape[0], -1, *hidden.shape[-2:])
 
 
-def _seen(queries_BT: jax.Array, keys_BS: jax.Array, window: int) -> jax.Array:
+def _seen(queries_BT: jax.Array, keys_BS: jax.Array, scores: Scores) -> jax.Array:
     """Which keys each query sees, by their positions: (B, T, S) bool."""
     distance = queries_BT[:, :, None] - keys_BS[:, None, :]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    seen = distance >= 0 if scores.causal else jnp.ones_like(distance, bool)
+    return seen & (jnp.abs(distance) < scores.window) if scores.window else seen
 
 
 def _attend(q_BTHh, k_BSKh, v_BSKh, seen_BTS, scores: Scores) -> jax.Array:
@@ -178,55 +187,74 @@ def _products(q_BTHh, k_BSKh, scores: Scores) -> jax.Array:
     return soft_capped(products * scores.factor(q_BTHh.shape[-1]), scores.soft_cap)
 
 
-def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores) -> jax.Array:
-    """Local attention in blocks of a window, which see themselves and the block before: 2·window scores a token, not T.
+def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
+    """Local attention in blocks of a window, which see themselves and the block before, and the one behind if it is not
+    causal: 2·window scores a token, or 3, not T.
 
     Source: the sliding chunks of Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
     """
     length, window = q_BTHh.shape[1], scores.window
     blocks = -(-length // window)
+    ends = 1 if scores.causal else 2
 
     def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, blocks * window - length), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, blocks * window - length), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(x.shape[0], blocks, window, *x.shape[2:])
 
-    def with_the_one_before(x):
-        x = cut(x)
-        return jnp.concatenate([jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0))), x], axis=2)
+    def with_neighbours(x):
+        around = jnp.pad(cut(x), ((0, 0), (1, ends - 1), *((0, 0),) * (x.ndim - 1)))
+        return jnp.concatenate([around[:, i : i + blocks] for i in range(ends + 1)], axis=2)
 
     positions_NW = jnp.arange(blocks * window).reshape(blocks, window)
-    keys_NS = jnp.concatenate([positions_NW - window, positions_NW], axis=1)
-    seen_NWS = _seen(positions_NW, keys_NS, window) & (keys_NS >= 0)[:, None]
-    attend = jax.vmap(lambda q, k, v, seen: _attend(q, k, v, seen[None], scores), in_axes=(1, 1, 1, 0), out_axes=1)
-    out = attend(cut(q_BTHh), with_the_one_before(k_BTKh), with_the_one_before(v_BTKh), seen_NWS)
+    keys_NS = jnp.concatenate([positions_NW + i * window for i in range(-1, ends)], axis=1)
+    seen_NWS = _seen(positions_NW, keys_NS, scores) & ((keys_NS >= 0) & (keys_NS < length))[:, None]
+    seen_BNWS = seen_NWS[None]
+    if valid_BT is not None:
+        seen_BNWS = seen_BNWS & with_neighbours(valid_BT)[:, :, None]
+    attend = jax.vmap(functools.partial(_attend, scores=scores), in_axes=1, out_axes=1)
+    out = attend(cut(q_BTHh), with_neighbours(k_BTKh), with_neighbours(v_BTKh), seen_BNWS)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-def _splash(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, scores: Scores) -> jax.Array:
+def _splash(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     if length % _SPLASH_MULTIPLE:
         raise ValueError(
             f"execution.attention is 'splash', which takes sequences of a multiple of {_SPLASH_MULTIPLE} tokens, not "
             f"{length}; change data.sequence_length or use 'reference'."
         )
-    kernel = _splash_kernel(q_BTHh.shape[2], length, scores.window, scores.soft_cap)
+    kernel = _splash_kernel(q_BTHh.shape[2], length, scores)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHh, k_BTKh, v_BTKh))
     scale = jnp.asarray(scores.factor(head_dim), q.dtype)
     # The planner's cost functions read from the scope what the kernel's shapes do not tell.
-    with jax.named_scope(f"window_{scores.window}" if scores.window else "causal"):
-        return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v), 1, 2)
+    shape = "causal" if scores.causal else "full"
+    with jax.named_scope(f"{shape}_window_{scores.window}" if scores.window else shape):
+        if valid_BT is None:
+            return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v), 1, 2)
+        segments = valid_BT.astype(jnp.int32)
+        return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v, _segments(segments)), 1, 2)
+
+
+def _segments(segments_BT: jax.Array):
+    """Tokens that are valid see one another, and those that are not likewise, whose rows nobody reads."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    return SegmentIds(q=segments_BT, kv=segments_BT)
 
 
 @functools.lru_cache(maxsize=32)
-def _splash_masks(num_heads: int, length: int, window: int):
+def _splash_masks(num_heads: int, length: int, window: int, causal: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (length, length)
-    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    if window:
+        mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
+    else:
+        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     return masks.MultiHeadMask([mask] * num_heads)
 
 
-def _splash_kernel(num_heads: int, length: int, window: int, soft_cap: float, interpret: bool = False):
+def _splash_kernel(num_heads: int, length: int, scores: Scores, interpret: bool = False):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     block = next(size for size in (SPLASH_BLOCK, 512, 256, _SPLASH_MULTIPLE) if length % size == 0)
@@ -244,8 +272,8 @@ def _splash_kernel(num_heads: int, length: int, window: int, soft_cap: float, in
         )
     }
     return splash_attention.make_splash_mha_single_device(
-        _splash_masks(num_heads, length, window),
+        _splash_masks(num_heads, length, scores.window, scores.causal),
         block_sizes=splash_attention.BlockSizes(**sizes),
-        attn_logits_soft_cap=soft_cap or None,
+        attn_logits_soft_cap=scores.soft_cap or None,
         interpret=interpret,
     )

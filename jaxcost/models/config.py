@@ -34,8 +34,77 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What is made of the hidden states: logits of the next token unless it says otherwise."""
+
+    outputs: int = 0
+    """Numbers that the head gives, such as labels, or 1 for a regression or a rank; 0 is one for each token of the
+    vocabulary."""
+    pooling: Literal["none", "first", "last", "mean"] = "none"
+    """What is answered for: every token, or the sequence by its first or last token or by the mean of all."""
+    hidden: Literal["none", "tanh", "silu", "gelu", "gelu_exact", "relu"] = "none"
+    """A further layer (D, D) with this activation before the output."""
+    hidden_bias: bool = True
+    """The further layer has a bias."""
+    hidden_norm: bool = False
+    """The further layer is followed by a norm."""
+    bias: bool = False
+    """The output has a bias."""
+    embed: bool = False
+    """The hidden states are the output, without a matrix, and at unit length where they are pooled: embeddings."""
+
+    def __post_init__(self):
+        if self.embed and (self.outputs or self.bias):
+            raise ValueError("model.head.embed is on, which has no outputs and no bias; turn it off or leave them out.")
+        if self.outputs < 0:
+            raise ValueError(f"model.head.outputs is {self.outputs}; it cannot be negative.")
+        if self.hidden_norm and self.hidden == "none":
+            raise ValueError("model.head.hidden_norm is on without a further layer; set model.head.hidden.")
+        if self.pooling != "none" and self.of_vocabulary:
+            raise ValueError(
+                f"model.head.pooling is {self.pooling!r}, which answers for a sequence; set model.head.outputs to the "
+                "number of labels, or model.head.embed."
+            )
+
+    @property
+    def of_vocabulary(self) -> bool:
+        """Whether the outputs are logits of tokens."""
+        return not (self.outputs or self.embed)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """Images in the place of tokens, cut into square patches. Source: Dosovitskiy et al. 2020, arXiv:2010.11929."""
+
+    patch: int = 0
+    """Pixels on a side of a patch; 0 is a model of tokens."""
+    height: int = 224
+    """Pixels of an image from top to bottom."""
+    width: int = 224
+    """Pixels from left to right."""
+    channels: int = 3
+    """Numbers of a pixel."""
+    class_tokens: int = 0
+    """Learned vectors before the patches, the first of which a head may answer by."""
+
+    def __post_init__(self):
+        if self.patch < 0 or self.class_tokens < 0 or min(self.height, self.width, self.channels) < 1:
+            raise ValueError("model.images has a size below 1; give sizes of pixels, or 0 as patch for no images.")
+        if self.patch and (self.height % self.patch or self.width % self.patch):
+            raise ValueError(
+                f"model.images is {self.height} x {self.width} pixels, which patches of {self.patch} do not fill; "
+                "change either."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Patches and class tokens of an image."""
+        return self.class_tokens + (self.height // self.patch) * (self.width // self.patch)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer."""
+    """A transformer: a decoder, or an encoder if it is not causal."""
 
     # ---- Shape ----
     vocab_size: int = 512
@@ -54,14 +123,21 @@ class ModelConfig:
     """Hidden size of the feed-forward block, or of one expert (F)."""
     gated: bool = True
     """Gated MLP (act(x·gate) * x·up, three matrices) instead of a plain one (two matrices)."""
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_exact", "relu"] = "silu"
     """Non-linearity of the MLP; gelu is the tanh approximation."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm (a scale) or LayerNorm (a scale and a bias)."""
+    norm_bias: bool = True
+    """LayerNorm has its bias."""
     norm_epsilon: float = 1e-6
     """Added to the variance in the norm."""
     position: Literal["rope", "learned"] = "rope"
     """Rotary positions, or a learned table of `max_length` rows."""
+    position_offset: int = 0
+    """Rows of the learned table before the one of the first token, which no token meets."""
+    token_types: int = 0
+    """Kinds of tokens, such as those of a first and of a second sentence, each with a learned vector; 0 is one kind
+    without a vector."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     max_length: int = 256
@@ -70,10 +146,13 @@ class ModelConfig:
     """Unembed with the embedding table transposed instead of a matrix of its own."""
 
     # ---- Attention ----
+    causal: bool = True
+    """A token sees itself and what came before it; off, it sees the whole sequence, as in an encoder."""
     pattern: tuple[LayerKind, ...] = ("global",)
     """Kinds of the layers from the first on, repeated to the last: what each token of a layer sees."""
     window: int = 0
-    """Tokens that a token of a local layer sees, itself included; 0 where no layer is local."""
+    """Tokens that a token of a local layer sees, itself included, and as many on the other side if it is not causal; 0
+    where no layer is local."""
     attention_scale: float = 0.0
     """Factor of the attention scores; 0 is head_dim**-0.5."""
     attention_soft_cap: float = 0.0
@@ -107,14 +186,25 @@ class ModelConfig:
     """Hidden size of a further MLP that all tokens meet beside their experts; 0 is none."""
 
     # ---- Residual stream ----
-    norm_placement: Literal["pre", "post", "both"] = "pre"
-    """Norms on what goes into attention and MLP, on what comes out of them, or on both."""
+    norm_placement: Literal["pre", "post", "both", "sum"] = "pre"
+    """Norms on what goes into attention and MLP, on what comes out of them, on both, or of the sum of that and the
+    stream, of which the last is the final norm."""
+    embedding_norm: bool = False
+    """A norm of the embeddings, before the first block."""
+    first_norm: bool = True
+    """The first block norms what goes into its attention; off where the norm of the embeddings does for it."""
     norm_unit_offset: bool = False
     """RMSNorm multiplies by 1 + scale, and scales start at 0."""
     scale_embeddings: bool = False
     """Multiply embeddings by width**0.5."""
     logit_soft_cap: float = 0.0
     """Logits are bent to stay within ± this; 0 leaves them."""
+
+    # ---- Input and output ----
+    images: ImageConfig = ImageConfig()
+    """Images in the place of tokens; none by default."""
+    head: HeadConfig = HeadConfig()
+    """What is made of the hidden states."""
 
     def __post_init__(self):
         for field in ("width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_length"):
@@ -145,7 +235,31 @@ class ModelConfig:
             )
         if not self.pattern:
             raise ValueError("model.pattern is empty; name at least one kind of layer.")
+        for field in ("position_offset", "token_types"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"model.{field} is {getattr(self, field)}; it cannot be negative.")
+        if not (self.first_norm or (self.embedding_norm and self.norm_placement in ("pre", "both"))):
+            raise ValueError(
+                "model.first_norm is off, which needs model.embedding_norm and norms on what goes into attention."
+            )
+        if self.position_offset and self.position != "learned":
+            raise ValueError("model.position_offset is for learned positions; set it to 0.")
+        if self.tie_embeddings and not self.head.of_vocabulary:
+            raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
+        if self.images.patch:
+            self._check_images()
         self._check_experts()
+
+    def _check_images(self):
+        if self.vocab_size or self.head.of_vocabulary:
+            raise ValueError(
+                "model.images is on, which leaves no vocabulary; set model.vocab_size to 0 and model.head.outputs or "
+                "model.head.embed."
+            )
+        if self.images.tokens > self.max_length:
+            raise ValueError(
+                f"An image makes {self.images.tokens} tokens, more than model.max_length ({self.max_length}); raise it."
+            )
 
     def _check_experts(self):
         for field in ("experts", "capacity_factor", "shared_width"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -44,7 +47,7 @@ class Norm(nn.Module):
         init = nn.initializers.zeros if c.norm_unit_offset else nn.initializers.ones
         scale = vector(self, "scale", init, x.shape[-1])
         y = y * (1 + scale if c.norm_unit_offset else scale)
-        if c.norm == "layer":
+        if c.norm == "layer" and c.norm_bias:
             y = y + vector(self, "bias", nn.initializers.zeros, x.shape[-1])
         return y.astype(x.dtype)
 
@@ -78,6 +81,21 @@ def vector(module: nn.Module, name: str, init, size: int, axis: str | None = Non
     if module.has_variable("params", name):
         return weights.materialize(module.get_variable("params", name))
     return module.param(name, nn.with_logical_partitioning(init, (axis,)), (size,))
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The non-linearity of a config's name."""
+    return _ACTIVATIONS[name]
+
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "tanh": jnp.tanh,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 def soft_capped(x: jax.Array, cap: float) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxcost import weights
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import named
-from jaxcost.models.layers import Linear
+from jaxcost.models.layers import Linear, activation
 from jaxcost.sharding import constrain
 
 
@@ -33,5 +33,5 @@ class Mlp(nn.Module):
 
 def activated(config: ModelConfig, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     """What the last matrix meets: act(gate)·up, or act(up) without a gate. Source: Shazeer 2020, arXiv:2002.05202."""
-    activation = getattr(jax.nn, config.activation)
-    return activation(up) if gate is None else activation(gate) * up
+    act = activation(config.activation)
+    return act(up) if gate is None else act(gate) * up

@@ -59,13 +59,20 @@ def with_prompt(params: weights.Params, x_BTD: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(table_PD, (x_BTD.shape[0], *table_PD.shape)), x_BTD], axis=1)
 
 
-def with_prefix(module: nn.Module, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries, keys and values with those of the prefix before them: any causal attention then gives P rows too many.
+def with_virtual(valid_BT: jax.Array | None, tokens: int) -> jax.Array | None:
+    """Which tokens are valid, with so many virtual ones before them, which all are."""
+    return None if valid_BT is None else jnp.pad(valid_BT, ((0, 0), (tokens, 0)), constant_values=True)
+
+
+def with_prefix(
+    module: nn.Module, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, valid_BT: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+    """Queries, keys, values and which are valid, the prefix's before them: any attention then gives P rows too many.
 
     The prefix's own queries are zeros, so that there are as many queries as keys, which is what kernels take.
     """
     if not module.has_variable("params", "prefix"):
-        return q_BTHh, k_BTKh, v_BTKh
+        return q_BTHh, k_BTKh, v_BTKh, valid_BT
     prefix = module.get_variable("params", "prefix")
 
     def before(x, table):
@@ -77,6 +84,7 @@ def with_prefix(module: nn.Module, q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh:
         jnp.pad(q_BTHh, ((0, 0), (key.shape[0], 0), (0, 0), (0, 0))),
         before(k_BTKh, key),
         before(v_BTKh, value),
+        with_virtual(valid_BT, key.shape[0]),
     )
 
 

@@ -1,10 +1,13 @@
-"""A decoder transformer in Flax Linen, put together from a frozen config.
+"""A transformer in Flax Linen, a decoder or an encoder, put together from a frozen config.
 
 Parameters (D width, V vocabulary, H and K query and key heads, h head size, F MLP width, E experts), blocks stacked
 over L; what a config does not ask for is not there:
 
-    embed/table                             (V, D)
-    positions/table                         (max_length, D), learned positions only
+    embed/table                             (V, D), or, for images of patches of P numbers:
+    images/patches/kernel                   (P, D), and `bias`; images/class_tokens/table (tokens, D)
+    positions/table                         (max_length + offset, D), learned positions only
+    token_types/table                       (types, D)
+    embedding_norm/scale                    (D,)
     layers/attention_norm/scale             (L, D), and `bias` with LayerNorm
     layers/attention/{query,key,value}/kernel    (L, D, H·h) or (L, D, K·h), and `bias`
     layers/attention/{query,key}_norm/scale (L, h), or (L, H·h) and (L, K·h)
@@ -16,7 +19,9 @@ over L; what a config does not ask for is not there:
     layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
     layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
-    unembed/kernel                          (D, V), untied only
+    head/hidden/kernel                      (D, D), and `bias`; head/norm/scale (D,)
+    head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
+    unembed/kernel                          (D, V), untied only, and `bias` (V,)
 
 A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it), and what
 `optional` names. Any leaf may be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h F V as
@@ -41,7 +46,9 @@ from jaxcost.models import cache as caches
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.models.experts import Experts
-from jaxcost.models.layers import Linear, Norm, Table, soft_capped
+from jaxcost.models.heads import Head, Unembedding, embeddings, outputs
+from jaxcost.models.images import Images
+from jaxcost.models.layers import Linear, Norm, Table, activation
 from jaxcost.models.mlp import Mlp
 from jaxcost.models.positions import frequencies, rotate
 from jaxcost.sharding import constrain
@@ -70,11 +77,11 @@ class Cache:
 def attention_scores(config: ModelConfig, kind: LayerKind) -> attention.Scores:
     """How a layer of this kind makes the scores of its attention."""
     window = config.window if kind == "local" else 0
-    return attention.Scores(window, config.attention_scale, config.attention_soft_cap)
+    return attention.Scores(window, config.attention_scale, config.attention_soft_cap, config.causal)
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention of one kind of layer, with an optional cache."""
+    """Grouped-query attention of one kind of layer, with an optional cache."""
 
     config: ModelConfig
     kind: LayerKind = "global"
@@ -82,7 +89,7 @@ class Attention(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, key):
+    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT):
         c = self.config
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
@@ -106,8 +113,9 @@ class Attention(nn.Module):
         scores = attention_scores(c, self.kind)
         if cache is None:
             length = q_BTHh.shape[1]
-            q_BTHh, k_BTKh, v_BTKh = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh)
-            out_BTHh = attention.causal_attention(q_BTHh, k_BTKh, v_BTKh, self.implementation, scores, self.method)
+            q_BTHh, k_BTKh, v_BTKh, valid_BT = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh, valid_BT)
+            how = (self.implementation, scores, self.method)
+            out_BTHh = attention.self_attention(q_BTHh, k_BTKh, v_BTKh, *how, valid_BT)
             out_BTHh = out_BTHh[:, -length:]
         else:
             new = (k_BTKh, v_BTKh)
@@ -127,35 +135,43 @@ class Block(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache=None, key=None):
+    def __call__(self, x_BTD, positions_BT, cache=None, key=None, valid_BT=None, first=False):
         """The residual stream (B, T, D), the cache, and the router's losses by name (none without experts)."""
         c = self.config
         key_attention, key_mlp = weights.split_keys(key, 2)
         x_BTD = named(x_BTD, "layer_input")
-        activation = getattr(jax.nn, c.activation)
+        act = activation(c.activation)
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
-        update, cache = attend(self._before(x_BTD, "attention"), positions_BT, cache, key_attention)
-        update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), activation)
-        x_BTD = x_BTD + self._after(update, "attention")
+        normed = self._before(x_BTD, "attention")
+        normed = normed if c.first_norm else jnp.where(first, x_BTD, normed)
+        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT)
+        update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), act)
+        x_BTD = self._added(x_BTD, update, "attention")
         normed, losses = self._before(x_BTD, "mlp"), {}
         if c.experts:
             # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
             update, losses = Experts(c, drops=cache is None, name="mlp")(normed, key_mlp)
         else:
             update = Mlp(c, c.mlp_width, name="mlp")(normed, key_mlp)
-        update = optional.adapted(self, "mlp_adapter", named(update, "mlp_down"), activation)
-        x_BTD = x_BTD + self._after(update, "mlp")
+        update = optional.adapted(self, "mlp_adapter", named(update, "mlp_down"), act)
+        x_BTD = self._added(x_BTD, update, "mlp")
         return constrain(x_BTD, "batch", "length", "residual"), cache, losses
 
     def _before(self, x_BTD, part: str):
-        return x_BTD if self.config.norm_placement == "post" else Norm(self.config, name=f"{part}_norm")(x_BTD)
+        if self.config.norm_placement not in ("pre", "both"):
+            return x_BTD
+        return Norm(self.config, name=f"{part}_norm")(x_BTD)
 
-    def _after(self, x_BTD, part: str):
-        return x_BTD if self.config.norm_placement == "pre" else Norm(self.config, name=f"{part}_post_norm")(x_BTD)
+    def _added(self, x_BTD, update_BTD, part: str):
+        placement = self.config.norm_placement
+        if placement == "pre":
+            return x_BTD + update_BTD
+        norm = Norm(self.config, name=f"{part}_post_norm")
+        return norm(x_BTD + update_BTD) if placement == "sum" else x_BTD + norm(update_BTD)
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D), of which `logits` makes logits.
+    """Tokens (B, T) to hidden states (B, T, D), or (B, 1, D) of a head that pools them, of which `logits` makes logits.
 
     With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars. For
     `mutable=[WATCHED]` so is a dict of the last layer's queries (B, T, H, h), keys and values (B, T, K, h), as they
@@ -166,8 +182,14 @@ class Transformer(nn.Module):
     execution: ExecutionConfig = ExecutionConfig()
 
     @nn.compact
-    def __call__(self, tokens_BT, cache: Cache | None = None, key=None) -> tuple[jax.Array, Cache | None]:
-        """Tokens may be embeddings (B, T, D) too. With a cache, row b's tokens start at cache.length[b].
+    def __call__(
+        self, tokens_BT, cache: Cache | None = None, key=None, valid_BT=None, types_BT=None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels). With a cache, row b's tokens
+        start at cache.length[b].
+
+        Tokens that are not valid (bool, all are if not given) are padding behind a row's end: no other sees them, and
+        heads that pool leave them out. Types (int32, all 0 if not given) say which kind each token is of.
 
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
@@ -176,34 +198,48 @@ class Transformer(nn.Module):
         """
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
-        length = tokens_BT.shape[1]
-        _check_virtual(c, params, length, cache)
-        table = Table(c.vocab_size, c.width, "vocab", name="embed")()
-        x_BTD = tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
-        x_BTD = x_BTD.astype(self.execution.dtype)
+        length = c.images.tokens if c.images.patch else tokens_BT.shape[1]
+        _check_cache(c, params, length, cache)
+        x_BTD = self._embedded(c, tokens_BT, key).astype(self.execution.dtype)
         if cache is None:
             x_BTD = optional.with_prompt(params, x_BTD)
+            valid_BT = optional.with_virtual(valid_BT, optional.prompt_tokens(params))
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         if c.position == "learned":
-            table = Table(c.max_length, c.width, "position", name="positions")()
-            x_BTD = x_BTD + jnp.take(table, positions_BT, axis=0).astype(x_BTD.dtype)
+            table = Table(c.max_length + c.position_offset, c.width, "position", name="positions")()
+            x_BTD = x_BTD + jnp.take(table, positions_BT + c.position_offset, axis=0).astype(x_BTD.dtype)
+        if c.token_types:
+            table = Table(c.token_types, c.width, "position", name="token_types")()
+            types_BT = jnp.zeros((1, 1), jnp.int32) if types_BT is None else types_BT
+            x_BTD = x_BTD + jnp.take(table, types_BT, axis=0).astype(x_BTD.dtype)
+        if c.embedding_norm:
+            x_BTD = Norm(c, name="embedding_norm")(x_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         kv = None if cache is None else (cache.key, cache.value)
-        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key)
+        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT)
         if watched is not None:
             # What virtual tokens stand before the text is nobody else's.
             _sow(self, WATCHED, HEADS, {name: heads_BTNh[:, -length:] for name, heads_BTNh in watched.items()})
-        hidden_BTD = Norm(c, name="final_norm")(x_BTD[:, -length:])
-        if not c.tie_embeddings and self.is_initializing():
-            Linear(c.vocab_size, ("embed", "vocab"), name="unembed")(hidden_BTD)
+        hidden_BTD = x_BTD[:, -length:]
+        if c.norm_placement != "sum":
+            hidden_BTD = Norm(c, name="final_norm")(hidden_BTD)
+        hidden_BTD = Head(c, name="head")(hidden_BTD, None if valid_BT is None else valid_BT[:, -length:], key)
+        if c.head.of_vocabulary and self.is_initializing():
+            Unembedding(c, name="unembed")()
         if cache is None:
             return hidden_BTD, None
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
-    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key):
+    def _embedded(self, c: ModelConfig, tokens_BT, key):
+        if c.images.patch:
+            return Images(c, name="images")(tokens_BT.astype(self.execution.dtype), key)
+        table = Table(c.vocab_size, c.width, "vocab", name="embed")()
+        return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
+
+    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT):
         if self.is_initializing():
             # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
             # kernel takes so few.
@@ -220,9 +256,8 @@ class Transformer(nn.Module):
             made = []
             for kind, (params, cache, index) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                (x, *rest), sown = blocks[kind].apply(
-                    {"params": params}, x, positions_BT, cache, layer_key, mutable=kept
-                )
+                inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0)
+                (x, *rest), sown = blocks[kind].apply({"params": params}, *inputs, mutable=kept)
                 made.append((*rest, sown))
             return x, _restacked(made)
 
@@ -253,7 +288,9 @@ class Transformer(nn.Module):
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
     """The parameters (in the execution's dtype of weights) and a tree of their logical axis names."""
-    boxed = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    images = model.config.images
+    shape = (1, images.height, images.width, images.channels) if images.patch else (1, 1)
+    boxed = model.init(key, jnp.zeros(shape, jnp.int32))["params"]
     params = jax.tree.map(lambda a: a.astype(model.execution.weights), nn.meta.unbox(boxed))
     return params, nn.get_partition_spec(boxed)
 
@@ -308,15 +345,25 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
 
 
 def unembedding(params: weights.Params) -> Any:
-    """The weight (D, V) that turns hidden states into logits: a matrix of its own, or the embedding transposed."""
-    if "unembed" in params:
+    """The weight (D, V) that turns hidden states into outputs: a matrix of its own, or the embedding transposed."""
+    if "output" in params.get("head", {}):
+        return params["head"]["output"]["kernel"]
+    if "kernel" in params.get("unembed", {}):
         return params["unembed"]["kernel"]
     return weights.materialize(params["embed"]["table"]).T
 
 
+def output_bias(params: weights.Params) -> jax.Array | None:
+    """The bias (V,) of the logits, or None without one."""
+    bias = params.get("head", {}).get("output", {}).get("bias", params.get("unembed", {}).get("bias"))
+    return None if bias is None else weights.materialize(bias)
+
+
 def logits(config: ModelConfig, params: weights.Params, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Float32 logits (..., V) of hidden states (..., D)."""
-    return soft_capped(weights.contract(hidden, unembedding(params), key).astype(jnp.float32), config.logit_soft_cap)
+    """Float32 logits (..., V) of hidden states (..., D), or what else the head puts out."""
+    if config.head.embed:
+        return embeddings(hidden, config.head.pooling)
+    return outputs(hidden, unembedding(params), output_bias(params), config.logit_soft_cap, key)
 
 
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:
@@ -350,7 +397,9 @@ def start_cache(model: Transformer, params: weights.Params, batch_size: int, slo
     return Cache(key, value, jnp.repeat(cache.length, batch_size), prefix + prompt)
 
 
-def _check_virtual(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
+def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
+    if cache is not None and not config.causal:
+        raise ValueError("model.causal is off, and a cache holds what came before a token; run the whole sequence.")
     virtual = optional.virtual_tokens(params)
     if virtual and virtual + length > config.max_length:
         raise ValueError(

@@ -40,6 +40,7 @@ from jaxcost.models.transformer import (
     Transformer,
     attention_scores,
     logits,
+    output_bias,
     resized,
     unembedding,
 )
@@ -161,6 +162,7 @@ class Distiller:
         chunks: int,
         key: jax.Array | None,
         soft_cap: float = 0.0,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What is minimised, and the negative log-likelihood in it, summed over the batch's tokens; float32 scalars.
 
@@ -173,9 +175,11 @@ class Distiller:
         else:
             (hidden_BSE, _), taught = self.model.apply({"params": teacher}, batch["inputs"], mutable=self.watched)
             hidden_BSE = jax.lax.stop_gradient(hidden_BSE)
-            source = HiddenTeacher(hidden_BSE, unembedding(teacher), self.model.config.logit_soft_cap)
+            source = HiddenTeacher(
+                hidden_BSE, unembedding(teacher), self.model.config.logit_soft_cap, output_bias(teacher)
+            )
         head = (hidden_BSD, unembedding(params))
-        how = {"chunks": chunks, "key": key, "soft_cap": soft_cap}
+        how = {"chunks": chunks, "key": key, "soft_cap": soft_cap, "bias": bias}
         if c.logits:
             how |= {"temperature": c.temperature, "direction": c.direction}
             likelihood, divergence = distillation_loss(*head, source, batch["targets"], mask, **how)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
-from jaxcost.models.transformer import Transformer, unembedding
+from jaxcost.models.transformer import Transformer, output_bias, unembedding
 from jaxcost.sharding import constrain
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
@@ -83,8 +83,11 @@ def make_train_step(
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
         kept = ("losses", *(distiller.watched if distiller else ()))
-        (hidden_BSD, _), sown = model.apply({"params": params}, batch["inputs"], key=model_key, mutable=kept)
+        (hidden_BSD, _), sown = model.apply(
+            {"params": params}, batch["inputs"], key=model_key, valid_BT=batch.get("valid"), mutable=kept
+        )
         how = {"chunks": loss_chunks, "key": head_key, "soft_cap": model.config.logit_soft_cap}
+        how["bias"] = output_bias(params)
         if distiller is None:
             total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
             objective = total

@@ -23,6 +23,7 @@ from jaxcost.data.files import atomic_folder
 from jaxcost.models import families
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.huggingface import safetensors
+from jaxcost.models.huggingface.fields import fields_of
 from jaxcost.models.huggingface.layout import BadCheckpoint, Place, read_json, write_json
 from jaxcost.models.huggingface.writing import Source
 from jaxcost.weights import Dora, Frozen, Lora, column_norm, materialize
@@ -68,7 +69,7 @@ def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params
     _check_options(folder / CONFIG, options)
     stored = _headers(folder)
     found: dict[str, dict[tuple[int, ...], tuple]] = collections.defaultdict(dict)
-    for place in Source(config, params, model_type).places.values():
+    for place in Source(config, params, fields_of(config, model_type)).places.values():
         names = [f"{_PREFIX}{place.module}.{end}" for end in ("lora_A.weight", "lora_B.weight")]
         if place.paths[0].endswith("/kernel") and place.name.endswith(".weight") and set(names) & set(stored):
             names += [f"{_PREFIX}{place.module}.lora_magnitude_vector"] if options.get("use_dora") else []
@@ -105,7 +106,7 @@ def save_adapter(
       ValueError: the folder exists.
       OSError: the disk is full.
     """
-    source = Source(config, params, model_type)
+    source = Source(config, params, fields_of(config, model_type))
     adapted = {path for path, stacks in source.parts.items() if any(_lora_of(w) is not None for _, w in stacks)}
     _check_alone(params, adapted)
     modules = {}

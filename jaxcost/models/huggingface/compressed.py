@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxcost.models.families import UnsupportedModel
-from jaxcost.models.huggingface.layout import UNEMBEDDING, Place
+from jaxcost.models.huggingface.layout import Place
 from jaxcost.models.huggingface.safetensors import Tensor
 from jaxcost.weights import Frozen, Masked, Quantized
 
@@ -89,7 +89,7 @@ def tensors(source: Source, dtype: np.dtype) -> tuple[list[Tensor], dict[str, An
     """
     written: list[Tensor] = []
     modules: dict[Scheme, list[str]] = {}
-    ignored = [] if UNEMBEDDING in source.places else [UNEMBEDDING.rpartition(".")[0]]
+    ignored = [name.rpartition(".")[0] for name in source.head.tied if name not in source.places]
     for place in source.places.values():
         schemes = {_scheme(path, w) for path in place.paths for _, w in source.parts[path]}
         if len(schemes) > 1:

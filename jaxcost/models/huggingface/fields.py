@@ -15,7 +15,7 @@ from jaxcost import serialization
 from jaxcost.models import families
 from jaxcost.models.config import ModelConfig, RopeScaling
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu": "relu"}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "relu": "relu"}
 _KINDS = {"local": "sliding_attention", "global": "full_attention"}
 
 
@@ -32,25 +32,29 @@ def fields_of(config: ModelConfig, model_type: str | None = None) -> dict[str, A
     if model_type is not None and model_type not in _WRITERS:
         raise families.UnsupportedModel(f"The model_type {model_type!r} is not one of {', '.join(_WRITERS)}.")
     tried = [model_type] if model_type else list(_WRITERS)
-    missed = {name: _missed(config, name) for name in tried}
-    best = min(missed, key=lambda name: len(missed[name]))
+    missed = {(name, end): _missed(config, name, end) for name in tried for end in families.FAMILIES[name].heads}
+    best = min(missed, key=lambda pair: len(missed[pair]))
     if not missed[best]:
-        return _written(config, best)
-    who = f"{best} does not have" if model_type else f"No family of transformers is like this model: {best} comes near"
+        return _written(config, *best)
+    near = best[0]
+    who = f"{near} does not have" if model_type else f"No family of transformers is like this model: {near} comes near"
     options = ", ".join(f"model.{name} = {value}" for name, value in missed[best].items())
     raise families.UnsupportedModel(f"{who}{'' if model_type else ', but does not have'} {options}.")
 
 
-def _written(config: ModelConfig, name: str) -> dict[str, Any]:
-    architecture, writer = _WRITERS[name]
+def _written(config: ModelConfig, name: str, end: str) -> dict[str, Any]:
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {"architectures": [architecture], "model_type": name, **tokens, **writer(config)}
+    found = {"architectures": [families.FAMILIES[name].name + end], "model_type": name, **tokens}
+    if config.head.outputs:
+        names = [f"LABEL_{i}" for i in range(config.head.outputs)]
+        found |= {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
+    return found | _WRITERS[name](config)
 
 
-def _missed(config: ModelConfig, name: str) -> dict[str, Any]:
-    """The options, with their values, that a family loses or changes."""
+def _missed(config: ModelConfig, name: str, end: str) -> dict[str, Any]:
+    """The options, with their values, that a class of a family loses or changes."""
     try:
-        read = _effective(families.config_of(_written(config, name)))
+        read = _effective(families.config_of(_written(config, name, end)))
     except (families.UnsupportedModel, ValueError) as error:
         return {f.name: error for f in dataclasses.fields(config)}
     meant = _effective(config)
@@ -70,6 +74,7 @@ def _effective(c: ModelConfig) -> ModelConfig:
     unused += [] if "local" in c.layer_kinds else ["window", "local_rope_theta"]
     unused += [] if c.position == "rope" else ["rope_theta", "rope_scaling", "rotary_fraction", "local_rope_theta"]
     unused += [] if c.experts else ["experts_per_token", "normalize_experts"]
+    unused += [] if c.norm == "layer" else ["norm_bias"]
     changes = {name: getattr(default, name) for name in unused}
     changes["pattern"] = families.shortest_pattern(c.layer_kinds)
     scale = c.attention_scale or c.head_dim**-0.5
@@ -171,28 +176,103 @@ def _gpt2(c: ModelConfig) -> dict[str, Any]:
         "n_head": c.num_heads,
         "n_inner": c.mlp_width,
         "n_positions": c.max_length,
-        "activation_function": "gelu_new" if c.activation == "gelu" else c.activation,
+        "activation_function": "gelu_new" if c.activation == "gelu" else _ACTIVATIONS[c.activation],
         "layer_norm_epsilon": c.norm_epsilon,
         "tie_word_embeddings": c.tie_embeddings,
     }
+
+
+def _bert(c: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_width,
+        "hidden_act": _ACTIVATIONS[c.activation],
+        "layer_norm_eps": c.norm_epsilon,
+        "max_position_embeddings": c.max_length + c.position_offset,
+        "type_vocab_size": c.token_types,
+        "tie_word_embeddings": c.tie_embeddings or not c.head.of_vocabulary,
+    }
+
+
+def _roberta(c: ModelConfig) -> dict[str, Any]:
+    return _bert(c) | {"pad_token_id": c.position_offset - 1}
+
+
+def _modernbert(c: ModelConfig) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": c.local_rope_theta or c.rope_theta}
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_width,
+        "hidden_activation": _ACTIVATIONS[c.activation],
+        "norm_eps": c.norm_epsilon,
+        "norm_bias": c.norm_bias,
+        "rope_parameters": {"full_attention": _rope(c), "sliding_attention": local},
+        "layer_types": _layer_types(c),
+        "local_attention": 2 * (c.window - 1) if c.window else 128,
+        "max_position_embeddings": c.max_length,
+        "tie_word_embeddings": c.tie_embeddings or not c.head.of_vocabulary,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+        "decoder_bias": c.head.bias,
+        "classifier_bias": c.head.hidden_bias,
+        "classifier_activation": _ACTIVATIONS.get(c.head.hidden, c.head.hidden),
+        "classifier_pooling": "mean" if c.head.pooling == "mean" else "cls",
+    }
+
+
+def _vision(c: ModelConfig) -> dict[str, Any]:
+    images = c.images
+    return {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_width,
+        "hidden_act": _ACTIVATIONS[c.activation],
+        "layer_norm_eps": c.norm_epsilon,
+        "image_size": images.height if images.height == images.width else [images.height, images.width],
+        "patch_size": images.patch,
+        "num_channels": images.channels,
+        "qkv_bias": c.qkv_bias,
+    }
+
+
+def _siglip_vision(c: ModelConfig) -> dict[str, Any]:
+    return _vision(c) | {"vision_use_head": False}
+
+
+def _siglip(c: ModelConfig) -> dict[str, Any]:
+    return {"vision_config": _siglip_vision(c) | {"model_type": "siglip_vision_model"}}
 
 
 def _layer_types(c: ModelConfig) -> list[str]:
     return [_KINDS[kind] for kind in c.layer_kinds]
 
 
-_WRITERS: Mapping[str, tuple[str, Callable[[ModelConfig], dict[str, Any]]]] = {
-    "gpt2": ("GPT2LMHeadModel", _gpt2),
-    "llama": ("LlamaForCausalLM", _decoder),
-    "mistral": ("MistralForCausalLM", _windowed),
-    "mixtral": ("MixtralForCausalLM", _mixtral),
-    "qwen2": ("Qwen2ForCausalLM", _qwen),
-    "qwen3": ("Qwen3ForCausalLM", _qwen),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
-    "gemma": ("GemmaForCausalLM", _gemma),
-    "gemma2": ("Gemma2ForCausalLM", _gemma2),
-    "gemma3_text": ("Gemma3ForCausalLM", _gemma3),
-    "phi3": ("Phi3ForCausalLM", _phi3),
-    "olmo2": ("Olmo2ForCausalLM", _decoder),
+_WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "gpt2": _gpt2,
+    "llama": _decoder,
+    "mistral": _windowed,
+    "mixtral": _mixtral,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "qwen3_moe": _qwen3_moe,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+    "olmo2": _decoder,
+    "bert": _bert,
+    "roberta": _roberta,
+    "modernbert": _modernbert,
+    "vit": _vision,
+    "deit": _vision,
+    "siglip": _siglip,
+    "siglip_vision_model": _siglip_vision,
 }
-"""A family's `model_type` → the class of transformers, and what writes its fields; in order of preference."""
+"""A family's `model_type` → what writes its fields; in order of preference."""

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.families import Family
+from jaxcost.models.families import TOKENS, Family, Head
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-UNEMBEDDING = "lm_head.weight"
 
 
 class BadCheckpoint(ValueError):
@@ -29,15 +28,22 @@ class Place:
     name: str
     paths: tuple[str, ...]
     index: tuple[int, ...]
-    """Layer and expert in front of each parameter; empty for one that is not stacked."""
+    """Layer and expert, or token, in front of each parameter; empty for one that is not stacked."""
     shapes: tuple[tuple[int, ...], ...]
     """Of each parameter, without what the index takes."""
     transposed: bool
     """Stored as (out, in)."""
+    folded: tuple[int, ...] = ()
+    """Shape that the tensor is stored in, where that has more axes than `shape`."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the stored tensor."""
+        return self.folded or self.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the stored tensor."""
+        """Of the tensor with the axes of the parameters that it holds."""
         joined = (*self.shapes[0][:-1], sum(shape[-1] for shape in self.shapes))
         return joined[::-1] if self.transposed else joined
 
@@ -47,19 +53,22 @@ class Place:
         return self.name.rpartition(".")[0]
 
 
-def places(family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The place of every tensor that a model of the config has, by name; `shapes` are those of its dense parameters."""
-    found = {}
-    for template, paths in family.tensors.items():
+    found, folded = {}, family.stored(config)
+    stacks = {"layer": range(config.num_layers), "expert": range(config.experts), "token": TOKENS}
+    sizes = {"layer": config.num_layers, "expert": config.experts, "token": config.images.class_tokens}
+    for template, paths in {**family.tensors, **head.tensors}.items():
         if not set(paths) <= set(shapes):
             continue
-        transposed = paths[0].endswith("/kernel") and (family.transposed or template == UNEMBEDDING)
-        stacks = [("layer", config.num_layers), ("expert", config.experts)]
-        stacks = [(axis, size) for axis, size in stacks if f"{{{axis}}}" in template]
-        for index in itertools.product(*(range(size) for _, size in stacks)):
-            name = template.format(**{axis: i for (axis, _), i in zip(stacks, index, strict=True)})
+        transposed = paths[0].endswith("/kernel") and (family.transposed or template in head.tensors)
+        axes = [axis for axis in sizes if f"{{{axis}}}" in template]
+        for index in itertools.product(*(range(sizes[axis]) for axis in axes)):
+            if not config.first_norm and "layers/attention_norm" in paths[0] and index == (0,):
+                continue
+            name = template.format(**{axis: stacks[axis][i] for axis, i in zip(axes, index, strict=True)})
             parts = tuple(tuple(shapes[path][len(index) :]) for path in paths)
-            found[name] = Place(name, paths, index, parts, transposed)
+            found[name] = Place(name, paths, index, parts, transposed, folded.get(name, ()))
     return found
 
 

@@ -22,11 +22,11 @@ from jaxcost import sharding, weights
 from jaxcost.models import families
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.huggingface import layout, safetensors
-from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, UNEMBEDDING, BadCheckpoint, Place, read_json
+from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, BadCheckpoint, Place, read_json
 from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.progress import byte_bar
 
-_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|embeddings\.position_ids$")
 """Constants that older checkpoints keep beside the weights."""
 
 
@@ -48,12 +48,12 @@ def load(
       ValueError: the parameters do not divide the mesh.
     """
     folder = Path(folder)
-    config, family = read_config(folder)
-    stored = read_headers(folder, family)
+    config, family, head = read_config(folder)
+    stored = read_headers(folder, family, head)
     params, axes = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
-    places = layout.places(family, config, shapes)
-    _check(places, stored, config, folder)
+    places = layout.places(family, head, config, shapes)
+    _check(places, stored, config, head, folder)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     shards = sharding.shardings(params, axes, mesh)
     homes = {weights.path_name(path): home for path, home in jax.tree_util.tree_leaves_with_path(shards)}
@@ -66,8 +66,8 @@ def load(
     return config, jax.tree_util.tree_map_with_path(lambda path, _: made[weights.path_name(path)], params)
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, families.Family]:
-    """The config and the family of a folder's `config.json`; raises as `load` does."""
+def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.Head]:
+    """The config, the family and its head of a folder's `config.json`; raises as `load` does."""
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" in fields:
@@ -78,12 +78,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family]:
         )
     family = families.family_of(fields)
     try:
-        return family.config(fields), family
+        return families.config_of(fields), family, family.head_of(fields)
     except (KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} lacks or garbles {error}.") from error
 
 
-def read_headers(folder: Path, family: families.Family) -> dict[str, safetensors.Stored]:
+def read_headers(folder: Path, family: families.Family, head: families.Head) -> dict[str, safetensors.Stored]:
     """All tensors of a folder by the names of the family's table; raises as `load` does.
 
     A checkpoint of a model without its head has names without the first part, which is put before them.
@@ -109,25 +109,29 @@ def read_headers(folder: Path, family: families.Family) -> dict[str, safetensors
     prefix = next(iter(family.tensors)).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in found):
         return found
-    return {name if name == UNEMBEDDING else prefix + name: tensor for name, tensor in found.items()}
+    return {name if name in head.tensors else prefix + name: tensor for name, tensor in found.items()}
 
 
 def _check(
-    places: Mapping[str, Place], stored: Mapping[str, safetensors.Stored], config: ModelConfig, folder: Path
+    places: Mapping[str, Place],
+    stored: Mapping[str, safetensors.Stored],
+    config: ModelConfig,
+    head: families.Head,
+    folder: Path,
 ) -> None:
     missing = sorted(set(places) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise BadCheckpoint(f"{folder} lacks {missing[0]}{more}, which a model of its config.json has.")
-    tied = {UNEMBEDDING} if config.tie_embeddings else set()
-    extra = sorted(name for name in set(stored) - set(places) - tied if not _NOT_WEIGHTS.search(name))
+    spare = {*head.unused, *(head.tied if config.tie_embeddings else ())}
+    extra = sorted(name for name in set(stored) - set(places) - spare if not _NOT_WEIGHTS.search(name))
     if extra:
         raise BadCheckpoint(f"{stored[extra[0]].path} has {extra[0]}, which a model of this config.json does not have.")
     for name, place in places.items():
         found = stored[name]
-        if found.shape != place.shape:
+        if found.shape != place.stored_shape:
             raise BadCheckpoint(
-                f"{found.path}: {name} has the shape {found.shape}, but config.json says {place.shape}."
+                f"{found.path}: {name} has the shape {found.shape}, but config.json says {place.stored_shape}."
             )
         if not jnp.issubdtype(found.dtype, jnp.floating):
             raise BadCheckpoint(f"{found.path}: {name} holds {found.dtype} numbers; weights must be floating point.")
@@ -145,15 +149,15 @@ def _fill(
         home = homes[path]
         spec = (*home.spec, *(None,) * (made[path].ndim - len(home.spec)))[len(place.index) :]
         here = NamedSharding(home.mesh, PartitionSpec(*(spec[::-1] if place.transposed else spec)))
-        moved = _moved(stored, 0 if place.transposed else -1, slice(end - shape[-1], end), here)
+        moved = _moved(stored, 0 if place.transposed else -1, slice(end - shape[-1], end), here, place.shape)
         made[path] = _writer(home, place.transposed)(made[path], moved, place.index)
         # The next tensor is read only when this one has left the host.
         made[path].block_until_ready()
 
 
-def _moved(stored: safetensors.Stored, axis: int, cut: slice, here: NamedSharding) -> jax.Array:
+def _moved(stored: safetensors.Stored, axis: int, cut: slice, here: NamedSharding, shape: tuple[int, ...]) -> jax.Array:
     """A part of a tensor on the devices, of which each asks for its own part of the mapped file."""
-    value = stored.read()
+    value = stored.read().reshape(shape)
     part = value[cut] if axis == 0 else value[..., cut]
 
     def on_host(index):

@@ -68,7 +68,7 @@ def save(
     folder = Path(folder)
     config = resized(config, params)
     written = fields_of(config, model_type) | {"dtype": dtype} | dict(extra or {})
-    source = Source(config, params, written["model_type"])
+    source = Source(config, params, written)
     if layout == "compressed-tensors":
         tensors, written["quantization_config"] = compressed.tensors(source, jnp.dtype(dtype))
     else:
@@ -89,16 +89,18 @@ def save(
 class Source:
     """The tensors of a checkpoint, taken out of weights of any kinds."""
 
-    def __init__(self, config: ModelConfig, params: weights.Params, model_type: str):
+    def __init__(self, config: ModelConfig, params: weights.Params, fields: families.Fields):
         """Finds the place of every parameter; UnsupportedModel if one has none in checkpoints of the family."""
         self.parts = _parts(params)
         shapes = {weights.path_name(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(_dense(config))}
-        found = places(families.FAMILIES[model_type], config, shapes)
+        family = families.family_of(fields)
+        self.head = family.head_of(fields)
+        found = places(family, self.head, config, shapes)
         placed = {path for place in found.values() for path in place.paths}
         homeless = sorted(set(self.parts) - placed)
         if homeless:
             raise families.UnsupportedModel(
-                f"{homeless[0]} has no place in a {model_type} checkpoint; take it out of the weights first."
+                f"{homeless[0]} has no place in a {fields['model_type']} checkpoint; take it out of the weights first."
             )
         self.places = found
 
@@ -115,9 +117,9 @@ class Source:
 
         def make():
             parts = [self.weight(path, place.index) for path in place.paths]
-            return np.asarray(_joined(parts, place.transposed, jnp.dtype(dtype)))
+            return np.asarray(_joined(parts, place.transposed, jnp.dtype(dtype))).reshape(place.stored_shape)
 
-        return Tensor(place.name, np.dtype(dtype), place.shape, make)
+        return Tensor(place.name, np.dtype(dtype), place.stored_shape, make)
 
 
 def _dense(config: ModelConfig) -> weights.Params:

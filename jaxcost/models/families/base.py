@@ -1,0 +1,149 @@
+"""How a checkpoint of a family is read: what its `config.json` means, and where each of its tensors goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxcost.models.config import HeadConfig, LayerKind, ModelConfig, RopeScaling
+
+Fields = Mapping[str, Any]
+"""What a `config.json` holds."""
+Tensors = Mapping[str, tuple[str, ...]]
+"""Name of a tensor → the parameters that it holds, side by side along their last axis."""
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+}
+"""Name of an activation in transformers → ours."""
+_KINDS: Mapping[str, LayerKind] = {"sliding_attention": "local", "full_attention": "global"}
+
+
+TOKENS = ("cls", "distillation")
+"""Names of an image's class tokens, for the `{token}` of a template."""
+
+
+class UnsupportedModel(ValueError):
+    """A checkpoint of a family, or with an option, that the transformer does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What a class of a family has behind its blocks."""
+
+    config: Callable[[Fields], HeadConfig]
+    """The head that the fields of a `config.json` describe."""
+    tensors: Tensors
+    """Its tensors, whose matrices are all (out, in)."""
+    tied: tuple[str, ...] = ()
+    """Tensors that a checkpoint may hold although they are others again, where the model ties its embeddings."""
+    unused: tuple[str, ...] = ()
+    """Tensors that a checkpoint may hold although this head does not need them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one model type are read."""
+
+    config: Callable[[Fields], ModelConfig]
+    """The config that the fields of a `config.json` describe, but for its head."""
+    tensors: Tensors
+    """The tensors of all its models."""
+    heads: Mapping[str, Head]
+    """End of the name of a class, such as `ForCausalLM`, → its head; the first where none is named."""
+    name: str
+    """What the names of its classes start with."""
+    stored: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    """Tensor → the shape that checkpoints hold it in, where that is of more axes than a matrix has."""
+    transposed: bool = True
+    """Matrices of the blocks are (out, in), as torch's linear layers keep them; ours are (in, out)."""
+
+    def head_of(self, fields: Fields) -> Head:
+        """The head of a checkpoint, by the class that its `config.json` names; UnsupportedModel if it is not ours."""
+        (architecture, *_) = fields.get("architectures") or (next(iter(self.heads)),)
+        for end, head in self.heads.items():
+            if architecture.endswith(end):
+                return head
+        raise UnsupportedModel(f"The class {architecture!r} is not one of {self.name} and {', '.join(self.heads)}.")
+
+
+def hidden_states(*unused: str) -> dict[str, Head]:
+    """The class of a family that has no head, and the tensors that its checkpoints may hold beside."""
+    return {"Model": Head(lambda fields: HeadConfig(embed=True), {}, unused=unused)}
+
+
+# ---- Fields ----
+
+
+def needed(fields: Fields, name: str) -> Any:
+    if fields.get(name) is None:
+        raise UnsupportedModel(f"config.json lacks {name}, which a {fields.get('model_type')} model needs.")
+    return fields[name]
+
+
+def activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(f"The activation {name!r} is not one of {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def pattern(kinds: Sequence[str], window: int) -> dict[str, Any]:
+    """The shortest pattern that repeats to the kinds of all layers, and its window."""
+    unknown = sorted(set(kinds) - set(_KINDS))
+    if unknown:
+        raise UnsupportedModel(f"Layers of the type {', '.join(unknown)} are not among {', '.join(_KINDS)}.")
+    pattern = tuple(_KINDS[kind] for kind in shortest_pattern(kinds))
+    return {"pattern": pattern, "window": window if "local" in pattern else 0}
+
+
+def shortest_pattern(kinds: Sequence[str]) -> Sequence[str]:
+    """The shortest start of a sequence that repeats to the whole of it."""
+    period = next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+    return kinds[:period]
+
+
+def rope_fields(fields: Fields, kind: str) -> Fields:
+    """The rotary fields of a kind of layer, in transformers 5's form."""
+    if "rope_parameters" in fields:
+        found = fields["rope_parameters"] or {}
+        return found.get(kind, found)
+    old = fields.get("rope_scaling") or {}
+    rest = {name: fields[name] for name in ("rope_theta", "partial_rotary_factor") if name in fields}
+    return {"rope_type": old.get("type", "default"), **old, **rest}
+
+
+def rope(found: Fields) -> tuple[float, RopeScaling, float]:
+    theta, fraction = found.get("rope_theta", 10_000.0), found.get("partial_rotary_factor", 1.0)
+    kind = found.get("rope_type", "default")
+    if kind == "default":
+        return theta, RopeScaling(), fraction
+    if kind == "linear":
+        return theta, RopeScaling("linear", found["factor"]), fraction
+    if kind == "llama3":
+        ramp = (found["low_freq_factor"], found["high_freq_factor"], found["original_max_position_embeddings"])
+        return theta, RopeScaling("llama3", found["factor"], *ramp), fraction
+    raise UnsupportedModel(f"The rope_type {kind!r} is not one of default, linear, llama3.")
+
+
+def labels(fields: Fields) -> int:
+    """Labels of a classifier; transformers takes two where none are named."""
+    return len(fields["id2label"]) if fields.get("id2label") else fields.get("num_labels", 2)
+
+
+# ---- Tensors ----
+
+
+def norm(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
+    """The tensors of a LayerNorm."""
+    return {f"{theirs}.weight": (f"{ours}/scale",), f"{theirs}.bias": (f"{ours}/bias",)}
+
+
+def linear(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
+    """The tensors of a linear layer."""
+    return {f"{theirs}.weight": (f"{ours}/kernel",), f"{theirs}.bias": (f"{ours}/bias",)}

@@ -1,0 +1,167 @@
+"""The families of vision: encoders of images, of one square size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
+from jaxcost.models.families.base import (
+    TOKENS,
+    Family,
+    Fields,
+    Head,
+    Tensors,
+    activation,
+    hidden_states,
+    labels,
+    linear,
+    needed,
+    norm,
+)
+
+# ---- Configs ----
+
+
+def _vision(fields: Fields, class_tokens: int, **options: Any) -> ModelConfig:
+    width, heads = needed(fields, "hidden_size"), needed(fields, "num_attention_heads")
+    height, across = _pair(fields.get("image_size", 224))
+    images = ImageConfig(fields.get("patch_size", 16), height, across, fields.get("num_channels", 3), class_tokens)
+    common = {
+        "vocab_size": 0,
+        "images": images,
+        "max_length": images.tokens,
+        "width": width,
+        "num_layers": needed(fields, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "mlp_width": needed(fields, "intermediate_size"),
+        "gated": False,
+        "activation": activation(fields.get("hidden_act", "gelu")),
+        "norm": "layer",
+        "norm_epsilon": fields.get("layer_norm_eps", 1e-12),
+        "position": "learned",
+        "causal": False,
+        "qkv_bias": fields.get("qkv_bias", True),
+        "output_bias": True,
+        "mlp_bias": True,
+        # The transformer cannot be made without saying what it gives; the family's head takes its place.
+        "head": HeadConfig(embed=True),
+    }
+    return ModelConfig(**(common | options))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _siglip(fields: Fields) -> ModelConfig:
+    inner = fields.get("vision_config", fields)
+    gelu = {"hidden_act": inner.get("hidden_act", "gelu_pytorch_tanh"), "layer_norm_eps": 1e-6, "qkv_bias": True}
+    return _vision(gelu | dict(inner), class_tokens=0)
+
+
+# ---- Tensors ----
+
+
+def _vit(name: str) -> Tensors:
+    embeddings, layer = f"{name}.embeddings", f"{name}.encoder.layer.{{layer}}"
+    return {
+        # In the order of `TOKENS`.
+        f"{embeddings}.{{token}}_token": ("images/class_tokens/table",),
+        f"{embeddings}.position_embeddings": ("positions/table",),
+        **linear(f"{embeddings}.patch_embeddings.projection", "images/patches"),
+        **norm(f"{layer}.layernorm_before", "layers/attention_norm"),
+        **linear(f"{layer}.attention.attention.query", "layers/attention/query"),
+        **linear(f"{layer}.attention.attention.key", "layers/attention/key"),
+        **linear(f"{layer}.attention.attention.value", "layers/attention/value"),
+        **linear(f"{layer}.attention.output.dense", "layers/attention/output"),
+        **norm(f"{layer}.layernorm_after", "layers/mlp_norm"),
+        **linear(f"{layer}.intermediate.dense", "layers/mlp/up"),
+        **linear(f"{layer}.output.dense", "layers/mlp/down"),
+        **norm(f"{name}.layernorm", "final_norm"),
+    }
+
+
+_LAYER = "vision_model.encoder.layers.{layer}"
+_SIGLIP: Tensors = {
+    "vision_model.embeddings.position_embedding.weight": ("positions/table",),
+    **linear("vision_model.embeddings.patch_embedding", "images/patches"),
+    **norm(f"{_LAYER}.layer_norm1", "layers/attention_norm"),
+    **linear(f"{_LAYER}.self_attn.q_proj", "layers/attention/query"),
+    **linear(f"{_LAYER}.self_attn.k_proj", "layers/attention/key"),
+    **linear(f"{_LAYER}.self_attn.v_proj", "layers/attention/value"),
+    **linear(f"{_LAYER}.self_attn.out_proj", "layers/attention/output"),
+    **norm(f"{_LAYER}.layer_norm2", "layers/mlp_norm"),
+    **linear(f"{_LAYER}.mlp.fc1", "layers/mlp/up"),
+    **linear(f"{_LAYER}.mlp.fc2", "layers/mlp/down"),
+    **norm("vision_model.post_layernorm", "final_norm"),
+}
+
+
+def _vit_stored(name: str):
+    def stored(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+        embeddings = f"{name}.embeddings"
+        return {
+            **{f"{embeddings}.{token}_token": (1, 1, c.width) for token in TOKENS[: c.images.class_tokens]},
+            f"{embeddings}.position_embeddings": (1, c.max_length, c.width),
+            f"{embeddings}.patch_embeddings.projection.weight": _convolution(c),
+        }
+
+    return stored
+
+
+def _convolution(c: ModelConfig) -> tuple[int, ...]:
+    return (c.width, c.images.channels, c.images.patch, c.images.patch)
+
+
+# ---- Heads ----
+
+
+def _labels(pooling: Any) -> dict[str, Head]:
+    return {
+        "ForImageClassification": Head(
+            lambda fields: HeadConfig(outputs=labels(fields), pooling=pooling, bias=True),
+            linear("classifier", "head/output"),
+            unused=_SIGLIP_POOLER if pooling == "mean" else (),
+        )
+    }
+
+
+_POOLER = ("probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight")
+_POOLER += ("attention.out_proj.bias", "layernorm.weight", "layernorm.bias")
+_POOLER += tuple(f"mlp.{layer}.{end}" for layer in ("fc1", "fc2") for end in ("weight", "bias"))
+_SIGLIP_POOLER = tuple(f"vision_model.head.{name}" for name in _POOLER)
+
+VISION: Mapping[str, Family] = {
+    "vit": Family(
+        lambda fields: _vision(fields, class_tokens=1),
+        _vit("vit"),
+        _labels("first") | hidden_states("vit.pooler.dense.weight", "vit.pooler.dense.bias"),
+        "ViT",
+        _vit_stored("vit"),
+    ),
+    "deit": Family(
+        lambda fields: _vision(fields, class_tokens=2),
+        _vit("deit"),
+        _labels("first") | hidden_states("deit.pooler.dense.weight", "deit.pooler.dense.bias"),
+        "DeiT",
+        _vit_stored("deit"),
+    ),
+    "siglip": Family(
+        _siglip,
+        _SIGLIP,
+        _labels("mean"),
+        "Siglip",
+        lambda c: {"vision_model.embeddings.patch_embedding.weight": _convolution(c)},
+    ),
+    "siglip_vision_model": Family(
+        _siglip,
+        _SIGLIP,
+        hidden_states(*_SIGLIP_POOLER),
+        "SiglipVision",
+        lambda c: {"vision_model.embeddings.patch_embedding.weight": _convolution(c)},
+    ),
+}
+"""A checkpoint's `model_type` → its family."""

@@ -1,0 +1,85 @@
+"""What is made of the last hidden states: logits of tokens, labels, numbers.
+
+A head may pool the hidden states to one of each sequence and put a further layer before its output. The output's
+matrix is the unembedding or the head's own; it is met last and by itself, so that a loss can meet it in pieces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxcost import weights
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.layers import Linear, Norm, activation, kernel, soft_capped, vector
+
+
+class Head(nn.Module):
+    """Final hidden states (B, T, D) as the output's matrix meets them, (B, T, D) or, pooled, (B, 1, D)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BTD, valid_BT, key):
+        head = self.config.head
+        hidden_BTD = pooled(head.pooling, hidden_BTD, valid_BT)
+        if head.hidden != "none":
+            layer = Linear(self.config.width, ("embed", None), head.hidden_bias, name="hidden")
+            hidden_BTD = activation(head.hidden)(layer(hidden_BTD, key))
+        if head.hidden_norm:
+            hidden_BTD = Norm(self.config, name="norm")(hidden_BTD)
+        if head.outputs and self.is_initializing():
+            Linear(head.outputs, ("embed", None), head.bias, name="output")(hidden_BTD)
+        return hidden_BTD
+
+
+class Unembedding(nn.Module):
+    """The parameters of logits over the vocabulary: a matrix where the embedding does not serve, and a bias if any."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        if not c.tie_embeddings:
+            kernel(self, (c.width, c.vocab_size), ("embed", "vocab"))
+        if c.head.bias:
+            vector(self, "bias", nn.initializers.zeros, c.vocab_size, "vocab")
+
+
+def pooled(pooling: str, hidden_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:
+    """All hidden states, or one of each sequence (B, 1, D): its first, its last valid one, or the mean of the valid."""
+    if pooling == "none":
+        return hidden_BTD
+    if pooling == "first":
+        return hidden_BTD[:, :1]
+    valid_BT = jnp.ones(hidden_BTD.shape[:2], bool) if valid_BT is None else valid_BT
+    if pooling == "last":
+        last_B = jnp.maximum(jnp.sum(valid_BT, axis=1) - 1, 0)
+        return jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    count_B11 = jnp.maximum(jnp.sum(valid_BT, axis=1), 1)[:, None, None]
+    total_B1D = jnp.sum(jnp.where(valid_BT[..., None], hidden_BTD, 0), axis=1, keepdims=True, dtype=jnp.float32)
+    return (total_B1D / count_B11).astype(hidden_BTD.dtype)
+
+
+def embeddings(hidden: jax.Array, pooling: str) -> jax.Array:
+    """Hidden states (..., D) as embeddings, float32: at unit length where they are of a whole sequence."""
+    made = hidden.astype(jnp.float32)
+    return made if pooling == "none" else made / jnp.linalg.norm(made, axis=-1, keepdims=True)
+
+
+def outputs(hidden: jax.Array, matrix: Any, bias: jax.Array | None, soft_cap: float = 0.0, key=None) -> jax.Array:
+    """Float32 outputs (..., V) of hidden states (..., D): times a weight (D, V) of any kind, plus a bias, bent.
+
+    Args:
+      hidden: what the head made.
+      matrix: a weight of any kind.
+      bias: (V,), or None.
+      soft_cap: bound on the outputs, as in `ModelConfig.logit_soft_cap`; 0 is none.
+      key: random key for a matrix whose arithmetic is random.
+    """
+    made = weights.contract(hidden, matrix, key).astype(jnp.float32)
+    return soft_capped(made if bias is None else made + bias.astype(jnp.float32), soft_cap)

@@ -1,0 +1,406 @@
+"""Encoders against transformers: small random models that it saves give the same outputs here, and ours there.
+
+Run with `pytest -m oracles`, with torch and transformers installed. Without them, what an encoder promises by itself.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import QUICK
+from sweep import sweep
+
+from jaxcost import sharding
+from jaxcost.config import Experiment
+from jaxcost.cost import closed_form
+from jaxcost.models import attention, huggingface
+from jaxcost.models.attention import Scores
+from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.huggingface import fields
+from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits
+from jaxcost.session import Session
+from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
+from jaxcost.training.step import init_state, make_train_step
+from jaxcost.transforms import chain
+
+oracles = pytest.mark.oracles
+
+TOKENS = np.random.default_rng(0).integers(2, 96, (3, 12))
+LENGTHS = np.array([12, 7, 1])
+VALID = np.arange(12) < LENGTHS[:, None]
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "num_labels": 5,
+}
+ODD = {"hidden_size": 42, "num_attention_heads": 3, "vocab_size": 97}
+FAMILIES = {
+    "bert": ("Bert", {}),
+    "bert, odd": ("Bert", ODD | {"hidden_act": "relu", "type_vocab_size": 3}),
+    "roberta": ("Roberta", {"type_vocab_size": 1}),
+    "modernbert": ("ModernBert", {"local_attention": 4, "decoder_bias": True}),
+    "modernbert, biases": (
+        "ModernBert",
+        {
+            "local_attention": 6,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "classifier_pooling": "mean",
+        },
+    ),
+}
+IMAGES = {"image_size": 24, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
+IMAGES |= {"intermediate_size": 80, "num_labels": 5, "initializer_range": 0.3}
+VISION = {
+    "vit": ("ViTForImageClassification", {}),
+    "vit, odd": (
+        "ViTForImageClassification",
+        {"image_size": (16, 24), "num_channels": 1, "hidden_size": 42, "num_attention_heads": 3, "qkv_bias": False},
+    ),
+    "vit, no head": ("ViTModel", {}),
+    "deit": ("DeiTForImageClassification", {}),
+    "siglip": ("SiglipForImageClassification", {}),
+    "siglip's tower": ("SiglipVisionModel", {}),
+}
+HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+CASES = [(name, head) for name in FAMILIES for head in HEADS]
+DECODERS = [("Llama", head) for head in HEADS[1:]] + [("GPT2", head) for head in HEADS[1:]]
+
+
+@functools.cache
+def hugging_model(name, head):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(len(name) + len(head))
+    kind, changes = FAMILIES.get(name, (name, {}))
+    sizes = SIZES | changes
+    if kind == "GPT2":
+        sizes = {"n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 6, "vocab_size": 96, "num_labels": 5}
+        sizes |= {"pad_token_id": 1, "initializer_range": 0.3}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}{head}")._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path.lower() or path.endswith("bias"):
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
+    return model
+
+
+def theirs(model):
+    import torch
+
+    # Padding of its own kind, which RoBERTa's positions and a decoder's last token are counted by.
+    tokens = np.where(VALID, TOKENS, 1)
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens), attention_mask=torch.as_tensor(VALID.astype(int))).logits.numpy()
+
+
+def ours(config, params):
+    model = Transformer(config)
+    hidden, _ = model.apply({"params": params}, jnp.asarray(TOKENS), valid_BT=jnp.asarray(VALID))
+    return np.asarray(logits(config, params, hidden))
+
+
+def compare(got, want, tolerance=2e-4):
+    if want.ndim == 2:
+        np.testing.assert_allclose(got.reshape(want.shape), want, atol=tolerance)
+    else:
+        np.testing.assert_allclose(got[VALID], want[VALID], atol=tolerance)
+
+
+@oracles
+@pytest.mark.parametrize(("name", "head"), CASES + DECODERS)
+def test_outputs_are_those_of_transformers_and_ours_are_theirs(name, head, tmp_path):
+    import torch
+    import transformers
+
+    model = hugging_model(name, head)
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+    want = theirs(model)
+    assert np.std(want) > 0.1
+    compare(ours(config, params), want)
+
+    huggingface.save(tmp_path / "out", config, params, model_type=model.config.model_type, extra={"pad_token_id": 1})
+    kind = getattr(transformers, f"AutoModel{head}")
+    again, problems = kind.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(again) is type(model) and not any(problems.values()), problems
+    compare(theirs(again.eval()), want)
+    back, same = huggingface.load(tmp_path / "out")
+    assert fields._effective(back) == fields._effective(config)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@functools.cache
+def hugging_vision(name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(len(name))
+    kind, changes = VISION[name]
+    family = kind.partition("For")[0].removesuffix("Model")
+    sizes = IMAGES | changes
+    if kind == "SiglipForImageClassification":
+        text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        config = transformers.SiglipConfig(vision_config=sizes, text_config=text, num_labels=5)
+    else:
+        config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, kind)._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path.lower() or path.endswith("bias") or "token" in path or "position" in path:
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
+    return model
+
+
+@oracles
+@pytest.mark.parametrize("name", VISION)
+def test_images_give_what_they_give_in_transformers(name, tmp_path):
+    import torch
+
+    model = hugging_vision(name)
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+    sizes = config.images
+    images = np.random.default_rng(0).normal(size=(2, sizes.height, sizes.width, sizes.channels)).astype(np.float32)
+
+    def their(model):
+        with torch.no_grad():
+            made = model(torch.as_tensor(np.moveaxis(images, -1, 1)))
+        return (made.logits if hasattr(made, "logits") else made.last_hidden_state).numpy()
+
+    want = their(model)
+    assert np.std(want) > 0.1
+    hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(images))
+    np.testing.assert_allclose(np.asarray(logits(config, params, hidden)).reshape(want.shape), want, atol=2e-4)
+
+    huggingface.save(tmp_path / "out", config, params, model_type=model.config.model_type)
+    again, problems = type(model).from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    missing = {name for name in problems.pop("missing_keys") if "pooler" not in name}
+    assert not missing and not any(problems.values()), (missing, problems)
+    np.testing.assert_allclose(their(again.eval()), want, atol=2e-4)
+    back, same = huggingface.load(tmp_path / "out")
+    assert fields._effective(back) == fields._effective(config)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+# ---- Without transformers ----
+
+BASE = ModelConfig(
+    vocab_size=96, width=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, causal=False
+)
+POST = {"norm": "layer", "norm_placement": "sum", "embedding_norm": True, "position": "learned", "token_types": 2}
+KINDS = {
+    "plain": {},
+    "windows": {"pattern": ("global", "local"), "window": 3},
+    "post": POST,
+    "pooled": {"head": HeadConfig(outputs=5, pooling="mean", hidden="tanh", hidden_norm=True, bias=True)},
+    "last": {"head": HeadConfig(outputs=1, pooling="last"), "causal": True},
+    "first": {"embedding_norm": True, "first_norm": False, "head": HeadConfig(outputs=2, pooling="first")},
+}
+
+
+@functools.cache
+def made(kind):
+    config = dataclasses.replace(BASE, **KINDS[kind])
+    return config, initialize(Transformer(config), jax.random.key(0))[0]
+
+
+@sweep("kind", ["post", *(kind for kind in KINDS if kind != "post")], quick=1)
+def test_padding_changes_nothing(kind):
+    config, params = made(kind)
+    batch = ours(config, params)
+    for row, length in enumerate(LENGTHS):
+        hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(TOKENS[row : row + 1, :length]))
+        alone = logits(config, params, hidden)[0]
+        np.testing.assert_allclose(batch[row, : len(alone)], alone, atol=1e-5)
+
+
+def test_an_encoder_sees_what_comes_after():
+    config, params = made("plain")
+    changed = np.array(TOKENS)
+    changed[0, -1] += 1
+
+    def first(config, tokens):
+        return Transformer(config).apply({"params": params}, jnp.asarray(tokens))[0][0, 0]
+
+    assert np.abs(first(config, TOKENS) - first(config, changed)).max() > 1e-4
+    causal = dataclasses.replace(config, causal=True)
+    np.testing.assert_array_equal(first(causal, TOKENS), first(causal, changed))
+
+
+def test_types_of_tokens_are_told_apart():
+    config, params = made("post")
+    apply = functools.partial(Transformer(config).apply, {"params": params}, jnp.asarray(TOKENS))
+    plain, zeros = apply()[0], apply(types_BT=jnp.zeros(TOKENS.shape, jnp.int32))[0]
+    np.testing.assert_array_equal(plain, zeros)
+    assert np.abs(plain - apply(types_BT=jnp.ones(TOKENS.shape, jnp.int32))[0]).max() > 1e-4
+
+
+@sweep("window", [2, 5, 1, 7], quick=2)
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_on_both_sides_in_blocks_are_those_of_a_mask(window, padded):
+    rng = np.random.default_rng(0)
+    length = 23
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    valid = jnp.arange(length) < np.array([length, 9])[:, None] if padded else None
+    got = attention.self_attention(q, k, v, "reference", Scores(window, causal=False), valid_BT=valid)
+    near = np.abs(np.arange(length)[:, None] - np.arange(length)) < window
+    seen = near[None] if valid is None else near & np.asarray(valid)[:, None]
+    want = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+    rows = np.ones((2, length), bool) if valid is None else np.asarray(valid)
+    np.testing.assert_allclose(np.asarray(got)[rows], np.asarray(want)[rows], atol=1e-5)
+
+
+@sweep(
+    ("window", "causal", "padded"),
+    [(0, False, True), (40, False, True), (0, True, True), (0, False, False), (40, False, False)],
+    quick=1,
+)
+def test_splash_attention_of_encoders_equals_the_reference(window, causal, padded, monkeypatch):
+    interpreted = functools.partial(attention._splash_kernel, interpret=True)
+    monkeypatch.setattr(attention, "_splash_kernel", interpreted)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, heads, 128)), jnp.float32) for heads in (2, 1, 1))
+    valid = jnp.arange(256) < np.array([256, 100])[:, None] if padded else None
+    scores = Scores(window, causal=causal)
+
+    def total(implementation, *inputs):
+        out = attention.self_attention(*inputs, implementation, scores, valid_BT=valid)
+        return jnp.sum(jnp.sin(out if valid is None else out * valid[:, :, None, None]))
+
+    for implementation in ("splash",):
+        got = jax.grad(functools.partial(total, implementation), argnums=(0, 1, 2))(q, k, v)
+        want = jax.grad(functools.partial(total, "reference"), argnums=(0, 1, 2))(q, k, v)
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+PICTURES = ImageConfig(patch=4, height=8, width=12, channels=2, class_tokens=1)
+KINDS |= {
+    "pictures": POST
+    | {"images": PICTURES, "vocab_size": 0, "norm_placement": "pre", "token_types": 0, "max_length": 7}
+    | {"head": HeadConfig(outputs=5, pooling="first", bias=True)},
+    "embeddings": {"head": HeadConfig(embed=True, pooling="mean")},
+    "tied": POST | {"tie_embeddings": True, "head": HeadConfig(hidden="gelu_exact", hidden_norm=True, bias=True)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_those_of_the_closed_form(kind):
+    config = dataclasses.replace(BASE, **KINDS[kind])
+    params, axes = abstract(Transformer(config))
+    assert sum(a.size for a in jax.tree.leaves(params)) == closed_form.parameter_counts(config).total
+    assert axes_of(Transformer(config), params) == axes
+
+
+def batch_of(config):
+    rng = np.random.default_rng(0)
+    pictures = (8, config.images.height, config.images.width, config.images.channels)
+    inputs = rng.normal(size=pictures) if config.images.patch else rng.integers(0, 96, (8, 12))
+    answers = (8, 1) if config.head.pooling != "none" else (8, 12)
+    labels = config.head.outputs or 96
+    batch = {"inputs": inputs, "targets": rng.integers(0, labels, answers), "mask": rng.random(answers) < 0.8}
+    batch = {name: x.astype(np.float32 if name != "targets" else np.int32) for name, x in batch.items()}
+    if not config.images.patch:
+        batch |= {"inputs": inputs.astype(np.int32), "valid": np.arange(12) < rng.integers(1, 13, (8, 1))}
+    return batch
+
+
+def losses(kind, mesh, accumulation=1):
+    config, params = made(kind)
+    model = Transformer(config, ExecutionConfig(unroll="never"))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, warmup_steps=2), 3)
+    step = make_train_step(model, optimizer, chain(), accumulation=accumulation)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
+        state, batch = init_state(params, optimizer, seed=0), sharding.place_batch(batch_of(config), mesh)
+        jitted, found = jax.jit(step, compiler_options=QUICK), []
+        for _ in range(3):
+            state, metrics = jitted(state, batch)
+            found.append(float(metrics["loss"]))
+    return found
+
+
+@sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=1)
+def test_training_on_a_mesh_is_that_on_one_device(kind):
+    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    want = losses(kind, one)
+    assert want[-1] < want[0] - 1e-3
+    np.testing.assert_allclose(losses(kind, sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))), want, rtol=1e-5)
+    np.testing.assert_allclose(losses(kind, one, accumulation=2), want, rtol=1e-5)
+
+
+def test_embeddings_have_unit_length():
+    config, params = made("embeddings")
+    np.testing.assert_allclose(np.linalg.norm(ours(config, params), axis=-1), 1, rtol=1e-5)
+
+
+def test_images_of_another_size_are_refused():
+    config, params = made("pictures")
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 2\), but model.images says \(8, 12, 2\)"):
+        Transformer(config).apply({"params": params}, jnp.zeros((1, 8, 8, 2)))
+
+
+def test_an_encoder_has_no_cache():
+    config, params = made("plain")
+    with pytest.raises(ValueError, match=r"model.causal is off, and a cache holds"):
+        Transformer(config).apply({"params": params}, jnp.asarray(TOKENS), init_cache(config, 3, 12, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"first_norm": False}, "needs model.embedding_norm"),
+        ({"position_offset": 2}, "for learned positions"),
+        ({"token_types": -1}, "cannot be negative"),
+        ({"tie_embeddings": True, "head": HeadConfig(outputs=2)}, "turn it off"),
+        ({"images": ImageConfig(patch=4, height=8, width=8)}, "set model.vocab_size to 0"),
+        (
+            {"images": ImageConfig(patch=4), "vocab_size": 0, "head": HeadConfig(embed=True), "max_length": 9},
+            "makes 3136 tokens, more than model.max_length",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(BASE, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"outputs": -1}, "cannot be negative"),
+        ({"hidden_norm": True}, "without a further layer"),
+        ({"pooling": "mean"}, "set model.head.outputs"),
+        ({"embed": True, "outputs": 2}, "model.head.embed is on"),
+    ],
+)
+def test_heads_that_make_no_sense_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        HeadConfig(**change)
+
+
+def test_images_are_whole_patches():
+    with pytest.raises(ValueError, match="8 x 9 pixels, which patches of 4 do not fill"):
+        ImageConfig(patch=4, height=8, width=9)
+
+
+def test_encoders_are_not_trained_on_the_next_token():
+    with pytest.raises(ValueError, match="set model.causal"):
+        Session(Experiment(model=dataclasses.replace(BASE, vocab_size=512)))
