@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> dict:
     session, params, step = load_run(a.workdir)
     tokenizer = session.tokenizer
     prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(a.prompt)]).astype(np.int32)
-    stop = Stop([tokenizer.separator_id], a.stop, tokenizer.decode)
+    stop = Stop(tokenizer.stop_ids, a.stop, tokenizer.decode)
     options = {"max_new_tokens": a.tokens, "sampling": sampling, "stop": stop}
     result = {"schema": "jaxcost-generate-1", "step": step, "prompt": a.prompt}
     if a.draft is None:
