@@ -27,14 +27,13 @@ from jaxcost.models.transformer import Transformer, abstract, axes_of, initializ
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
-from jaxcost.training.loop import Fitted, fit, jitted_step
-from jaxcost.training.optimizer import make_optimizer
+from jaxcost.training.loop import Fitted, fit
 from jaxcost.training.progress import Progress
 from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
 from jaxcost.transforms.manifest import check
 
-_DESCRIPTION = "experiment.json"
-_TOKENIZER = "tokenizer.json"
+DESCRIPTION = "experiment.json"
+TOKENIZER = "tokenizer.json"
 _STORE = "teacher"
 
 
@@ -304,7 +303,7 @@ class Session:
 
     def _claim(self, directory: Path) -> None:
         """Writes down what runs in a folder, or checks that the same ran there before."""
-        path = directory / _DESCRIPTION
+        path = directory / DESCRIPTION
         if path.exists():
             before = read_experiment(directory)
             changed = serialization.differences(before.trained_part(), self.experiment.trained_part())
@@ -315,7 +314,7 @@ class Session:
                 )
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(directory / _TOKENIZER)
+        self.tokenizer.save(directory / TOKENIZER)
         # The description comes last: a folder without one counts as empty.
         with atomic_write(path) as file:
             file.write(json.dumps(serialization.to_json(self.experiment), indent=1).encode())
@@ -339,9 +338,9 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 def read_experiment(directory: Path) -> Experiment:
     """The experiment that a folder holds a run of; ValueError if there is none."""
-    path = Path(directory) / _DESCRIPTION
+    path = Path(directory) / DESCRIPTION
     if not path.is_file():
-        raise ValueError(f"{directory} holds no run: {_DESCRIPTION} is missing. Give the --workdir of a training.")
+        raise ValueError(f"{directory} holds no run: {DESCRIPTION} is missing. Give the --workdir of a training.")
     try:
         return serialization.from_json(json.loads(path.read_text()))
     except (json.JSONDecodeError, KeyError) as error:
@@ -360,34 +359,21 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
     """
     directory = Path(directory)
     experiment = read_experiment(directory)
-    tokenizer = load_tokenizer(directory / _TOKENIZER)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
     devices = list(jax.devices() if devices is None else devices)
     try:
         session = Session(experiment, tokenizer, devices=devices)
     except ValueError:
         experiment = dataclasses.replace(experiment, mesh=MeshConfig())
         session = Session(experiment, tokenizer, devices=devices[:1])
-    optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     with jax.set_mesh(session.mesh):
-        _, abstract = jitted_step(
-            session.model,
-            session.abstract_params(),
-            optimizer,
-            session.transform,
-            experiment.training,
-            session.mesh,
-            session.distiller(_teacher_model(session)),
-        )
+        params = session.abstract_params()
+    places = sharding.shardings(params, axes_of(session.model, params), session.mesh)
+    target = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise CheckpointError(f"{directory} has no checkpoint yet; train first, or wait for the first one.")
-        state, saved = checkpoints.restore(step, abstract)
-    check(saved.get("manifest", {}), state.params, step=f"reading {directory}")
-    return session, state.params, step
-
-
-def _teacher_model(session: Session) -> Transformer:
-    """The model whose width a learned projection has: the teacher's, or in a study, whose base teaches, the same."""
-    folder = session.experiment.distill.teacher
-    return Transformer(read_experiment(folder).model) if folder else session.model
+        found, saved = checkpoints.restore(step, {"params": target}, part=True)
+    check(saved.get("manifest", {}), found["params"], step=f"reading {directory}")
+    return session, found["params"], step

@@ -20,8 +20,20 @@ class Arguments:
     """Tokens to add at most."""
     temperature: float = 0.8
     """0 takes the likeliest token each time."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw from tokens with this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were there become less likely."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
     seed: int = 0
     """Seed of the sampling."""
+    draft: Path | None = None
+    """Folder of a smaller training with the same tokenizer, to propose tokens; the result has the same distribution."""
     json: Path | None = None
     """File for the result as JSON."""
     debug: bool = False
@@ -33,24 +45,30 @@ def main(arguments: Arguments) -> dict:
     import numpy as np
 
     from jaxcost.serving.engine import Engine
+    from jaxcost.serving.sampling import Sampling
+    from jaxcost.serving.speculative import SpeculativeEngine
+    from jaxcost.serving.stopping import Stop
     from jaxcost.session import load_run
 
-    if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed is {arguments.seed}; it must lie between 0 and 2**32 - 1.")
-    session, params, step = load_run(arguments.workdir)
+    a = arguments
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
+    session, params, step = load_run(a.workdir)
     tokenizer = session.tokenizer
-    prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(arguments.prompt)]).astype(np.int32)
-    [new] = Engine(session.model).generate(
-        params,
-        [prompt],
-        max_new_tokens=arguments.tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        stop_id=tokenizer.separator_id,
-    )
-    text = tokenizer.decode(new)
-    print(arguments.prompt + text)
-    return {"schema": "jaxcost-generate-1", "step": step, "prompt": arguments.prompt, "text": text}
+    prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(a.prompt)]).astype(np.int32)
+    stop = Stop(tokenizer.stop_ids, a.stop, tokenizer.decode)
+    options = {"max_new_tokens": a.tokens, "sampling": sampling, "stop": stop}
+    result = {"schema": "jaxcost-generate-1", "step": step, "prompt": a.prompt}
+    if a.draft is None:
+        [new] = Engine(session.model).generate(params, [prompt], **options)
+    else:
+        smaller, draft_params, _ = load_run(a.draft)
+        if smaller.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"--draft {a.draft} reads text with another tokenizer; name a training with the same one.")
+        both = SpeculativeEngine(session.model, smaller.model)
+        [new], result["kept_share"] = both.generate(params, draft_params, [prompt], **options)
+    text = stop.cut(tokenizer.decode(new))
+    print(a.prompt + text)
+    return result | {"text": text}
 
 
 if __name__ == "__main__":

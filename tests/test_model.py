@@ -24,6 +24,7 @@ from jaxcost.models.transformer import (
     unembedding,
 )
 from jaxcost.serving.engine import Engine
+from jaxcost.serving.stopping import Stop
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.optimizer import make_optimizer
@@ -190,7 +191,7 @@ def test_greedy_generation_equals_the_full_forward_token_by_token():
     got = engine.generate(params, prompts, max_new_tokens=11, tokens_per_dispatch=4, on_tokens=pieces.append)
     np.testing.assert_array_equal(got, want)
     assert [piece.shape for piece in pieces] == [(3, 4), (3, 4), (3, 3)]
-    stopped = engine.generate(params, prompts, max_new_tokens=11, tokens_per_dispatch=4, stop_id=int(want[0][2]))
+    stopped = engine.generate(params, prompts, max_new_tokens=11, tokens_per_dispatch=4, stop=Stop([int(want[0][2])]))
     for row, full_row in zip(stopped, want, strict=True):
         ends = np.flatnonzero(full_row == want[0][2])
         np.testing.assert_array_equal(row, full_row[: ends[0]] if len(ends) else full_row[: len(row)])

@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """The id before every document: beginning of text, end of text and padding in one."""
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+
+    @property
     def fingerprint(self) -> str:
         """Hexadecimal name that two tokenisers share only if they give the same ids for every text."""
 
@@ -68,6 +72,7 @@ class ByteTokenizer:
 
     vocab_size: int = dataclasses.field(default=257, init=False)
     separator_id: int = dataclasses.field(default=SEPARATOR_SYMBOL, init=False)
+    stop_ids: tuple[int, ...] = dataclasses.field(default=(SEPARATOR_SYMBOL,), init=False)
     fingerprint: str = dataclasses.field(default="bytes", init=False)
 
     @property
@@ -112,7 +117,7 @@ class BpeTokenizer:
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of every id but the separator."""
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         ids = range(self._library.get_vocab_size())
         return [bytes(byte_of[character] for character in self._library.id_to_token(i)) for i in ids]
 
@@ -125,6 +130,11 @@ class BpeTokenizer:
     def separator_id(self) -> int:
         """The last id."""
         return self.vocab_size - 1
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The separator."""
+        return (self.separator_id,)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -169,22 +179,27 @@ class BpeTokenizer:
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=_byte_characters(), show_progress=False
+            vocab_size=vocab_size - 1, initial_alphabet=byte_characters(), show_progress=False
         )
         library.train_from_iterator((_utf8(document).decode() for document in documents), trainer)
         return cls(library.to_str())
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokeniser that `save` wrote.
+    """Reads a tokeniser that `save` wrote, ours or that of a checkpoint.
 
     Raises:
       ValueError: the file is missing, or is not a tokeniser's.
     """
+    from jaxcost.data import pretrained  # which builds on this file
+
     try:
         serialized = Path(path).read_text(encoding="utf-8")
-        if json.loads(serialized) == _BYTES_FILE:
+        fields = json.loads(serialized)
+        if fields == _BYTES_FILE:
             return ByteTokenizer()
+        if fields.get("type") == pretrained.TYPE:
+            return pretrained.PretrainedTokenizer.from_json(fields)
         tokenizer = BpeTokenizer(serialized)
         tokenizer.vocab_size  # noqa: B018  (parses it: a file that isn't a tokeniser's fails here and not later)
         return tokenizer
@@ -232,7 +247,7 @@ def _text(symbols: np.ndarray) -> str:
     return symbols[symbols < SEPARATOR_SYMBOL].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Returns the 256 printable characters that byte-level BPE writes bytes 0 to 255 as (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.models.transformer import Transformer, abstract, axes_of, resized, start_cache
 from jaxcost.serving.engine import Engine
+from jaxcost.serving.sampling import Sampling, rows_of
 from jaxcost.session import read_experiment
 from jaxcost.training.distill import Distiller, check_pair
 from jaxcost.training.loop import jitted_step
@@ -131,9 +133,8 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
         lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
         return TracedStep(engine.prefill, (params, prompts, lengths, cache), {}, categories, batch * length)
     logits = jax.ShapeDtypeStruct((batch, vocab_size), jnp.float32, sharding=_place(mesh, "batch", None))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    one = sharding.replicated(mesh)
-    arguments = (params, logits, cache, _shaped(key, one), jax.ShapeDtypeStruct((), jnp.float32, sharding=one))
+    drawn = rows_of([Sampling(temperature=1.0)] * batch, [np.zeros(0, int)] * batch, vocab_size)
+    arguments = (params, logits, cache, jax.tree.map(lambda a: _shaped(a, rows), drawn))
     return TracedStep(engine.decode, arguments, {"steps": 1}, categories, batch)
 
 

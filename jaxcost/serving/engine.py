@@ -13,6 +13,8 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.models import optional
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
+from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose, rows_of
+from jaxcost.serving.stopping import NEVER, Stop
 
 
 class Engine:
@@ -32,17 +34,17 @@ class Engine:
         # What padding wrote beyond a row's length is masked, and overwritten as the row grows.
         return logits(self.model.config, params, last_BD), cache.replace(length=start_B + lengths_B)
 
-    def _decode(self, params: weights.Params, logits_BV, cache: Cache, key, temperature, *, steps: int):
-        """`steps` tokens (B, steps) in one dispatch, the logits after them and the cache."""
+    def _decode(self, params: weights.Params, logits_BV, cache: Cache, rows: Rows, *, steps: int):
+        """`steps` tokens (B, steps) in one dispatch, the logits after them, the cache and the rows."""
 
-        def one(carry, step):
-            logits_BV, cache = carry
-            tokens_B = _sample(logits_BV, jax.random.fold_in(key, step), temperature)
+        def one(carry, _):
+            logits_BV, cache, rows = carry
+            tokens_B, rows = choose(rows, logits_BV)
             hidden_B1D, cache = self.model.apply({"params": params}, tokens_B[:, None], cache)
-            return (logits(self.model.config, params, hidden_B1D[:, 0]), cache), tokens_B
+            return (logits(self.model.config, params, hidden_B1D[:, 0]), cache, rows), tokens_B
 
-        (logits_BV, cache), tokens = lax.scan(one, (logits_BV, cache), jnp.arange(steps))
-        return tokens.T, logits_BV, cache
+        (logits_BV, cache, rows), tokens = lax.scan(one, (logits_BV, cache, rows), length=steps)
+        return tokens.T, logits_BV, cache, rows
 
     def generate(
         self,
@@ -50,9 +52,8 @@ class Engine:
         prompts: Sequence[np.ndarray],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop_id: int | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Stop = NEVER,
         tokens_per_dispatch: int = 16,
         on_tokens: Callable[[np.ndarray], None] | None = None,
     ) -> list[np.ndarray]:
@@ -62,9 +63,8 @@ class Engine:
           params: weights of any kinds.
           prompts: int arrays (T,) of at least one token each.
           max_new_tokens: tokens to add at most.
-          temperature: 0 takes the likeliest token.
-          seed: of the sampling.
-          stop_id: ends a row; it is not part of the result.
+          sampling: how tokens are chosen, for all prompts (with one seed) or for each.
+          stop: what ends a row before that.
           tokens_per_dispatch: tokens decoded between two looks by the host.
           on_tokens: called with each new piece (B, n) as it comes.
 
@@ -72,53 +72,55 @@ class Engine:
           The new tokens of each prompt, int32.
 
         Raises:
-          ValueError: an empty prompt or ids outside the vocabulary, a temperature or a number of tokens that makes no
+          ValueError: an empty prompt or ids outside the vocabulary, a number of tokens or of settings that makes no
             sense, or prompt and output longer than the model's `max_length`.
         """
-        limit = self.model.config.max_length - optional.virtual_tokens(params)
-        vocab_size = self.model.config.vocab_size
-        if not prompts or min(len(prompt) for prompt in prompts) < 1:
-            raise ValueError("A prompt is empty; give at least one token.")
-        if not all(np.min(prompt) >= 0 and np.max(prompt) < vocab_size for prompt in prompts):
-            raise ValueError(f"A prompt has ids outside 0 to {vocab_size - 1}; encode it with the model's tokenizer.")
-        if max_new_tokens < 1:
-            raise ValueError(f"{max_new_tokens} new tokens were asked for; ask for at least 1.")
-        if not 0 <= temperature < np.inf:
-            raise ValueError(f"The temperature is {temperature}; it must be 0 or a positive number.")
-        longest = max(len(prompt) for prompt in prompts)
-        if longest + max_new_tokens > limit:
-            raise ValueError(
-                f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the {limit} that the "
-                f"model's max_length leaves; ask for at most {max(0, limit - longest)} or shorten the prompt."
-            )
-        padded = np.zeros((len(prompts), longest), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        padded, lengths = padded_prompts(self.model, params, prompts, max_new_tokens)
+        rows = rows_for(sampling, prompts, self.model.config.vocab_size)
         # Whole dispatches may write past the last token asked for.
-        slots = longest + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
+        slots = padded.shape[1] + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
         cache = self.start(params, batch_size=len(prompts), slots=slots)
-        logits_BV, cache = self.prefill(params, padded, np.array([len(p) for p in prompts], np.int32), cache)
-        pieces: list[np.ndarray] = []
-        key = jax.random.key(seed)
-        for index in range(0, max_new_tokens, tokens_per_dispatch):
-            step_key = jax.random.fold_in(key, index)
-            tokens, logits_BV, cache = self.decode(
-                params, logits_BV, cache, step_key, jnp.float32(temperature), steps=tokens_per_dispatch
-            )
-            pieces.append(np.asarray(tokens)[:, : max_new_tokens - index])
+        logits_BV, cache = self.prefill(params, padded, lengths, cache)
+        new = np.zeros((len(prompts), 0), np.int32)
+        while new.shape[1] < max_new_tokens:
+            tokens, logits_BV, cache, rows = self.decode(params, logits_BV, cache, rows, steps=tokens_per_dispatch)
+            piece = np.asarray(tokens)[:, : max_new_tokens - new.shape[1]]
+            new = np.concatenate([new, piece], axis=1)
             if on_tokens is not None:
-                on_tokens(pieces[-1])
-            if stop_id is not None and (np.concatenate(pieces, axis=1) == stop_id).any(axis=1).all():
+                on_tokens(piece)
+            ends = [stop.length(row) for row in new]
+            if all(end is not None for end in ends):
                 break
-        rows = np.concatenate(pieces, axis=1)
-        return [_until(row, stop_id) for row in rows]
+        return [row[:end] for row, end in zip(new, ends, strict=True)]
 
 
-def _sample(logits_BV, key, temperature):
-    drawn = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+def padded_prompts(
+    model: Transformer, params: weights.Params, prompts: Sequence[np.ndarray], max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts padded on the right, int32 (B, T), and their lengths (B,); ValueError as `Engine.generate` says."""
+    limit = model.config.max_length - optional.virtual_tokens(params)
+    vocab_size = model.config.vocab_size
+    if not prompts or min(len(prompt) for prompt in prompts) < 1:
+        raise ValueError("A prompt is empty; give at least one token.")
+    if not all(np.min(prompt) >= 0 and np.max(prompt) < vocab_size for prompt in prompts):
+        raise ValueError(f"A prompt has ids outside 0 to {vocab_size - 1}; encode it with the model's tokenizer.")
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens} new tokens were asked for; ask for at least 1.")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt ({longest} tokens) and {max_new_tokens} new tokens are longer than the {limit} that the "
+            f"model's max_length leaves; ask for at most {max(0, limit - longest)} or shorten the prompt."
+        )
+    padded = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-def _until(row: np.ndarray, stop_id: int | None) -> np.ndarray:
-    ends = np.flatnonzero(row == stop_id) if stop_id is not None else ()
-    return row[: ends[0]] if len(ends) else row
+def rows_for(sampling: Sampling | Sequence[Sampling], prompts: Sequence[np.ndarray], vocab_size: int) -> Rows:
+    """The settings of each prompt's row; ValueError if there are not as many as prompts."""
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts and {len(each)} settings of the sampling; give one each.")
+    return rows_of(each, prompts, vocab_size)

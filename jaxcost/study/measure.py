@@ -14,6 +14,7 @@ import numpy as np
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.serving.engine import Engine
+from jaxcost.serving.sampling import Sampling, rows_of
 
 _RUNS = 3
 
@@ -36,7 +37,8 @@ def measure_decode(engine: Engine, params: weights.Params, *, batch_size: int, t
     def arguments():
         cache = engine.start(params, batch_size=batch_size, slots=tokens)
         logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
-        return params, logits, cache, jax.random.key(0), jnp.float32(1.0)
+        drawn = [Sampling(temperature=1.0, seed=row) for row in range(batch_size)]
+        return params, logits, cache, rows_of(drawn, [np.zeros(0, int)] * batch_size, config.vocab_size)
 
     decode = functools.partial(engine.decode, steps=tokens)
     compiled = engine.decode.lower(*arguments(), steps=tokens).compile()

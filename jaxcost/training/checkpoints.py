@@ -67,14 +67,20 @@ class Checkpoints:
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         return self._read(step, lambda: self._manager.restore(step, args=items)["metadata"])
 
-    def restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, target: Any, part: bool = False) -> tuple[Any, dict[str, Any]]:
         """The tree, in the structure, dtypes and shardings of `target` (ShapeDtypeStructs), and its metadata.
+
+        With `part`, the checkpoint may hold more than the target, which is then not read.
 
         CheckpointError if it is damaged, or not of this structure; the other checkpoints are left as they are.
         """
         metadata = self.metadata(step)
-        items = ocp.args.Composite(tree=ocp.args.StandardRestore(serialization.to_state_dict(target)))
-        state = self._read(step, lambda: self._manager.restore(step, args=items)["tree"])
+        wanted = serialization.to_state_dict(target)
+        how = ocp.args.StandardRestore(wanted)
+        if part:
+            places = ocp.checkpoint_utils.construct_restore_args(wanted)
+            how = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
+        state = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(tree=how))["tree"])
         tree = serialization.from_state_dict(target, state)
         found, saved = _checksums(tree), metadata.get("checksums", {})
         wrong = [name for name in found if found[name] != saved.get(name)]
