@@ -65,7 +65,7 @@ def import_checkpoint(
     """
     folder = hub.locate(source)
     tokenizer = read_tokenizer(folder)
-    config, _ = reading.read_config(folder)
+    config, *_ = reading.read_config(folder)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1), jax.devices()[: math.gcd(config.width, len(jax.devices()))])
     config, params = huggingface.load(folder, dtype, mesh, quiet)
     transforms = ()

@@ -70,11 +70,6 @@ class Session:
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
             )
-        if not (config.causal and config.head.of_vocabulary):
-            raise ValueError(
-                "A session trains and scores on the next token of a text, which takes a causal model with logits of "
-                "the vocabulary; set model.causal, and leave model.head as it is by default."
-            )
         experiment.check_devices(len(self.devices), config.vocab_size)
         self.model = Transformer(config, experiment.execution)
         self.mesh = sharding.make_mesh(experiment.mesh, self.devices)
@@ -109,6 +104,7 @@ class Session:
     @cached_property
     def scorer(self) -> Scorer:
         """Scores weights on the validation split."""
+        self._check_language_model()
         limit = self.experiment.evaluation.max_tokens or None
         batches = validation_batches(self.experiment.data, self.validation_stream.tokens, limit)
         return Scorer(self.model, batches, self.tokenizer.token_bytes, self.mesh)
@@ -297,6 +293,14 @@ class Session:
         batches = train_batches(self.experiment.data, self.train_stream.tokens)
         for batch in itertools.islice(batches, self.experiment.calibration.batches):
             yield sharding.place_batch(batch, self.mesh)
+
+    def _check_language_model(self) -> None:
+        config = self.experiment.model
+        if not (config.causal and config.head.of_vocabulary):
+            raise ValueError(
+                "Training and scoring are on the next token of a text, which takes a causal model with logits of the "
+                "vocabulary; set model.causal, and leave model.head as it is by default."
+            )
 
     def _keys(self) -> jax.Array:
         return jax.random.split(jax.random.key(self.experiment.training.seed))

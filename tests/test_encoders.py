@@ -401,6 +401,8 @@ def test_images_are_whole_patches():
         ImageConfig(patch=4, height=8, width=9)
 
 
-def test_encoders_are_not_trained_on_the_next_token():
+def test_encoders_are_not_trained_on_the_next_token(tmp_path):
+    session = Session(Experiment(model=dataclasses.replace(BASE, vocab_size=512)))
     with pytest.raises(ValueError, match="set model.causal"):
-        Session(Experiment(model=dataclasses.replace(BASE, vocab_size=512)))
+        session.train(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -98,7 +98,9 @@ class ImageConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches and class tokens of an image."""
+        """Patches and class tokens of an image; 0 of a model of tokens."""
+        if not self.patch:
+            return 0
         return self.class_tokens + (self.height // self.patch) * (self.width // self.patch)
 
 
