@@ -1,0 +1,169 @@
+"""The table of family × transform: every transform applies to every family that can be read, or says why it does not.
+
+All pairs by their shapes, and a seventh of them by numbers: a model of weights of any kinds computes what the model of
+the dense matrices that they mean computes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import QUICK
+from sweep import sweep
+
+from jaxcost import weights
+from jaxcost.models import families
+from jaxcost.models.transformer import Transformer, initialize, logits, output_bias
+from jaxcost.transforms import (
+    bias_only,
+    bottleneck,
+    calibrated,
+    chain,
+    factorize,
+    freeze,
+    ia3,
+    lora,
+    norm_only,
+    prefix_tuning,
+    prompt_tuning,
+    prune,
+    quantize,
+    shrink,
+    smooth,
+)
+
+FIELDS = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OPTIONS = {
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS | {"head_dim": 8},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 4},
+    "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
+    "modernbert": {"local_attention": 4},
+    "siglip": {"vision_config": IMAGES},
+}
+TRANSFORMS = {
+    "prune": prune(sparsity=0.5),
+    "prune 2:4": prune(pattern="2:4"),
+    "wanda": prune(method="wanda", sparsity=0.5),
+    "sparsegpt": prune(method="sparsegpt", sparsity=0.5),
+    "shrink": shrink(mlp=0.5, heads=0.5, head_dim=8),
+    "factorize": factorize(parameters=0.6),
+    "factorize whitened": factorize(parameters=0.6, whitened=True),
+    "lora": lora(rank=2),
+    "dora": lora(rank=2, dora=True),
+    "qlora": chain(quantize(bits=4, group=16), lora(rank=2)),
+    "ia3": ia3(),
+    "freeze": freeze(top_layers=1),
+    "biases": bias_only(),
+    "norms": norm_only(),
+    "prompt": prompt_tuning(tokens=3),
+    "prefix": prefix_tuning(tokens=3),
+    "bottleneck": bottleneck(width=4),
+    "int8": quantize(),
+    "nf4": quantize(bits=4, numbers="nf", group=16),
+    "w8a8": quantize(activations="dynamic"),
+    "gptq": quantize(bits=4, method="gptq"),
+    "awq": quantize(bits=4, method="awq"),
+    "smooth": smooth(),
+    "training": quantize(mode="training"),
+}
+
+
+@functools.cache
+def model_of(family):
+    fields = (IMAGES if family in ("vit", "deit", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
+    config = families.config_of(fields | {"model_type": family})
+    model = Transformer(config)
+    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    # Off 0 and 1, where a vector that is lost would not be missed.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [a + 0.05 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(structure, noisy)
+
+
+def inputs_of(config, seed=0):
+    rng = np.random.default_rng(seed)
+    images = config.images
+    if images.patch:
+        return jnp.asarray(rng.normal(size=(2, images.height, images.width, images.channels)), jnp.float32)
+    return jnp.asarray(rng.integers(0, config.vocab_size, (2, 12)))
+
+
+def outputs(model, params, inputs):
+    hidden, _ = model.apply({"params": params}, inputs)
+    return logits(model.config, params, hidden)
+
+
+UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
+IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
+REFUSED = {
+    "biases": (UNBIASED, "matches no weight"),
+    # A model of images has a position for each patch and none for virtual tokens.
+    "prompt": (IMAGED, "the model has no embed/table"),
+    "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
+}
+"""Transform → the families that it does not apply to, and what it says of them."""
+
+
+@sweep("family", sorted(families.FAMILIES, key=("bert", "mixtral", "vit").__contains__, reverse=True), quick=1)
+def test_every_transform_applies_to_every_family(family):
+    """By shapes alone, which is what planning goes by: nothing is computed."""
+    model, params = model_of(family)
+    outputs_of = functools.partial(outputs, model)
+    inputs = inputs_of(model.config)
+    plain = jax.eval_shape(outputs_of, params, inputs)
+    assert output_bias(params) is None or output_bias(params).shape == plain.shape[-1:]
+    for name, transform in TRANSFORMS.items():
+        families_of, said = REFUSED.get(name, ((), ""))
+        if family in families_of:
+            with pytest.raises(ValueError, match=said):
+                jax.eval_shape(outputs_of, transform.abstract(params), inputs)
+            continue
+        made = transform.abstract(params)
+        assert jax.tree.structure(made) != jax.tree.structure(params) or name in ("shrink", "smooth"), name
+        assert any(jax.tree.leaves(weights.trainable_tree(made))) or name in ("int8", "nf4", "w8a8", "gptq", "awq")
+        assert jax.eval_shape(outputs_of, made, inputs) == plain, name
+
+
+PAIRS = [
+    (family, name)
+    for i, name in enumerate(TRANSFORMS)
+    for j, family in enumerate(families.FAMILIES)
+    if (i + j) % 7 == 0 and family not in REFUSED.get(name, ((), ""))[0]
+]
+
+
+@sweep(("family", "name"), PAIRS, quick=2)
+def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(family, name):
+    model, params = model_of(family)
+    batches = [inputs_of(model.config, seed) for seed in (1, 2)]
+    forward = jax.jit(functools.partial(outputs, model), compiler_options=QUICK)
+    made = calibrated(TRANSFORMS[name], params, jax.random.key(2), lambda p, x: outputs(model, p, x), lambda: batches)
+    got = forward(made, batches[0])
+    assert np.all(np.isfinite(got)) and got.shape == forward(params, batches[0]).shape
+    # Products in codes err by their rounding.
+    if name not in ("training", "w8a8"):
+        np.testing.assert_allclose(got, forward(weights.merge(made), batches[0]), atol=2e-4)
+
+
+def test_the_pairs_reach_every_family_and_every_transform():
+    assert {family for family, _ in PAIRS} == set(families.FAMILIES)
+    assert {name for _, name in PAIRS} == set(TRANSFORMS)
