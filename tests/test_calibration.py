@@ -6,13 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize, unembedding
 from jaxcost.sharding import MeshConfig
-from jaxcost.transforms import CalibrationConfig, CalibrationError, Transform, calibrate, calibrated, chain, prune
+from jaxcost.transforms import (
+    CalibrationConfig,
+    CalibrationError,
+    Transform,
+    calibrate,
+    calibrated,
+    chain,
+    prune,
+    quantize,
+    rule,
+)
 from jaxcost.transforms.base import ALL_KERNELS
 from jaxcost.transforms.calibration import _gatherer
 from jaxcost.weights import Frozen, Inputs
@@ -85,6 +96,32 @@ def test_statistics_are_those_of_what_the_weights_meet():
     last = np.concatenate([np.asarray(MODEL.apply({"params": w}, b)[0]).reshape(-1, 16) for b in batches()])
     np.testing.assert_allclose(found["unembed/kernel"].squares, np.sum(last**2, axis=0), rtol=1e-4)
     assert found["unembed/kernel"].gram is None
+
+
+@sweep("capacity", [0.0, 4.0], quick=1)
+def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(capacity):
+    config = dataclasses.replace(CONFIG, num_layers=2, experts=4, experts_per_token=2, capacity_factor=capacity)
+    model, names = Transformer(config), ("up", "down", "router")
+    w = initialize(model, jax.random.key(0))[0]
+    # One expert that is never chosen has met nothing.
+    w["layers"]["mlp"]["router"]["kernel"] = w["layers"]["mlp"]["router"]["kernel"].at[0, :, 3].set(0)
+    w["layers"]["mlp_norm"]["scale"] = w["layers"]["mlp_norm"]["scale"].at[0].set(0)
+
+    def forward(params, tokens):
+        return model.apply({"params": params}, tokens)[0]
+
+    found = calibrate(forward, w, batches(2), {f"layers/mlp/{name}/kernel": "gram" for name in names})
+    up, down, router = (found[f"layers/mlp/{name}/kernel"] for name in names)
+    np.testing.assert_array_equal(jnp.sum(up.count, axis=1), 2 * router.count)
+    np.testing.assert_array_equal(up.count[1], down.count[1])
+    for name in ("squares", "gram"):
+        expected = 2 * getattr(router, name)
+        np.testing.assert_allclose(jnp.sum(getattr(up, name), axis=1), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.max(up.largest, axis=1), router.largest, rtol=1e-5)
+    # The first layer's stream is silent, so nobody has met anything there, and nothing of it goes.
+    assert not np.any(up.count[0])
+    stored = quantize(method="gptq", rules=(rule("mlp/(up|down)"),))(w, None, found)
+    assert np.all(jnp.any(stored["layers"]["mlp"]["up"]["kernel"].codes != 0, axis=(-2, -1)))
 
 
 def test_statistics_on_a_mesh_are_those_of_one_device():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcost.study.export import export, read_export
-from jaxcost.transforms import Gradual, chain, prune, quantize, rule
+from jaxcost.transforms import Gradual, chain, lora, prune, quantize, rule
+from jaxcost.weights import materialize
 
 EVERY = (rule("."),)
 
@@ -49,3 +50,22 @@ def test_learned_scores_stay_behind(tmp_path):
     scored = prune(method="movement", gradual=Gradual(end_step=3), rules=EVERY)(w)
     export(scored, tmp_path / "weights.npz")
     assert set(read(tmp_path / "weights.npz")) == {"layers/kernel/weight", "layers/kernel/mask", "manifest"}
+
+
+@pytest.mark.parametrize("finish", [(), (quantize(rules=EVERY),)])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_whose_base_is_its_own_brings_it(tmp_path, dora, finish):
+    base = {"layers": {"kernel": jax.random.normal(jax.random.key(0), (2, 48, 32))}}
+    sizes = {}
+    for init in ("zero", "pissa"):
+        make = chain(lora(rank=2, init=init, dora=dora, rules=EVERY), *finish)
+        trained = make(base, jax.random.key(1))
+        trained = jax.tree.map(lambda a: a * 1.1 if a.dtype == jnp.float32 else a, trained)
+        sizes[init] = export(trained, tmp_path / f"{init}.npz")
+        if init == "pissa":
+            # Read onto the base of the checkpoint, as any other adapter is.
+            onto = jax.tree.map(jnp.zeros_like, trained)
+            back = read_export(tmp_path / "pissa.npz", onto)
+            np.testing.assert_array_equal(*(materialize(tree["layers"]["kernel"]) for tree in (back, trained)))
+    # What it takes is that of the whole matrix, and is said so.
+    assert sizes["pissa"] > 2 * 48 * 32 * (1 if finish else 4) * 0.8 > sizes["zero"]

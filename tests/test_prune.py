@@ -15,7 +15,7 @@ from jaxcost.cost.hlo import compiled_cost
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.transforms import SET, Gradual, Iterative, RigL, calibrate, chain, factorize, lora, prune, quantize, rule
 from jaxcost.transforms.masks import _wide_sum, erdos_renyi_shares
-from jaxcost.weights import Frozen, Inputs, Lora, LowRank, Masked, QuantAware, materialize
+from jaxcost.weights import Dora, Frozen, Inputs, Lora, LowRank, Masked, QuantAware, Scaled, contract, materialize
 
 
 def apply_to(transform, w, path="layers/kernel", inputs=None):
@@ -116,6 +116,14 @@ def test_prune_of_every_kind():
     assert isinstance(trained, QuantAware) and pruned_counts(trained.weight.mask) == [48, 48]
     frozen = apply_to(half, Frozen(params["layers"]["kernel"]))
     assert isinstance(frozen, Frozen) and pruned_counts(frozen.weight.mask) == [48, 48]
+    dora = flat(half(lora(rank=2, dora=True)(params)))["layers/kernel"]
+    assert isinstance(dora, Dora) and pruned_counts(dora.weight.base.mask) == [48, 48]
+    scaled = apply_to(half, Scaled(params["layers"]["kernel"], jnp.ones((2, 12)), "out", trains=True))
+    assert isinstance(scaled, Scaled) and scaled.trains and pruned_counts(scaled.weight.mask) == [48, 48]
+    x = normal((5, 8), seed=3)
+    for w in (dora, scaled):
+        one = jax.tree.map(lambda a: a[0], w)
+        np.testing.assert_allclose(contract(x, one), x @ materialize(one), rtol=1e-4, atol=1e-5)
     deep = apply_to(half, Frozen(Lora(LowRank(normal((2, 8, 2)), normal((2, 2, 12))), adapted.a, adapted.b)))
     assert pruned_counts(deep.weight.base.u.mask) == [8, 8]
 
@@ -152,6 +160,17 @@ def test_wanda_takes_the_least_weight_times_input_norm_of_every_output():
     whole = apply_to(prune(method="wanda", scope="matrix", sparsity=0.3), w, inputs=observed(x))
     assert pruned_counts(whole.mask) == [int(0.3 * 32 * 6)] * 2
     assert len(set(np.sum(whole.mask, axis=1).ravel().tolist())) > 1
+
+
+def test_wanda_sees_the_inputs_as_the_weight_within_does():
+    w, scale = normal((2, 8, 12)), jnp.exp(normal((2, 8), seed=1))
+    found = Inputs(jnp.full((2,), 9.0), jnp.exp(normal((2, 8), seed=2)), jnp.ones((2, 8)))
+    transform = prune(method="wanda", rules=(rule("kernel"),))
+    whole, within = (
+        transform({"layers": {"kernel": each}}, None, {"layers/kernel": found})["layers"]["kernel"]
+        for each in (w * scale[..., None], Scaled(w, scale))
+    )
+    np.testing.assert_array_equal(within.weight.mask, whole.mask)
 
 
 def test_an_expert_that_met_nothing_is_pruned_by_magnitude():

@@ -1,12 +1,13 @@
 """Every transform: what it does exactly, to which weights, to weights of which kinds, and what it refuses."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import KERNELS, MODEL, QUICK, UP, dense_params, flat, pruned_counts
+from small import KERNELS, MODEL, QUICK, UP, dense_params, flat, pruned_counts, tokens
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -16,6 +17,7 @@ from jaxcost.transforms import (
     Gradual,
     Rule,
     RuleError,
+    calibrate,
     chain,
     factorize,
     freeze,
@@ -25,6 +27,7 @@ from jaxcost.transforms import (
     prune,
     quantize,
     rule,
+    smooth,
 )
 from jaxcost.weights import LowRank, Masked, Quantized, materialize
 
@@ -220,6 +223,48 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
         shard_bytes = min(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed["layers"]["mlp"]))
         assert all(c.kind == "all-reduce" and c.operand_bytes < shard_bytes / 4 for c in cost.collectives)
         assert bool(cost.collectives) == (name != "2:4")
+
+
+SOME = (rule("query|mlp/(up|down)"),)
+CALIBRATED = {
+    "awq": quantize(method="awq", bits=4, group=4, rules=SOME),
+    "smooth": smooth(rules=SOME),
+    "gptq": quantize(method="gptq", bits=4, rules=SOME),
+    "sparsegpt": prune(method="sparsegpt", block=4, rules=SOME),
+    "gptq by groups": quantize(method="gptq", bits=4, group=4, rules=SOME),
+    "sparsegpt 2:4": prune(method="sparsegpt", pattern="2:4", rules=SOME),
+}
+
+
+@functools.cache
+def statistics():
+    def forward(params, batch):
+        return MODEL.apply({"params": params}, batch)[0]
+
+    wanted = dict.fromkeys(smooth(rules=SOME).picked(dense_params()), "gram")
+    return calibrate(forward, dense_params(), [tokens()], wanted)
+
+
+@sweep("name", CALIBRATED, quick=1)
+def test_a_sharded_calibrated_transform_gives_the_same_and_no_device_holds_a_weight(name):
+    transform, key = CALIBRATED[name], jax.random.key(0)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(dense_params(), sharding.shardings(dense_params(), axes_of(MODEL, dense_params()), mesh))
+    known = jax.device_put(statistics(), sharding.replicated(mesh))
+    shapes = transform.abstract(dense_params())
+    places = sharding.shardings(shapes, axes_of(MODEL, shapes), mesh)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(transform, out_shardings=places, compiler_options=QUICK)
+        compiled = jitted.lower(placed, key, known).compile()
+        got = jitted(placed, key, known)
+    expected = jax.jit(transform, compiler_options=QUICK)(dense_params(), key, statistics())
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, place, w in zip(jax.tree.leaves(got), jax.tree.leaves(places), jax.tree.leaves(expected), strict=True):
+        assert a.sharding == place
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(w, np.float32), rtol=1e-3, atol=1e-5)
+    smallest = min(a.size for path, a in flat(dense_params()).items() if path in statistics())
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    assert all(np.prod([int(n) for n in shape.split(",")]) < smallest for shape in gathered)
 
 
 # ---- What is refused ----

@@ -57,9 +57,13 @@ class Experts(nn.Module):
             "gate": _Kernel(inward, ("expert", "embed", "mlp"), name="gate")() if c.gated else None,
             "down": _Kernel(outward, ("expert", "mlp", "embed"), name="down")(),
         }
+        drops = bool(c.capacity_factor and self.drops)
+        # What is observed must meet each expert's rows apart, which needs places for all of them.
+        observed = any(isinstance(w, weights.Observed) for w in kernels.values())
         # Parameters are made with a single token, which no mesh divides, as a sort by each device would ask for.
-        if self.is_initializing() or (c.capacity_factor and self.drops):
-            y_BTD = _with_capacity(c, x_BTD, experts_BkT, shares_BkT, kernels, key_experts)
+        if self.is_initializing() or drops or observed:
+            rows = capacity(c, x_BTD.shape[1]) if drops else x_BTD.shape[1]
+            y_BTD = _with_capacity(c, x_BTD, experts_BkT, shares_BkT, kernels, rows, key_experts)
         else:
             y_BTD = _dropless(c, x_BTD, experts_BkT, shares_BkT, kernels)
         if c.shared_width:
@@ -93,9 +97,8 @@ def capacity(config: ModelConfig, tokens: int) -> int:
     return min(tokens, max(1, math.ceil(config.capacity_factor * even)))
 
 
-def _with_capacity(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels, key):
-    batch, length = x_BTD.shape[:2]
-    rows = capacity(c, length)
+def _with_capacity(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels, rows: int, key):
+    batch = x_BTD.shape[0]
     places = functools.partial(_places, num_experts=c.experts, rows=rows)
     rows_BkT, pairs_BM = jax.vmap(places)(experts_BkT)
     taken_BMD = jax.vmap(_dispatch)(x_BTD, rows_BkT, pairs_BM)

@@ -336,7 +336,7 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     Relation(
         "wanda_needs_outliers",
         "With independent inputs of one size, Wanda does not beat magnitude",
-        "measured for FACTS of this project",
+        "our own measurement",
         ("magnitude", "Wanda"),
         ERROR,
         lambda bench, seed: _pruned_layer(seed, "iid"),
@@ -464,7 +464,7 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     Relation(
         "unmerging_changes_weights",
         "An adapter that was merged in bfloat16 and taken out again leaves other weights",
-        "measured for FACTS of this project",
+        "our own measurement",
         ("never merged", "merged and unmerged"),
         "share of the weights that changed",
         unmerging_changes_weights,
@@ -472,7 +472,7 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     Relation(
         "merging_into_nf4_loses_the_update",
         "A small update that is merged into NF4 and rounded again is lost",
-        "measured for FACTS of this project",
+        "our own measurement",
         ("served unmerged", "merged"),
         "share of the update that is lost",
         merging_into_nf4_loses_the_update,

@@ -20,15 +20,19 @@ _MANIFEST = "manifest"
 def export(params: weights.Params, path: Path) -> int:
     """Writes what a user of these weights must store to one .npz file, by path; returns its bytes on disk.
 
-    Beside a frozen base, which is stored once for all of its adapters, only what trains is written. A mask is written
+    Beside a frozen base, which is stored once for all of its adapters, only what trains is written; a base that is an
+    adapter's own (PiSSA's) is written with it. A mask is written
     as bits, eight a byte and whole matrices one after the other, and beside it the kept values alone, in that order.
     Codes of 4 bits are written two a byte, the first in the low half, along the last axis, and 8-bit floats as their
     bytes; the type ends the array's name, as in 'codes.int4'. What has invariants carries their manifest, as JSON. The
     file is compressed (deflate). The same weights give the same bytes.
     """
-    kinds = jax.tree.leaves(params, is_leaf=weights.is_weight)
-    adapter_only = any(isinstance(w, weights.Frozen | weights.Lora) for w in kinds)
-    written = weights.partition(params)[0] if adapter_only else _packed(params)
+
+    def stands_on_a_base(node):
+        return isinstance(node, weights.Frozen | weights.Lora)
+
+    adapter_only = any(map(stands_on_a_base, jax.tree.leaves(params, is_leaf=stands_on_a_base)))
+    written = weights.partition(params)[0] | _packed(_own_bases(params)) if adapter_only else _packed(params)
     stored = dict(_stored(name, a) for name, a in jax.device_get(written).items())
     promised = manifest(params)
     if promised:
@@ -81,6 +85,18 @@ def read_export(path: Path, params: weights.Params) -> weights.Params:
     promised = json.loads(stored[_MANIFEST].tobytes()) if _MANIFEST in stored else {}
     check(promised, read, step=f"reading {path}")
     return read
+
+
+def _own_bases(params: weights.Params) -> dict[str, Any]:
+    """The bases that belong to one adapter alone, by path."""
+    found = {}
+
+    def one(place, node):
+        if isinstance(node, weights.Lora) and node.own_base:
+            found[f"{weights.path_name(place)}/base"] = node.base
+
+    jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, weights.Lora))
+    return found
 
 
 def _packed(params) -> dict[str, np.ndarray]:

@@ -24,7 +24,8 @@ class lora(Adapting):
     * `dora` trains the length of every output's column apart from its direction. Source: Liu et al. 2024,
       arXiv:2402.09353.
     * `init="pissa"` starts the update as the principal part of the weight and leaves the rest as the base, so a float
-      weight without a kind is needed; quantise what is left afterwards. Source: Meng et al. 2024, arXiv:2404.02948.
+      weight without a kind is needed; quantise what is left afterwards. What is left is no other adapter's base, and
+      is exported with this one. Source: Meng et al. 2024, arXiv:2404.02948.
     """
 
     rank: int = 8
@@ -72,4 +73,4 @@ class lora(Adapting):
         root = jnp.sqrt(s[..., : self.rank] / self._scale())
         a, b = u[..., : self.rank] * root[..., None, :], root[..., None] * vt[..., : self.rank, :]
         rest = w.astype(jnp.float32) - self._scale() * jnp.matmul(a, b, preferred_element_type=jnp.float32)
-        return Lora(rest.astype(w.dtype), a, b, self._scale())
+        return Lora(rest.astype(w.dtype), a, b, self._scale(), own_base=True)

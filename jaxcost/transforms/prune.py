@@ -17,7 +17,20 @@ from jaxcost.transforms import masks
 from jaxcost.transforms.base import Stage, Transform, matrix_shape
 from jaxcost.transforms.schedules import SET, Gradual, Iterative, RigL, check_sparsity
 from jaxcost.transforms.sparsegpt import sparsegpt
-from jaxcost.weights import Frozen, Inputs, Lora, LowRank, Masked, Params, QuantAware, Quantized, Scored, Weight
+from jaxcost.weights import (
+    Dora,
+    Frozen,
+    Inputs,
+    Lora,
+    LowRank,
+    Masked,
+    Params,
+    QuantAware,
+    Quantized,
+    Scaled,
+    Scored,
+    Weight,
+)
 
 Method = Literal["magnitude", "random", "wanda", "sparsegpt", "movement"]
 Matrices = dict[str, tuple["prune", Any]]
@@ -352,7 +365,9 @@ def _over_matrices(path: str, w: Any, inputs: Inputs | None, f: Callable[[str, A
     if isinstance(w, LowRank):
         u = _over_matrices(f"{path}/u", w.u, inputs, f)
         return w.replace(u=u, v=_over_matrices(f"{path}/v", w.v, None, f))
-    if isinstance(w, QuantAware | Frozen):
+    if isinstance(w, Scaled) and w.side == "in" and inputs is not None:
+        inputs = inputs.scaled(w.scale)
+    if isinstance(w, Dora | Frozen | QuantAware | Scaled):
         return w.replace(weight=_over_matrices(f"{path}/weight", w.weight, inputs, f))
     inner = w.weight if isinstance(w, Masked) else w
     if isinstance(inner, Quantized):

@@ -113,7 +113,7 @@ class quantize(Transform):
             after = None if inputs is None else self._after(path, w.u, inputs)
             return w.replace(u=self.apply(f"{path}/u", w.u, key, inputs), v=self.apply(f"{path}/v", w.v, key, after))
         if isinstance(w, Scaled):
-            before = _scaled(inputs, w.scale) if inputs is not None and w.side == "in" else inputs
+            before = inputs.scaled(w.scale) if inputs is not None and w.side == "in" else inputs
             return w.replace(weight=self.apply(path, w.weight, key, before))
         if self.group is not None and inward % self.group:
             raise ValueError(
@@ -145,7 +145,7 @@ class quantize(Transform):
     def _stored(self, dense: jax.Array, mask: jax.Array | None, inputs: Inputs | None) -> Any:
         factor = awq_factor(dense, inputs, self.grid, self.group) if self.method == "awq" else None
         if factor is not None:
-            dense, inputs = dense * factor[..., None], _scaled(inputs, 1.0 / factor)
+            dense, inputs = dense * factor[..., None], inputs.scaled(1.0 / factor)
         if self.method == "gptq":
             stored = gptq(dense, mask, inputs, self.grid, self.group)
         else:
@@ -180,9 +180,3 @@ class quantize(Transform):
             words.append(f"int{self.activation_bits} activations ({self._activations})")
         words += [f"groups of {self.group}"] if self.group else []
         return ", ".join([*words, self.method] if self.method != "nearest" else words)
-
-
-def _scaled(inputs: Inputs, scale: jax.Array) -> Inputs:
-    """The statistics of inputs that are multiplied with a scale (..., in)."""
-    gram = None if inputs.gram is None else inputs.gram * scale[..., :, None] * scale[..., None, :]
-    return Inputs(inputs.count, inputs.squares * scale**2, inputs.largest * jnp.abs(scale), gram)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcost.transforms.second_order import solve
-from jaxcost.transforms.whole import on_each_device
+from jaxcost.transforms.whole import by_outputs
 from jaxcost.weights import GridName, Inputs, Quantized, encode, group_scale, quantized
 from jaxcost.weights.quantized import decode
 
@@ -32,7 +30,7 @@ def gptq(dense: jax.Array, mask: jax.Array | None, inputs: Inputs, grid: GridNam
       group: neighbours along the contracted axis that share a scale; None for all of them.
     """
 
-    def one(w, kept, gram, count):
+    def one(share, w, kept, gram, count):
         # The scales of whole channels are those of the weight as it comes in.
         whole = group_scale(w, grid) if group is None else None
 
@@ -52,7 +50,7 @@ def gptq(dense: jax.Array, mask: jax.Array | None, inputs: Inputs, grid: GridNam
 
     dense = dense.astype(jnp.float32)
     kept = jnp.ones(dense.shape, bool) if mask is None else mask
-    codes, scale = on_each_device(_over_stack(one, dense.ndim - 2))(dense, kept, inputs.gram, inputs.count)
+    codes, scale = by_outputs(one, (dense, kept), (inputs.gram, inputs.count))
     return Quantized(codes, scale, grid=grid)
 
 
@@ -64,7 +62,7 @@ def awq_factor(dense: jax.Array, inputs: Inputs, grid: GridName, group: int | No
     arXiv:2306.00978, section 3.2, with root mean squares in the place of mean magnitudes.
     """
 
-    def one(w, gram, squares, count):
+    def one(share, w, gram, squares, count):
         size = jnp.sqrt(squares / jnp.maximum(count, 1.0))
 
         def factor(power):
@@ -77,12 +75,7 @@ def awq_factor(dense: jax.Array, inputs: Inputs, grid: GridName, group: int | No
             return jnp.sum(change * jnp.matmul(gram, change, precision="highest"))
 
         powers = jnp.arange(_AWQ_STEPS) / _AWQ_STEPS
-        return factor(powers[jnp.argmin(lax.map(error, powers))])
+        return factor(powers[jnp.argmin(share.total(lax.map(error, powers)))])
 
     dense = dense.astype(jnp.float32)
-    factors = on_each_device(_over_stack(one, dense.ndim - 2))
-    return factors(dense, inputs.gram, inputs.squares, inputs.count)
-
-
-def _over_stack(f, depth: int):
-    return functools.reduce(lambda inner, _: jax.vmap(inner), range(depth), f)
+    return by_outputs(one, (dense,), (inputs.gram, inputs.squares, inputs.count), gives_outputs=False)

@@ -72,6 +72,9 @@ def solve(
     return w, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
+# One matrix of a stack after the other: on CPUs, jaxlib's batched solve (0.10.2) waits for a pool whose threads, where
+# there are as many devices as those, all wait in it.
+@jax.custom_batching.sequential_vmap
 def inverse_factor(gram: jax.Array, count: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """The upper triangular U (in, in) with UᵀU the inverse of the damped Hessian, and which inputs are always zero.
 

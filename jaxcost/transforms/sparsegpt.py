@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxcost.transforms.masks import drop_smallest, keep_largest_of_group
 from jaxcost.transforms.second_order import solve
-from jaxcost.transforms.whole import on_each_device
+from jaxcost.transforms.whole import by_outputs
 from jaxcost.weights import Inputs
 
 
@@ -36,14 +36,16 @@ def sparsegpt(
       block: inputs whose mask is chosen together.
     """
 
-    def one(w, kept, gram, count):
+    def one(share, w, kept, gram, count):
         def plan(rows, pivots, first):
             score = jnp.square(rows / pivots[:, None])
             before = lax.dynamic_slice_in_dim(kept, first, rows.shape[0])
             if groups is not None:
                 return keep_largest_of_group(score, before, *groups)
-            number = min(int(rows.size * sparsity) + 1, rows.size) if sparsity else 0
-            return drop_smallest(score, before, number)
+            # A block's mask is chosen among all outputs.
+            score, before = share.all(score), share.all(before)
+            number = min(int(score.size * sparsity) + 1, score.size) if sparsity else 0
+            return share.mine(drop_smallest(score, before, number))
 
         def decide(row, mask):
             return jnp.where(mask, row, 0.0), mask
@@ -52,7 +54,5 @@ def sparsegpt(
         group = None if groups is None else groups[1]
         return solve(w, gram, count, plan, decide, damping=damping, block=size, group=group)
 
-    for _ in range(w.ndim - 2):
-        one = jax.vmap(one)
-    dense, mask = on_each_device(one)(w, kept, inputs.gram, inputs.count)
+    dense, mask = by_outputs(one, (w, kept), (inputs.gram, inputs.count))
     return dense.astype(w.dtype), mask

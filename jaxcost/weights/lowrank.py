@@ -61,6 +61,8 @@ class Lora(Weight):
     b: Any
     """(..., r, out)."""
     scale: float = struct.field(pytree_node=False, default=1.0)
+    own_base: bool = struct.field(pytree_node=False, default=False)
+    """Whether the base is what the update left of another, and so must be kept with it (PiSSA)."""
 
     def contract(self, x, key):
         key_base, key_a, key_b = split_keys(key, 3)

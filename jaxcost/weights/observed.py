@@ -22,7 +22,7 @@ class Inputs:
     """What is known of the activations x (rows, in) that each matrix of a weight (..., in, out) meets; float32."""
 
     count: jax.Array
-    """(...): rows seen."""
+    """(...): rows seen that are not all zeros."""
     squares: jax.Array
     """(..., in): sum of x² over the rows."""
     largest: jax.Array
@@ -34,6 +34,11 @@ class Inputs:
         """(..., in): of each input; ones for a matrix that has met no rows."""
         met = self.count[..., None]
         return jnp.where(met > 0, jnp.sqrt(self.squares / jnp.maximum(met, 1.0)), 1.0)
+
+    def scaled(self, scale: jax.Array) -> Inputs:
+        """Those of the inputs multiplied with a factor (..., in) for each channel."""
+        gram = None if self.gram is None else self.gram * scale[..., :, None] * scale[..., None, :]
+        return Inputs(self.count, self.squares * scale**2, self.largest * jnp.abs(scale), gram)
 
     def __add__(self, other: Inputs) -> Inputs:
         """The statistics of both sets of rows."""
@@ -90,7 +95,8 @@ def _watched_backward(residuals, g):
     x, inputs = residuals
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     gram = None if inputs.gram is None else jnp.matmul(rows.T, rows, preferred_element_type=jnp.float32)
-    count = jnp.full((), rows.shape[0], jnp.float32)
+    # An expert's empty places hold zeros, which are no rows.
+    count = jnp.sum(jnp.any(rows != 0, axis=-1), dtype=jnp.float32)
     return g, Inputs(count, jnp.sum(jnp.square(rows), axis=0), jnp.max(jnp.abs(rows), axis=0, initial=0.0), gram)
 
 
