@@ -105,6 +105,24 @@ def test_codes_mean_what_the_weights_mean(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_each_expert_is_a_module_and_routers_stay_numbers(tmp_path):
+    config = dataclasses.replace(CONFIG, experts=3)
+    params = initialize(Transformer(config), jax.random.key(0))[0]
+    # Between the norms and the scores of a router there is nothing to save.
+    params = quantize(bits=4, group=8, rules=(rule("(up|gate|down|query|key|value|output)/kernel"),))(params)
+    huggingface.save(tmp_path / "out", config, params, layout="compressed-tensors")
+    written, tensors = stored(tmp_path / "out")
+    up = weights.materialize(params["layers"]["mlp"]["up"]["kernel"])
+    for layer in range(config.num_layers):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        assert f"{block}.gate" in written["quantization_config"]["ignore"]
+        for expert in range(3):
+            module = f"{block}.experts.{expert}.w3"
+            got = decoded(tensors, module, scheme_of(written, module))
+            np.testing.assert_allclose(got, up[layer, expert], atol=1e-6)
+
+
+@pytest.mark.slow
 def test_activation_scales_are_written(tmp_path):
     params = quantised(quantize(activations="static"))
     huggingface.save(tmp_path / "out", CONFIG, params, layout="compressed-tensors")
