@@ -23,7 +23,7 @@ from jaxcost.transforms import calibrated, chain, lora, prune, quantize, rule
 EVERYWHERE = (rule("kernel$"),)
 MLP_ALONE = (rule("layers/mlp/", group=8, bits=4), rule("attention/(query|key|value)/"))
 SCHEMES = {
-    "int4 in groups": (quantize(bits=4, group=8), "pack-quantized"),
+    "int4 in groups": (quantize(bits=4, group=8, rules=(rule("mlp/down|query"),)), "pack-quantized"),
     "int8 for both": (quantize(activations="dynamic"), "int-quantized"),
     "fp8": (quantize(numbers="fp"), "float-quantized"),
     "int8": (quantize(), "pack-quantized"),
@@ -142,11 +142,11 @@ def test_activation_scales_are_written(tmp_path):
 @sweep(
     ("transform", "change", "message"),
     [
+        (prune(sparsity=0.5), {}, r"No weight is quantised; apply quantize\(\) first"),
         (quantize(bits=4, numbers="nf"), {}, "kernel is nf4, which vLLM does not read"),
         (quantize(numbers="fp", group=8), {}, "is fp8 in groups of 8, which vLLM does not read"),
         (quantize(bits=4, activations="dynamic"), {}, "is int4 with 8-bit activations"),
         (chain(quantize(), lora(rank=2)), {}, "kernel is Lora over quantised weights"),
-        (prune(sparsity=0.5), {}, r"No weight is quantised; apply quantize\(\) first"),
         (quantize(rules=(rule("mlp/up/"),)), {"rotary_fraction": 0.5}, "are one matrix in .*gate_up_proj.*alike"),
         (
             quantize(),
@@ -155,7 +155,7 @@ def test_activation_scales_are_written(tmp_path):
             "c_attn.weight is no linear layer of torch",
         ),
     ],
-    quick=2,
+    quick=1,
 )
 def test_what_the_layout_does_not_have_is_refused(transform, change, message, tmp_path):
     config = dataclasses.replace(CONFIG, **change)
