@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from small import CONFIG, MODEL, dense_params
+from small import CONFIG, MODEL, QUICK, dense_params
 from sweep import sweep
 
 from jaxcost.models.config import ModelConfig
@@ -122,7 +122,7 @@ TINY = ModelConfig(
 @functools.cache
 def tiny(seed, width=8, sharpness=3.0):
     model = Transformer(dataclasses.replace(TINY, width=width))
-    params = initialize(model, jax.random.key(seed))[0]
+    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(seed))
     return model, {**params, "unembed": {"kernel": sharpness * params["unembed"]["kernel"]}}
 
 

@@ -27,6 +27,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
+from jaxcost.training import checkpoints
 from jaxcost.training.checkpoints import CheckpointError
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.training.loop import NonFiniteError
@@ -358,3 +359,12 @@ def test_moments_exist_for_what_trains_alone(data_dir):
     assert adapter and all(name.endswith(("/a", "/b")) for name in adapter)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in adapter.values())
+
+
+def test_checksums_of_large_stacks_are_those_of_small_ones(monkeypatch):
+    tree = {"a": jax.random.normal(jax.random.key(0), (3, 5, 7)).astype("bfloat16"), "b": np.arange(4.0)}
+    whole = checkpoints._checksums(jax.tree.map(jax.numpy.asarray, tree))
+    words = np.asarray(tree["a"]).view(np.uint16).astype(np.uint64).sum() % 2**32
+    assert whole["a"] == words
+    monkeypatch.setattr(checkpoints, "_LARGE_BYTES", 0)
+    assert checkpoints._checksums(jax.tree.map(jax.numpy.asarray, tree)) == whole

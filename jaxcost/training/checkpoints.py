@@ -111,21 +111,36 @@ class Checkpoints:
         return f"The checkpoint {self._directory / str(step)} cannot be read ({why}); remove that folder {then}."
 
 
+_LARGE_BYTES = 2**26
+
+
 def _checksums(tree: Any) -> dict[str, int]:
     """For every array the sum of its bytes' 32-bit words, modulo 2**32: what a flipped bit on a disk would change."""
     named = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    return {name: int(value) for name, value in jax.device_get(_word_sums(named)).items()}
+    large = {name: x for name, x in named.items() if x.nbytes > _LARGE_BYTES and x.ndim > 2}
+    sums = _word_sums({name: x for name, x in named.items() if name not in large})
+    # XLA on a CPU writes out the 32-bit words that it sums, twice what is stored in 16 bits: of one layer at a time.
+    layers = {name: [_layer_word_sum(x, i) for i in range(x.shape[0])] for name, x in large.items()}
+    found = {name: int(value) for name, value in jax.device_get(sums).items()}
+    found |= {name: sum(map(int, values)) % 2**32 for name, values in jax.device_get(layers).items()}
+    return {name: found[name] for name in named}
 
 
 @jax.jit
 def _word_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def words(x):
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[np.dtype(x.dtype).itemsize]
-        whole_bytes = x.dtype != jnp.bool_ and jax.dtypes.itemsize_bits(x.dtype) >= 8
-        x = jax.lax.bitcast_convert_type(x, unsigned) if whole_bytes else x.astype(unsigned)
-        return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
+    return {name: _word_sum(x) for name, x in arrays.items()}
 
-    return {name: words(x) for name, x in arrays.items()}
+
+@jax.jit
+def _layer_word_sum(x: jax.Array, layer: int) -> jax.Array:
+    return _word_sum(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False))
+
+
+def _word_sum(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[np.dtype(x.dtype).itemsize]
+    whole_bytes = x.dtype != jnp.bool_ and jax.dtypes.itemsize_bits(x.dtype) >= 8
+    x = jax.lax.bitcast_convert_type(x, unsigned) if whole_bytes else x.astype(unsigned)
+    return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
 
 
 def _first_line(error: Exception) -> str:
