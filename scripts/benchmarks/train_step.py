@@ -15,6 +15,7 @@ from jaxcost.command_line import run
 from jaxcost.config import Experiment, Overrides
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.sharding import runnable
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import chain, factorize, freeze, lora, prune, quantize
@@ -48,21 +49,21 @@ def main(arguments: Arguments) -> dict:
         "low rank": (bf16, (factorize(),)),
         "lora": (bf16, (lora(),)),
         "lora on int8": (bf16, (quantize(), lora())),
+        "lora on nf4": (bf16, (quantize(bits=4, numbers="nf", group=64), lora())),
         "freeze all but 1": (bf16, (freeze(),)),
         "AQT int8 training": (bf16, (quantize(mode="training"),)),
     }
     prepared = {name: _prepare(base, *case) for name, case in cases.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(arguments.rounds + 1):
-        for name, (compiled, state, batch) in prepared.items():
+        for name, (run_step, flops, state, batch) in prepared.items():
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(compiled(state, batch))
+            state, _ = jax.block_until_ready(run_step(state, batch))
             seconds[name].append(time.perf_counter() - start)
-            prepared[name] = (compiled, state, batch)
+            prepared[name] = (run_step, flops, state, batch)
     rows = []
-    for name, (compiled, _, batch) in prepared.items():
+    for name, (_, flops, _, batch) in prepared.items():
         median = statistics.median(seconds[name][1:])
-        flops = compiled_cost(compiled).total_flops
         rows.append({"case": name, "step_seconds": median, "step_flops": flops, "tokens": batch["inputs"].size})
     first = rows[0]
     table = Table("case", "step, ms", "ratio", "GFLOP", "ratio", "tokens/s", "GFLOP/s", title="Train step, medians")
@@ -91,7 +92,9 @@ def _prepare(experiment: Experiment, execution, transforms):
     tokens = jax.random.randint(jax.random.key(1), shape, 0, vocab_size)
     batch = {"inputs": tokens, "targets": tokens, "mask": jnp.ones(shape)}
     step = jax.jit(make_train_step(model, optimizer, transform), donate_argnums=0)
-    return step.lower(state, batch).compile(), jax.tree.map(jnp.copy, state), batch
+    compiled = step.lower(state, batch).compile()
+    run_step = runnable(step, compiled, state)
+    return run_step, compiled_cost(compiled).total_flops, jax.tree.map(jnp.copy, state), batch
 
 
 if __name__ == "__main__":
