@@ -87,6 +87,35 @@ def needed(fields: Fields, name: str) -> Any:
     return fields[name]
 
 
+def sizes(fields: Fields) -> dict[str, int]:
+    """The sizes of the blocks by ModelConfig's names, from those that most families give them."""
+    width, heads = needed(fields, "hidden_size"), needed(fields, "num_attention_heads")
+    return {
+        "width": width,
+        "num_layers": needed(fields, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.get("num_key_value_heads") or heads,
+        "head_dim": fields.get("head_dim") or width // heads,
+        "mlp_width": needed(fields, "intermediate_size"),
+    }
+
+
+def plain_encoder(fields: Fields) -> dict[str, Any]:
+    """The options by ModelConfig's names of encoders as the first ones were: LayerNorm, biases, learned positions."""
+    return {
+        **sizes(fields),
+        "gated": False,
+        "activation": activation(fields.get("hidden_act", "gelu")),
+        "norm": "layer",
+        "norm_epsilon": fields.get("layer_norm_eps", 1e-12),
+        "position": "learned",
+        "causal": False,
+        "qkv_bias": fields.get("qkv_bias", True),
+        "output_bias": True,
+        "mlp_bias": True,
+    }
+
+
 def activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise UnsupportedModel(f"The activation {name!r} is not one of {', '.join(ACTIVATIONS)}.")

@@ -21,6 +21,7 @@ from jaxcost.models.families.base import (
     pattern,
     rope,
     rope_fields,
+    sizes,
 )
 
 # ---- Configs ----
@@ -28,17 +29,11 @@ from jaxcost.models.families.base import (
 
 def _decoder(fields: Fields, **options: Any) -> ModelConfig:
     """What all families after GPT-2 share; `options` are ModelConfig's own fields, which go before."""
-    heads, width = needed(fields, "num_attention_heads"), needed(fields, "hidden_size")
     theta, scaling, fraction = rope(rope_fields(fields, "full_attention"))
     chosen = fields.get("hidden_activation") or fields.get("hidden_act", "silu")
     common = {
         "vocab_size": needed(fields, "vocab_size"),
-        "width": width,
-        "num_layers": needed(fields, "num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or heads,
-        "head_dim": fields.get("head_dim") or width // heads,
-        "mlp_width": needed(fields, "intermediate_size"),
+        **sizes(fields),
         "norm_epsilon": fields.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,

@@ -19,8 +19,10 @@ from jaxcost.models.families.base import (
     needed,
     norm,
     pattern,
+    plain_encoder,
     rope,
     rope_fields,
+    sizes,
 )
 
 # ---- Configs ----
@@ -32,29 +34,14 @@ def _bert(fields: Fields, **options: Any) -> ModelConfig:
     kind = fields.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise UnsupportedModel(f"position_embedding_type is {kind!r}, but only absolute positions can be read.")
-    width, heads = needed(fields, "hidden_size"), needed(fields, "num_attention_heads")
     common = {
+        **plain_encoder(fields),
         "vocab_size": needed(fields, "vocab_size"),
-        "width": width,
-        "num_layers": needed(fields, "num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": heads,
-        "head_dim": width // heads,
-        "mlp_width": needed(fields, "intermediate_size"),
-        "gated": False,
-        "activation": activation(fields.get("hidden_act", "gelu")),
-        "norm": "layer",
-        "norm_epsilon": fields.get("layer_norm_eps", 1e-12),
         "norm_placement": "sum",
         "embedding_norm": True,
-        "position": "learned",
         "max_length": fields.get("max_position_embeddings", 512),
         "token_types": fields.get("type_vocab_size", 2),
-        "causal": False,
         "tie_embeddings": fields.get("tie_word_embeddings", True),
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
     }
     return ModelConfig(**(common | options))
 
@@ -67,7 +54,6 @@ def _roberta(fields: Fields) -> ModelConfig:
 
 
 def _modernbert(fields: Fields) -> ModelConfig:
-    width, heads = needed(fields, "hidden_size"), needed(fields, "num_attention_heads")
     layers, every = needed(fields, "num_hidden_layers"), fields.get("global_attn_every_n_layers", 3)
     cycle = ["full_attention"] + ["sliding_attention"] * (every - 1)
     kinds = fields.get("layer_types") or [cycle[i % every] for i in range(layers)]
@@ -78,12 +64,7 @@ def _modernbert(fields: Fields) -> ModelConfig:
     bias = fields.get("attention_bias", False)
     return ModelConfig(
         vocab_size=needed(fields, "vocab_size"),
-        width=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        mlp_width=needed(fields, "intermediate_size"),
+        **sizes(fields),
         activation=activation(fields.get("hidden_activation", "gelu")),
         norm="layer",
         norm_epsilon=fields.get("norm_eps", 1e-5),

@@ -12,44 +12,22 @@ from jaxcost.models.families.base import (
     Fields,
     Head,
     Tensors,
-    activation,
     hidden_states,
     labels,
     linear,
-    needed,
     norm,
+    plain_encoder,
 )
 
 # ---- Configs ----
 
 
-def _vision(fields: Fields, class_tokens: int, **options: Any) -> ModelConfig:
-    width, heads = needed(fields, "hidden_size"), needed(fields, "num_attention_heads")
+def _vision(fields: Fields, class_tokens: int) -> ModelConfig:
     height, across = _pair(fields.get("image_size", 224))
     images = ImageConfig(fields.get("patch_size", 16), height, across, fields.get("num_channels", 3), class_tokens)
-    common = {
-        "vocab_size": 0,
-        "images": images,
-        "max_length": images.tokens,
-        "width": width,
-        "num_layers": needed(fields, "num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": heads,
-        "head_dim": width // heads,
-        "mlp_width": needed(fields, "intermediate_size"),
-        "gated": False,
-        "activation": activation(fields.get("hidden_act", "gelu")),
-        "norm": "layer",
-        "norm_epsilon": fields.get("layer_norm_eps", 1e-12),
-        "position": "learned",
-        "causal": False,
-        "qkv_bias": fields.get("qkv_bias", True),
-        "output_bias": True,
-        "mlp_bias": True,
-        # The transformer cannot be made without saying what it gives; the family's head takes its place.
-        "head": HeadConfig(embed=True),
-    }
-    return ModelConfig(**(common | options))
+    # The transformer cannot be made without saying what it gives; the family's head takes its place.
+    head = HeadConfig(embed=True)
+    return ModelConfig(**plain_encoder(fields), vocab_size=0, images=images, max_length=images.tokens, head=head)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -87,16 +87,22 @@ def _effective(c: ModelConfig) -> ModelConfig:
 # ---- Writers ----
 
 
+def _sizes(c: ModelConfig) -> dict[str, int]:
+    return {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_width,
+    }
+
+
 def _decoder(c: ModelConfig) -> dict[str, Any]:
     """What all families after GPT-2 share."""
     return {
         "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
+        **_sizes(c),
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "intermediate_size": c.mlp_width,
         "hidden_act": _ACTIVATIONS[c.activation],
         "rms_norm_eps": c.norm_epsilon,
         "rope_parameters": _rope(c),
@@ -185,10 +191,7 @@ def _gpt2(c: ModelConfig) -> dict[str, Any]:
 def _bert(c: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.mlp_width,
+        **_sizes(c),
         "hidden_act": _ACTIVATIONS[c.activation],
         "layer_norm_eps": c.norm_epsilon,
         "max_position_embeddings": c.max_length + c.position_offset,
@@ -205,10 +208,7 @@ def _modernbert(c: ModelConfig) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": c.local_rope_theta or c.rope_theta}
     return {
         "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.mlp_width,
+        **_sizes(c),
         "hidden_activation": _ACTIVATIONS[c.activation],
         "norm_eps": c.norm_epsilon,
         "norm_bias": c.norm_bias,
@@ -229,10 +229,7 @@ def _modernbert(c: ModelConfig) -> dict[str, Any]:
 def _vision(c: ModelConfig) -> dict[str, Any]:
     images = c.images
     return {
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.mlp_width,
+        **_sizes(c),
         "hidden_act": _ACTIVATIONS[c.activation],
         "layer_norm_eps": c.norm_epsilon,
         "image_size": images.height if images.height == images.width else [images.height, images.width],
