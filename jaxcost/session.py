@@ -63,9 +63,9 @@ class Session:
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
         config = experiment.model
-        if config.vocab_size == 0:
+        if config.vocab_size == 0 and not config.images.patch:
             config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
-        if config.vocab_size < self.tokenizer.vocab_size:
+        if config.vocab_size < self.tokenizer.vocab_size and not config.images.patch:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
@@ -226,6 +226,7 @@ class Session:
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
+        self._check_language_model()
         self.train_stream, self.scorer  # noqa: B018
 
     def distiller(self, teacher: Transformer | None) -> Distiller | None:
@@ -295,8 +296,7 @@ class Session:
             yield sharding.place_batch(batch, self.mesh)
 
     def _check_language_model(self) -> None:
-        config = self.experiment.model
-        if not (config.causal and config.head.of_vocabulary):
+        if not self.experiment.model.language_model:
             raise ValueError(
                 "Training and scoring are on the next token of a text, which takes a causal model with logits of the "
                 "vocabulary; set model.causal, and leave model.head as it is by default."

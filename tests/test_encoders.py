@@ -25,7 +25,7 @@ from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cach
 from jaxcost.session import Session
 from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain
+from jaxcost.transforms import chain, prompt_tuning
 
 oracles = pytest.mark.oracles
 
@@ -218,7 +218,8 @@ KINDS = {
 @functools.cache
 def made(kind):
     config = dataclasses.replace(BASE, **KINDS[kind])
-    return config, initialize(Transformer(config), jax.random.key(0))[0]
+    start = jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)
+    return config, start(jax.random.key(0))
 
 
 @sweep("kind", ["post", *(kind for kind in KINDS if kind != "post")], quick=1)
@@ -351,10 +352,46 @@ def test_embeddings_have_unit_length():
     np.testing.assert_allclose(np.linalg.norm(ours(config, params), axis=-1), 1, rtol=1e-5)
 
 
+def test_a_sequence_without_a_token_has_an_embedding_of_zeros():
+    config, params = made("embeddings")
+    hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(TOKENS), valid_BT=jnp.asarray(VALID[:1] < 0))
+
+    def total(hidden):
+        return jnp.sum(logits(config, params, hidden))
+
+    assert not np.any(logits(config, params, hidden)) and np.all(np.isfinite(jax.grad(total)(hidden)))
+
+
+@pytest.mark.slow
+def test_types_are_those_of_the_text_behind_a_prompt():
+    config, params = made("post")
+    tuned = prompt_tuning(tokens=3)(params)
+    apply = functools.partial(Transformer(config).apply, {"params": tuned}, jnp.asarray(TOKENS))
+    kinds = jnp.asarray(TOKENS % 2)
+    want = Transformer(config).apply(
+        {"params": params},
+        jnp.concatenate([jnp.broadcast_to(tuned["prompt"]["table"], (3, 3, 32)), params["embed"]["table"][TOKENS]], 1),
+        types_BT=jnp.pad(kinds, ((0, 0), (3, 0))),
+    )[0][:, 3:]
+    np.testing.assert_allclose(apply(types_BT=kinds)[0], want, atol=1e-5)
+    np.testing.assert_array_equal(apply(types_BT=0 * kinds)[0], apply()[0])
+
+
 def test_images_of_another_size_are_refused():
     config, params = made("pictures")
     with pytest.raises(ValueError, match=r"shape \(8, 8, 2\), but model.images says \(8, 12, 2\)"):
         Transformer(config).apply({"params": params}, jnp.zeros((1, 8, 8, 2)))
+
+
+def test_tokens_behind_the_last_learned_position_reach_nothing_before_it():
+    config = dataclasses.replace(BASE, num_layers=2, causal=True, position="learned", max_length=6)
+    model = Transformer(config)
+    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    apply = functools.partial(model.apply, {"params": params})
+    got, _ = apply(jnp.asarray(TOKENS), init_cache(config, 3, 12, jnp.float32))
+    np.testing.assert_allclose(got[:, :6], apply(jnp.asarray(TOKENS[:, :6]))[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"12 tokens is longer than model.max_length \(6\)"):
+        apply(jnp.asarray(TOKENS))
 
 
 def test_an_encoder_has_no_cache():

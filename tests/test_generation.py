@@ -11,7 +11,7 @@ import scipy.stats
 from small import CONFIG, MODEL, QUICK, dense_params
 from sweep import sweep
 
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import HeadConfig, ModelConfig
 from jaxcost.models.transformer import Transformer, initialize, logits
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, choose, probabilities, processed, rows_of
@@ -99,12 +99,35 @@ def test_sequences_end_at_ids_and_strings():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e300}, "temperature is 1e"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**change)
+
+
+def test_extreme_settings_leave_the_likeliest_or_all():
+    x = random_logits(2)
+    rows = rows_of([Sampling(temperature=1.0, top_p=1e-46), Sampling(temperature=1.0, top_k=10**12)], PROMPTS[:2], 32)
+    shares = np.asarray(probabilities(rows, x))
+    assert shares[0, np.argmax(x[0])] == 1 and np.count_nonzero(shares[1]) == 32
+
+
+@pytest.mark.parametrize(
+    "change", [{"causal": False}, {"head": HeadConfig(outputs=2)}, {"head": HeadConfig(outputs=2, pooling="last")}]
+)
+def test_what_is_no_language_model_generates_nothing(change):
+    with pytest.raises(ValueError, match="Generation takes a causal model with logits of the vocabulary"):
+        Engine(Transformer(dataclasses.replace(CONFIG, **change)))
+
+
+def test_dispatches_are_of_tokens():
+    with pytest.raises(ValueError, match="tokens_per_dispatch is 0"):
+        engine().generate(dense_params(), PROMPTS, max_new_tokens=1, tokens_per_dispatch=0)
 
 
 def test_there_are_as_many_settings_as_prompts():
@@ -215,6 +238,17 @@ def test_a_row_draws_the_same_in_any_speculative_batch():
     turned, _ = both.generate(params, draft_params, prompts[::-1], max_new_tokens=9, sampling=each[::-1])
     for row, same in zip(together, turned[::-1], strict=True):
         np.testing.assert_array_equal(row, same)
+
+
+@pytest.mark.slow
+def test_proposals_behind_the_last_learned_position_reach_nothing_before_it():
+    model = Transformer(dataclasses.replace(TINY, position="learned", max_length=12))
+    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params["unembed"]["kernel"] *= 3
+    prompts = [np.array([3, 5, 4, 1])]
+    want = Engine(model).generate(params, prompts, max_new_tokens=8)
+    got, _ = SpeculativeEngine(model, model, 5).generate(params, params, prompts, max_new_tokens=8)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_drafts_of_another_vocabulary_are_refused():

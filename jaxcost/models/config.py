@@ -279,6 +279,11 @@ class ModelConfig:
             raise ValueError("model.mlp_bias is on; experts have no biases, so turn it off.")
 
     @property
+    def language_model(self) -> bool:
+        """Whether the model gives logits of the next token."""
+        return self.causal and self.head.of_vocabulary
+
+    @property
     def rotary_dim(self) -> int:
         """Leading entries of a head that are rotated."""
         return int(self.head_dim * self.rotary_fraction)

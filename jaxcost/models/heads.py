@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from jaxcost import weights
 from jaxcost.models.config import ModelConfig
@@ -68,7 +69,11 @@ def pooled(pooling: str, hidden_BTD: jax.Array, valid_BT: jax.Array | None) -> j
 def embeddings(hidden: jax.Array, pooling: str) -> jax.Array:
     """Hidden states (..., D) as embeddings, float32: at unit length where they are of a whole sequence."""
     made = hidden.astype(jnp.float32)
-    return made if pooling == "none" else made / jnp.linalg.norm(made, axis=-1, keepdims=True)
+    if pooling == "none":
+        return made
+    # A sequence without valid tokens is all zeros and stays so.
+    squared = jnp.sum(made**2, axis=-1, keepdims=True)
+    return made * jnp.where(squared > 0, lax.rsqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
 def outputs(hidden: jax.Array, matrix: Any, bias: jax.Array | None, soft_cap: float = 0.0, key=None) -> jax.Array:

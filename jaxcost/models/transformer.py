@@ -210,10 +210,14 @@ class Transformer(nn.Module):
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         if c.position == "learned":
             table = Table(c.max_length + c.position_offset, c.width, "position", name="positions")()
-            x_BTD = x_BTD + jnp.take(table, positions_BT + c.position_offset, axis=0).astype(x_BTD.dtype)
+            # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
+            rows_BT = jnp.minimum(positions_BT, c.max_length - 1) + c.position_offset
+            x_BTD = x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
         if c.token_types:
             table = Table(c.token_types, c.width, "position", name="token_types")()
             types_BT = jnp.zeros((1, 1), jnp.int32) if types_BT is None else types_BT
+            if cache is None and types_BT.shape[1] > 1:
+                types_BT = jnp.pad(types_BT, ((0, 0), (optional.prompt_tokens(params), 0)))
             x_BTD = x_BTD + jnp.take(table, types_BT, axis=0).astype(x_BTD.dtype)
         if c.embedding_norm:
             x_BTD = Norm(c, name="embedding_norm")(x_BTD)
@@ -401,6 +405,10 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
     if cache is not None and not config.causal:
         raise ValueError("model.causal is off, and a cache holds what came before a token; run the whole sequence.")
     virtual = optional.virtual_tokens(params)
+    if cache is None and config.position == "learned" and length > config.max_length:
+        raise ValueError(
+            f"A sequence of {length} tokens is longer than model.max_length ({config.max_length}); shorten it."
+        )
     if virtual and virtual + length > config.max_length:
         raise ValueError(
             f"{virtual} virtual tokens and {length} tokens are longer than model.max_length ({config.max_length}); "

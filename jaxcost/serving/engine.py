@@ -21,6 +21,12 @@ class Engine:
     """Prefill and decode, jitted, for one model. Rows of a batch may have prompts of different lengths."""
 
     def __init__(self, model: Transformer):
+        """ValueError if the model gives anything but the next token."""
+        if not model.config.language_model:
+            raise ValueError(
+                "Generation takes a causal model with logits of the vocabulary, and this one is an encoder or gives "
+                "labels or embeddings; name another."
+            )
         self.model = model
         self.start = jax.jit(functools.partial(start_cache, model), static_argnames=("batch_size", "slots"))
         self.prefill = jax.jit(self._prefill)
@@ -65,7 +71,7 @@ class Engine:
           max_new_tokens: tokens to add at most.
           sampling: how tokens are chosen, for all prompts (with one seed) or for each.
           stop: what ends a row before that.
-          tokens_per_dispatch: tokens decoded between two looks by the host.
+          tokens_per_dispatch: tokens decoded between two looks by the host, at least 1.
           on_tokens: called with each new piece (B, n) as it comes.
 
         Returns:
@@ -75,6 +81,8 @@ class Engine:
           ValueError: an empty prompt or ids outside the vocabulary, a number of tokens or of settings that makes no
             sense, or prompt and output longer than the model's `max_length`.
         """
+        if tokens_per_dispatch < 1:
+            raise ValueError(f"tokens_per_dispatch is {tokens_per_dispatch}; it must be at least 1.")
         padded, lengths = padded_prompts(self.model, params, prompts, max_new_tokens)
         rows = rows_for(sampling, prompts, self.model.config.vocab_size)
         # Whole dispatches may write past the last token asked for.

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+_SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -35,7 +37,7 @@ class Sampling:
     """Of the sequence's draws; the same prompt, settings and seed give the same tokens in any batch."""
 
     def __post_init__(self):
-        if not 0 <= self.temperature < np.inf:
+        if not 0 <= self.temperature <= _LARGEST:
             raise ValueError(f"The temperature is {self.temperature}; it must be 0 or a positive number.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or 0 for all tokens.")
@@ -43,7 +45,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must lie between 0 and 1.")
-        if not 0 < self.repetition_penalty < np.inf:
+        if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"The seed is {self.seed}; it must lie between 0 and 2**32 - 1.")
@@ -87,8 +89,8 @@ class Rows:
 def rows_of(samplings: Sequence[Sampling], prompts: Sequence[np.ndarray], vocab_size: int) -> Rows:
     """The settings of each row; `prompts` are its tokens so far, int (T,)."""
 
-    def column(name, dtype, used):
-        values = [getattr(s, name) for s in samplings]
+    def column(name, dtype, used, most=np.inf):
+        values = [min(getattr(s, name), most) for s in samplings]
         return jnp.asarray(np.array(values, dtype)) if any(map(used, values)) else None
 
     rows = Rows(penalty_B=column("repetition_penalty", np.float32, lambda x: x != 1))
@@ -103,7 +105,7 @@ def rows_of(samplings: Sequence[Sampling], prompts: Sequence[np.ndarray], vocab_
         temperature_B=column("temperature", np.float32, bool),
         seed_B=jnp.asarray(np.array([s.seed for s in samplings], np.uint32)),
         count_B=jnp.zeros((len(samplings),), jnp.int32),
-        top_k_B=column("top_k", np.int32, bool),
+        top_k_B=column("top_k", np.int32, bool, most=vocab_size),
         top_p_B=column("top_p", np.float32, lambda x: x < 1),
         min_p_B=column("min_p", np.float32, bool),
     )
@@ -148,8 +150,9 @@ def processed(rows: Rows, logits_BV: jax.Array) -> jax.Array:
     if rows.top_p_B is not None:
         shares_BV = jax.nn.softmax(ordered_BV, axis=-1)
         before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-        # The likeliest is always kept, and where p is 1 all are, whatever the sum rounds to.
+        # The likeliest is always kept, and where p is 1 all are, whatever the sum and p round to.
         kept_BV = (before_BV < rows.top_p_B[:, None]) | (rows.top_p_B[:, None] >= 1)
+        kept_BV = kept_BV.at[:, 0].set(True)
         floor_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
         x = jnp.where(x < floor_B1, -jnp.inf, x)
     return x if rows.min_p_B is None else _min_p(x, rows.min_p_B)
