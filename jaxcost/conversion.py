@@ -21,6 +21,7 @@ from jaxcost.config import Experiment
 from jaxcost.data import DataConfig
 from jaxcost.data.files import atomic_folder
 from jaxcost.data.pretrained import FILES, PretrainedTokenizer, read_tokenizer, write_tokenizer
+from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.models import huggingface
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import hub, layout, reading
@@ -36,7 +37,10 @@ from jaxcost.weights import Dora, Lora
 
 KEPT = "huggingface"
 """The folder that holds what a checkpoint came with."""
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
+_LABELS = ("id2label", "label2id", "problem_type")
+_IMAGES = "preprocessor_config.json"
+"""How images are made ready, which comes with a checkpoint of vision."""
 
 
 def import_checkpoint(
@@ -51,7 +55,7 @@ def import_checkpoint(
     """Makes a training's folder of a checkpoint, and of an adapter of peft on it; returns its experiment.
 
     Args:
-      source: a folder, or a name on the hub.
+      source: a folder, or a name on the hub. A model of images needs no tokenizer; its training has that of bytes.
       directory: the folder to make.
       dtype: of weights and arithmetic.
       adapter: folder, or name on the hub, of an adapter.
@@ -64,8 +68,8 @@ def import_checkpoint(
       ValueError: the folder exists.
     """
     folder = hub.locate(source)
-    tokenizer = read_tokenizer(folder)
     config, *_ = reading.read_config(folder)
+    tokenizer = ByteTokenizer() if config.images.patch else read_tokenizer(folder)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1), jax.devices()[: math.gcd(config.width, len(jax.devices()))])
     config, params = huggingface.load(folder, dtype, mesh, quiet)
     transforms = ()
@@ -85,7 +89,7 @@ def import_checkpoint(
     with atomic_folder(directory) as unfinished:
         kept = unfinished / KEPT
         kept.mkdir()
-        for name in (layout.CONFIG, *FILES):
+        for name in (layout.CONFIG, _IMAGES, *FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, kept / name)
         tokenizer.save(unfinished / TOKENIZER)
@@ -127,14 +131,15 @@ def export_run(
     if kept.is_dir():
         before = json.loads((kept / "config.json").read_text())
         model_type = model_type or before["model_type"]
-        extra = {name: before[name] for name in _SPECIAL if name in before}
+        names = (*_SPECIAL, *(_LABELS if len(before.get("id2label") or ()) == config.head.outputs else ()))
+        extra = {name: before[name] for name in names if name in before}
     model_type = fields_of(config, model_type)["model_type"]
     if adapter_only:
         huggingface.save_adapter(folder, config, params, model_type)
         return model_type
     with tempfile.TemporaryDirectory() as made:
-        if isinstance(session.tokenizer, PretrainedTokenizer):
-            files = [path for name in FILES if (path := kept / name).is_file()]
+        if isinstance(session.tokenizer, PretrainedTokenizer) or config.images.patch:
+            files = [path for name in (_IMAGES, *FILES) if (path := kept / name).is_file()]
         else:
             extra = write_tokenizer(session.tokenizer, Path(made))
             files = list(Path(made).iterdir())

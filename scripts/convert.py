@@ -1,6 +1,7 @@
 """Converts a checkpoint of transformers to a training's folder, from which every script goes on, or back."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,7 @@ def main(arguments: Arguments) -> dict:
             raise ValueError("--adapter and --merge are for checkpoints, and SOURCE is a training; leave them out.")
         options = {"model_type": a.model_type, "dtype": a.dtype, "layout": a.layout, "adapter_only": a.adapter_only}
         result |= {"direction": "out", "model_type": export_run(Path(a.source), a.target, **options)}
-        loads = "peft's PeftModel" if a.adapter_only else "transformers' AutoModelForCausalLM"
+        loads = "peft's PeftModel" if a.adapter_only else f"transformers' {_class_of(a.target)}"
         print(f"{a.target} holds a {result['model_type']} model for {loads}.from_pretrained")
         return result
     if a.dtype == "float16" or a.model_type or a.layout != "dense" or a.adapter_only:
@@ -59,8 +60,14 @@ def main(arguments: Arguments) -> dict:
         raise ValueError("--merge needs an --adapter.")
     experiment = import_checkpoint(a.source, a.target, dtype=a.dtype, adapter=a.adapter, merge=a.merge)
     m = experiment.model
-    print(f"{a.target} holds {m.num_layers} layers of width {m.width}; next: python scripts/generate.py {a.target}")
+    following = f"; next: python scripts/generate.py {a.target}" if m.language_model else ""
+    print(f"{a.target} holds {m.num_layers} layers of width {m.width}{following}")
     return result | {"direction": "in", "layers": m.num_layers, "width": m.width, "vocab_size": m.vocab_size}
+
+
+def _class_of(folder: Path) -> str:
+    """The class of transformers that a checkpoint is of."""
+    return json.loads((folder / "config.json").read_text())["architectures"][0]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jaxcost.data.pretrained import read_tokenizer
 from jaxcost.data.tokenizers import BpeTokenizer
 from jaxcost.models import huggingface
 from jaxcost.models.huggingface.layout import BadCheckpoint
+from jaxcost.serving.engine import Engine
 from jaxcost.session import load_run
 from jaxcost.transforms import lora, rule
 
@@ -59,6 +60,45 @@ def test_a_checkpoint_goes_in_and_comes_back(checkpoint, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["model_type"], written["eos_token_id"]) == ("mistral", 281)
+
+
+ENCODER = SMALL | {
+    "model_type": "bert",
+    "eos_token_id": None,
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": {"0": "no", "1": "yes"},
+    "label2id": {"no": 0, "yes": 1},
+}
+IMAGES = {name: value for name, value in ENCODER.items() if name != "vocab_size"}
+IMAGES |= {"model_type": "vit", "image_size": 8, "patch_size": 4, "architectures": ["ViTForImageClassification"]}
+
+
+@pytest.mark.parametrize("name", ["encoder", "images"])
+def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_path):
+    fields = ENCODER if name == "encoder" else IMAGES
+    write(checkpoint, fields, tensors_of(fields))
+    if name == "images":
+        (checkpoint / "tokenizer.json").unlink()
+        (checkpoint / "tokenizer_config.json").unlink()
+        (checkpoint / "preprocessor_config.json").write_text('{"size": 8}')
+    else:
+        (checkpoint / "tokenizer_config.json").write_text('{"cls_token": "<|begin|>", "sep_token": "<|end|>"}')
+    import_checkpoint(checkpoint, tmp_path / "run", quiet=True)
+    config, want = huggingface.load(checkpoint)
+    session, got, _ = load_run(tmp_path / "run")
+    assert session.model.config == config
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for ask in (lambda: session.scorer, session.open):
+        with pytest.raises(ValueError, match="Training and scoring are on the next token"):
+            ask()
+    with pytest.raises(ValueError, match="Generation takes a causal model"):
+        Engine(session.model)
+    assert export_run(tmp_path / "run", tmp_path / "out", quiet=True) == fields["model_type"]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    for field in ("architectures", "id2label", "label2id"):
+        assert written[field] == fields[field]
+    beside = {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == beside
 
 
 @pytest.mark.slow

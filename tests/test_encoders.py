@@ -16,12 +16,16 @@ from sweep import sweep
 from jaxcost import sharding
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
+from jaxcost.data import DataConfig
+from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models import attention, huggingface
 from jaxcost.models.attention import Scores
 from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import fields
-from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits
+from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits, unembedding
+from jaxcost.planning.plan import vocabulary_of
+from jaxcost.planning.steps import trace_step
 from jaxcost.session import Session
 from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
 from jaxcost.training.step import init_state, make_train_step
@@ -375,6 +379,25 @@ def test_types_are_those_of_the_text_behind_a_prompt():
     )[0][:, 3:]
     np.testing.assert_allclose(apply(types_BT=kinds)[0], want, atol=1e-5)
     np.testing.assert_array_equal(apply(types_BT=0 * kinds)[0], apply()[0])
+
+
+def test_there_are_as_many_targets_as_answers():
+    config, params = made("pooled")
+    hidden = jnp.zeros((8, 1, 32))
+    with pytest.raises(ValueError, match=r"answers \(8, 1\) times and the batch has \(8, 12\) targets"):
+        cross_entropy(hidden, unembedding(params), jnp.zeros((8, 12), jnp.int32), jnp.ones((8, 12)))
+
+
+def test_a_step_of_a_classifier_is_planned_and_of_images_refused():
+    experiment = Experiment(
+        model=dataclasses.replace(made("pooled")[0], max_length=16), data=DataConfig(sequence_length=16)
+    )
+    traced = trace_step("train", experiment, 96, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+    assert traced.arguments[1]["targets"].shape == (experiment.data.batch_size, 1)
+    traced.jitted.trace(*traced.arguments)
+    data = DataConfig(sequence_length=4)
+    with pytest.raises(ValueError, match="plans are of batches of tokens"):
+        vocabulary_of(Experiment(model=dataclasses.replace(BASE, **KINDS["pictures"]), data=data))
 
 
 def test_images_of_another_size_are_refused():

@@ -120,8 +120,15 @@ def test_folders_without_a_tokenizer_are_refused(byte_level):
     with pytest.raises(BadTokenizer, match="has no chat template"):
         read_tokenizer(byte_level).chat(CHAT)
     (byte_level / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(BadTokenizer, match="names neither a bos_token nor an eos_token"):
+    with pytest.raises(BadTokenizer, match="names neither a bos_token"):
         read_tokenizer(byte_level)
+    (byte_level / "generation_config.json").write_text('{"eos_token_id": "7"}')
+    with pytest.raises(BadTokenizer, match='eos_token_id is "7", which is no id'):
+        read_tokenizer(byte_level)
+    (byte_level / "generation_config.json").write_text('{"cls_token_id": 3, "sep_token_id": 4}')
+    encoder = read_tokenizer(byte_level)
+    assert (encoder.separator_id, encoder.stop_ids) == (3, (4,))
+    (byte_level / "generation_config.json").unlink()
     (byte_level / "tokenizer.json").write_text("{}")
     with pytest.raises(BadTokenizer, match=r"tokenizer.json could not be read as a tokenizer"):
         read_tokenizer(byte_level)

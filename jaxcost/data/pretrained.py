@@ -1,7 +1,8 @@
 """The tokenizer that comes with a checkpoint: its `tokenizer.json` or SentencePiece model, and its chat template.
 
 Text never becomes a special token, whatever it spells; only a chat's template may write them. Sequences begin with the
-checkpoint's first special token (`bos`, or `eos` where there is none), which separates documents here.
+checkpoint's first special token (`bos`, an encoder's `cls`, or `eos` where there is neither), which separates documents
+here.
 """
 
 from __future__ import annotations
@@ -160,11 +161,14 @@ def read_tokenizer(folder: Path) -> PretrainedTokenizer:
         given = [source[f"{name}_id"] for source in (generation, model) if source.get(f"{name}_id") is not None]
         spelled = [library.id_of(specials[name])] if name in specials else []
         first = next((value for value in (*given, *spelled) if value is not None), [])
-        return [first] if isinstance(first, int) else list(first)
+        found = first if isinstance(first, list) else [first]
+        if not all(type(i) is int and i >= 0 for i in found):
+            raise BadTokenizer(f"{folder}: {name}_id is {json.dumps(first)}, which is no id; write the token's number.")
+        return found
 
-    begins, ends = ids("bos_token"), ids("eos_token")
+    begins, ends = ids("bos_token") or ids("cls_token"), ids("eos_token") or ids("sep_token")
     if not begins and not ends:
-        raise BadTokenizer(f"{folder} names neither a bos_token nor an eos_token, of which sequences need one.")
+        raise BadTokenizer(f"{folder} names neither a bos_token (cls_token) nor an eos_token (sep_token); name one.")
     template = folder / "chat_template.jinja"
     chat = template.read_text() if template.is_file() else _default_template(config.get("chat_template"))
     return PretrainedTokenizer(kind, serialized, specials, (begins or ends)[0], tuple(ends), chat)

@@ -35,7 +35,15 @@ def cross_entropy(
       key: random key for an unembedding whose arithmetic is random.
       soft_cap: bound on the logits, as in `ModelConfig.logit_soft_cap`; 0 is none.
       bias: (V,) of the unembedding, or None.
+
+    Raises:
+      ValueError: there are not as many targets as hidden states, such as one for each token of a head that pools them.
     """
+    if hidden_BTD.shape[:-1] != targets_BT.shape:
+        raise ValueError(
+            f"The model answers {hidden_BTD.shape[:-1]} times and the batch has {targets_BT.shape} targets; give one "
+            "for each answer, or set model.head.pooling to 'none' for one a token."
+        )
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
         logits_BtV = outputs(hidden_BtD, unembedding, bias, soft_cap, key)

@@ -110,7 +110,12 @@ def _exchange(collective: links.Collective, each: links.Exchange) -> dict[str, A
 
 
 def vocabulary_of(experiment: Experiment) -> int:
-    """Rows of the embedding table: the model's, or those of the tokenizer that the data config names."""
+    """Rows of the embedding table: the model's, or those of the tokenizer that the data config names.
+
+    ValueError for a model of images, of which no plan is made.
+    """
+    if experiment.model.images.patch:
+        raise ValueError("model.images is on, and plans are of batches of tokens; set model.images.patch to 0.")
     return experiment.model.vocab_size or -(-build_tokenizer(experiment.data).vocab_size // 128) * 128
 
 

@@ -78,7 +78,9 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     shape = (experiment.data.batch_size, experiment.data.sequence_length)
     place = sharding.batch_sharding(mesh)
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    answers = shape if experiment.model.head.pooling == "none" else (shape[0], 1)
+    shapes_of = {"inputs": shape, "targets": answers, "mask": answers}
+    batch = {name: jax.ShapeDtypeStruct(shapes_of[name], dtype) for name, dtype in dtypes.items()}
     batch |= distiller.stored(*shape) if distiller else {}
     batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)

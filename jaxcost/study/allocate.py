@@ -271,7 +271,11 @@ def compare_with_uniform(
     Returns:
       `uniform` and `allocated`, each with `cost`, `bits_per_byte` and the `transform` as Python; `beats_uniform`;
       `levels` by path; the `table`; `predicted_loss` and `gap` in nats a token.
+
+    Raises:
+      ValueError: the model is no language model.
     """
+    session.open()
     data = session.experiment.data
     seen = itertools.islice(train_batches(data, session.train_stream.tokens), batches)
     scorer = Scorer(session.model, seen, session.tokenizer.token_bytes, session.mesh)
