@@ -11,6 +11,7 @@ from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.models import huggingface
+from jaxcost.models.config import HeadConfig, ModelConfig
 from jaxcost.models.families import UnsupportedModel
 from jaxcost.models.huggingface import safetensors
 from jaxcost.models.transformer import Transformer, initialize, logits
@@ -229,3 +230,16 @@ def test_ours_loads_pefts(name, tmp_path):
     np.testing.assert_allclose(our_logits(config, weights.merge(got)), want, atol=2e-4)
     # What trains is the adapter alone, as after `lora`.
     assert all("/kernel/" in path for path in weights.partition(got)[0])
+
+
+def test_adapters_of_encoders_name_no_task_that_generates(tmp_path):
+    encoder = ModelConfig(
+        vocab_size=8, width=4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2, mlp_width=6, max_length=8,
+        causal=False, norm="layer", norm_placement="sum", embedding_norm=True, position="learned", token_types=2,
+        gated=False, activation="gelu_exact", qkv_bias=True, output_bias=True, mlp_bias=True,
+        head=HeadConfig(outputs=2, bias=True),
+    )  # fmt: skip
+    start = jax.jit(lambda key: initialize(Transformer(encoder), key)[0], compiler_options=QUICK)
+    adapted = lora(rules=(rule("query/kernel", rank=2),))(start(jax.random.key(0)), jax.random.key(0))
+    huggingface.save_adapter(tmp_path / "out", encoder, adapted, "bert")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] is None

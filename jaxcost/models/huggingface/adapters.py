@@ -132,7 +132,8 @@ def save_adapter(
             unfinished / CONFIG,
             {
                 "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
+                # What peft wraps round a task asks a model for more than its modules; any takes the plain wrapping.
+                "task_type": "CAUSAL_LM" if config.language_model else None,
                 "base_model_name_or_path": base,
                 "r": rank,
                 "lora_alpha": alpha,
