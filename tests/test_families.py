@@ -4,6 +4,7 @@ Run with `pytest -m oracles`, with torch and transformers installed.
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from checkpoints import FIELDS, tensors_of, write
 
 from jaxcost.models import families, huggingface
 from jaxcost.models.huggingface import fields
+from jaxcost.models.huggingface.safetensors import read_header
 from jaxcost.models.transformer import Transformer, init_cache, logits
 from jaxcost.serving.engine import Engine
 
@@ -262,6 +264,10 @@ def test_files_that_are_cut_off_or_something_else_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(huggingface.BadCheckpoint, match="its pickle files are not read"):
         huggingface.load(tmp_path)
+    for change in ({"rope_scaling": "linear"}, {"rope_scaling": {"rope_type": "llama3"}}):
+        (tmp_path / "config.json").write_text(json.dumps(FIELDS | change))
+        with pytest.raises(huggingface.BadCheckpoint, match="lacks a field or holds one of the wrong kind"):
+            huggingface.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(huggingface.BadCheckpoint, match="is JSON, but not an object"):
         huggingface.load(tmp_path)
@@ -284,6 +290,44 @@ def test_models_that_are_not_ours_are_refused(change, message):
         families.config_of(FIELDS | change)
 
 
+BERT = FIELDS | {"model_type": "bert", "architectures": ["BertForTokenClassification"]}
+PICTURES = BERT | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (BERT | {"hidden_size": "4"}, "hidden_size is '4'; it must be a whole number"),
+        (BERT | {"hidden_size": 4.0}, "hidden_size is 4.0"),
+        (BERT | {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        (BERT | {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (BERT | {"layer_norm_eps": None}, "model.norm_epsilon is None; it must be a finite number"),
+        (BERT | {"type_vocab_size": True}, "model.token_types is True; it must be a whole number"),
+        (BERT | {"tie_word_embeddings": "false"}, "model.tie_embeddings is 'false'; it must be true or false"),
+        (BERT | {"hidden_act": ["gelu"]}, r"The activation \['gelu'\] is not one of"),
+        (BERT | {"id2label": "abc"}, "id2label is 'abc'; it must be an object"),
+        (BERT | {"num_labels": 0}, "num_labels is 0"),
+        (BERT | {"architectures": "BertModel"}, "architectures is 'BertModel'; it must list"),
+        (BERT | {"architectures": [None]}, "architectures is .None.; it must list"),
+        (BERT | {"architectures": ["RobertaForMaskedLM"]}, "The class 'RobertaForMaskedLM' is not one of Bert and"),
+        (BERT | {"model_type": ["bert"]}, "is not one of gpt2"),
+        (BERT | {"model_type": "roberta", "pad_token_id": None}, "pad_token_id is None"),
+        (PICTURES | {"image_size": [8]}, r"image_size is \[8\]"),
+        (PICTURES | {"patch_size": 0}, "patch_size is 0"),
+        (FIELDS | {"rope_theta": "1e4"}, "model.rope_theta is '1e4'"),
+        (FIELDS | {"rope_theta": -1.0}, "model.rope_theta is -1.0; it must be above 0"),
+        (FIELDS | {"rms_norm_eps": float("nan")}, "model.norm_epsilon is nan"),
+        (FIELDS | {"model_type": "gemma2", "query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4"),
+        (FIELDS | {"model_type": "gemma2", "sliding_window_pattern": -1}, "sliding_window_pattern is -1"),
+        (FIELDS | {"model_type": "gemma2", "layer_types": ["full_attention"]}, "one for each of 2 layers"),
+        (FIELDS | {"model_type": "gemma2", "layer_types": "full_attention"}, "one for each of 2 layers"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        families.config_of(fields)
+
+
 def test_configs_of_releases_before_transformers_5_are_read():
     old = FIELDS | {"rope_theta": 500_000.0, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -300,3 +344,17 @@ def test_configs_of_releases_before_transformers_5_are_read():
     assert found.pattern == ("local",) * 5 + ("global",) and found.window == 512
     assert (found.rope_theta, found.local_rope_theta, found.rope_scaling.factor) == (1e6, 10_000.0, 8.0)
     assert (found.attention_scale, found.attention_soft_cap, found.tie_embeddings) == (1 / 16, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, r"dtype \['F32'\], which is not one of"),
+        ({"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}, "are not those of its shape"),
+    ],
+)
+def test_odd_entries_of_a_header_are_named(entry, message, tmp_path):
+    text = json.dumps({"x": entry}).encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match=message):
+        read_header(tmp_path / "x")

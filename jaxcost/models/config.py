@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 LayerKind = Literal["global", "local"]
+
+
+def _check_kinds(config: Any, path: str) -> None:
+    """ValueError if a field is of another kind than its default, as a JSON file may fill it."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if kind is float:
+            good, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
+        else:
+            good, wanted = isinstance(value, kind), {bool: "true or false", int: "a whole number"}.get(kind)
+            good = good and (kind is bool or not isinstance(value, bool))
+        if not good:
+            raise ValueError(f"{path}.{field.name} is {value!r}; it must be {wanted or f'a {kind.__name__}'}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +38,7 @@ class RopeScaling:
     """llama3: tokens of a sequence in the first training."""
 
     def __post_init__(self):
+        _check_kinds(self, "model.rope_scaling")
         if self.factor < 1:
             raise ValueError(f"model.rope_scaling.factor is {self.factor}; it must be at least 1.")
         if self.high_frequency_factor <= self.low_frequency_factor:
@@ -54,6 +69,7 @@ class HeadConfig:
     """The hidden states are the output, without a matrix, and at unit length where they are pooled: embeddings."""
 
     def __post_init__(self):
+        _check_kinds(self, "model.head")
         if self.embed and (self.outputs or self.bias):
             raise ValueError("model.head.embed is on, which has no outputs and no bias; turn it off or leave them out.")
         if self.outputs < 0:
@@ -88,6 +104,7 @@ class ImageConfig:
     """Learned vectors before the patches, the first of which a head may answer by."""
 
     def __post_init__(self):
+        _check_kinds(self, "model.images")
         if self.patch < 0 or self.class_tokens < 0 or min(self.height, self.width, self.channels) < 1:
             raise ValueError("model.images has a size below 1; give sizes of pixels, or 0 as patch for no images.")
         if self.patch and (self.height % self.patch or self.width % self.patch):
@@ -209,6 +226,7 @@ class ModelConfig:
     """What is made of the hidden states."""
 
     def __post_init__(self):
+        _check_kinds(self, "model")
         for field in ("width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_length"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1.")
@@ -230,6 +248,10 @@ class ModelConfig:
         for field in ("window", "attention_scale", "attention_soft_cap", "logit_soft_cap", "local_rope_theta"):
             if getattr(self, field) < 0:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it cannot be negative.")
+        if not self.rope_theta > 0:
+            raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be above 0.")
+        if not self.norm_epsilon >= 0:
+            raise ValueError(f"model.norm_epsilon is {self.norm_epsilon}; it cannot be negative.")
         if ("local" in self.pattern) != (self.window > 0):
             raise ValueError(
                 f"model.window is {self.window} and model.pattern is {' '.join(self.pattern) or 'empty'}; local layers "

@@ -48,6 +48,6 @@ def config_of(fields: Fields) -> ModelConfig:
 def family_of(fields: Fields) -> Family:
     """The family of a checkpoint, by the `model_type` of its `config.json`; UnsupportedModel if there is none."""
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedModel(f"The model_type {kind!r} is not one of {', '.join(FAMILIES)}.")
     return FAMILIES[kind]

@@ -66,9 +66,13 @@ class Family:
 
     def head_of(self, fields: Fields) -> Head:
         """The head of a checkpoint, by the class that its `config.json` names; UnsupportedModel if it is not ours."""
-        (architecture, *_) = fields.get("architectures") or (next(iter(self.heads)),)
+        named = fields.get("architectures") or [self.name + next(iter(self.heads))]
+        if not (isinstance(named, list) and isinstance(named[0], str)):
+            raise UnsupportedModel(f"config.json says that architectures is {named!r}; it must list a class's name.")
+        (architecture, *_) = named
+        # Old checkpoints spell LLaMAForCausalLM.
         for end, head in self.heads.items():
-            if architecture.endswith(end):
+            if architecture.lower().startswith(self.name.lower()) and architecture.endswith(end):
                 return head
         raise UnsupportedModel(f"The class {architecture!r} is not one of {self.name} and {', '.join(self.heads)}.")
 
@@ -81,10 +85,17 @@ def hidden_states(*unused: str) -> dict[str, Head]:
 # ---- Fields ----
 
 
-def needed(fields: Fields, name: str) -> Any:
+def needed(fields: Fields, name: str) -> int:
+    """A size that a config must have, at least 1."""
     if fields.get(name) is None:
         raise UnsupportedModel(f"config.json lacks {name}, which a {fields.get('model_type')} model needs.")
-    return fields[name]
+    return positive(name, fields[name])
+
+
+def positive(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise UnsupportedModel(f"config.json says that {name} is {value!r}; it must be a whole number of at least 1.")
+    return value
 
 
 def sizes(fields: Fields) -> dict[str, int]:
@@ -117,14 +128,16 @@ def plain_encoder(fields: Fields) -> dict[str, Any]:
 
 
 def activation(name: str) -> str:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModel(f"The activation {name!r} is not one of {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
-def pattern(kinds: Sequence[str], window: int) -> dict[str, Any]:
+def pattern(kinds: Sequence[str], window: int, layers: int) -> dict[str, Any]:
     """The shortest pattern that repeats to the kinds of all layers, and its window."""
-    unknown = sorted(set(kinds) - set(_KINDS))
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UnsupportedModel(f"config.json has layer_types {kinds!r}; it must list one for each of {layers} layers.")
+    unknown = sorted({str(kind) for kind in kinds} - set(_KINDS))
     if unknown:
         raise UnsupportedModel(f"Layers of the type {', '.join(unknown)} are not among {', '.join(_KINDS)}.")
     pattern = tuple(_KINDS[kind] for kind in shortest_pattern(kinds))
@@ -162,7 +175,12 @@ def rope(found: Fields) -> tuple[float, RopeScaling, float]:
 
 def labels(fields: Fields) -> int:
     """Labels of a classifier; transformers takes two where none are named."""
-    return len(fields["id2label"]) if fields.get("id2label") else fields.get("num_labels", 2)
+    named = fields.get("id2label")
+    if not named:
+        return positive("num_labels", fields.get("num_labels", 2))
+    if not isinstance(named, dict):
+        raise UnsupportedModel(f"config.json says that id2label is {named!r}; it must be an object, a name by number.")
+    return len(named)
 
 
 # ---- Tensors ----

@@ -19,6 +19,7 @@ from jaxcost.models.families.base import (
     linear,
     needed,
     pattern,
+    positive,
     rope,
     rope_fields,
     sizes,
@@ -94,9 +95,11 @@ def _qwen_windows(fields: Fields) -> dict[str, Any]:
     """Windows in the layers from `max_window_layers` on, where they are switched on at all."""
     if not (fields.get("use_sliding_window") and fields.get("sliding_window")):
         return {}
-    layers, first = needed(fields, "num_hidden_layers"), fields.get("max_window_layers", 0)
+    layers = needed(fields, "num_hidden_layers")
+    # Releases write layers that are not there: all layers are then global.
+    first = min(fields.get("max_window_layers") or 0, layers)
     kinds = fields.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    return pattern(kinds[:layers], fields["sliding_window"])
+    return pattern(kinds, positive("sliding_window", fields["sliding_window"]), layers)
 
 
 def _gemma(fields: Fields, **options: Any) -> ModelConfig:
@@ -110,18 +113,25 @@ def _gemma(fields: Fields, **options: Any) -> ModelConfig:
 
 def _gemma2(fields: Fields, local_layers: int = 1, **options: Any) -> ModelConfig:
     layers = needed(fields, "num_hidden_layers")
-    period = fields.get("sliding_window_pattern") or local_layers + 1
+    period = positive("sliding_window_pattern", fields.get("sliding_window_pattern") or local_layers + 1)
     cycle = ["sliding_attention"] * (period - 1) + ["full_attention"]
     kinds = fields.get("layer_types") or [cycle[i % period] for i in range(layers)]
     return _gemma(
         fields,
         norm_placement="both",
-        attention_scale=fields.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=_positive_number(fields, "query_pre_attn_scalar", 256) ** -0.5,
         attention_soft_cap=fields.get("attn_logit_softcapping") or 0.0,
         logit_soft_cap=fields.get("final_logit_softcapping") or 0.0,
-        **pattern(kinds, fields.get("sliding_window", 4096)),
+        **pattern(kinds, fields.get("sliding_window", 4096), layers),
         **options,
     )
+
+
+def _positive_number(fields: Fields, name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not value > 0:
+        raise UnsupportedModel(f"config.json says that {name} is {value!r}; it must be a number above 0.")
+    return value
 
 
 def _gemma3(fields: Fields) -> ModelConfig:

@@ -20,6 +20,7 @@ from jaxcost.models.families.base import (
     norm,
     pattern,
     plain_encoder,
+    positive,
     rope,
     rope_fields,
     sizes,
@@ -48,13 +49,17 @@ def _bert(fields: Fields, **options: Any) -> ModelConfig:
 
 def _roberta(fields: Fields) -> ModelConfig:
     # Positions are counted from the one behind the padding token's id.
-    offset = fields.get("pad_token_id", 1) + 1
+    padding = fields.get("pad_token_id", 1)
+    if type(padding) is not int or padding < 0:
+        raise UnsupportedModel(f"config.json says that pad_token_id is {padding!r}; it must be a token's number.")
+    offset = padding + 1
     longest = fields.get("max_position_embeddings", 512) - offset
     return _bert(fields, max_length=longest, position_offset=offset)
 
 
 def _modernbert(fields: Fields) -> ModelConfig:
-    layers, every = needed(fields, "num_hidden_layers"), fields.get("global_attn_every_n_layers", 3)
+    layers = needed(fields, "num_hidden_layers")
+    every = positive("global_attn_every_n_layers", fields.get("global_attn_every_n_layers", 3))
     cycle = ["full_attention"] + ["sliding_attention"] * (every - 1)
     kinds = fields.get("layer_types") or [cycle[i % every] for i in range(layers)]
     theta, scaling, _ = rope(rope_fields(fields, "full_attention"))
@@ -81,7 +86,7 @@ def _modernbert(fields: Fields) -> ModelConfig:
         output_bias=bias,
         mlp_bias=fields.get("mlp_bias", False),
         # What a token sees on either side, and itself.
-        **pattern(kinds, fields.get("local_attention", 128) // 2 + 1),
+        **pattern(kinds, positive("local_attention", fields.get("local_attention", 128)) // 2 + 1, layers),
     )
 
 

@@ -17,6 +17,7 @@ from jaxcost.models.families.base import (
     linear,
     norm,
     plain_encoder,
+    positive,
 )
 
 # ---- Configs ----
@@ -24,18 +25,20 @@ from jaxcost.models.families.base import (
 
 def _vision(fields: Fields, class_tokens: int) -> ModelConfig:
     height, across = _pair(fields.get("image_size", 224))
-    images = ImageConfig(fields.get("patch_size", 16), height, across, fields.get("num_channels", 3), class_tokens)
+    patch, channels = (positive(name, fields.get(name, n)) for name, n in (("patch_size", 16), ("num_channels", 3)))
+    images = ImageConfig(patch, height, across, channels, class_tokens)
     # The transformer cannot be made without saying what it gives; the family's head takes its place.
     head = HeadConfig(embed=True)
     return ModelConfig(**plain_encoder(fields), vocab_size=0, images=images, max_length=images.tokens, head=head)
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, across = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    return positive("image_size", height), positive("image_size", across)
 
 
 def _siglip(fields: Fields) -> ModelConfig:
-    inner = fields.get("vision_config", fields)
+    inner = fields.get("vision_config") or fields
     gelu = {"hidden_act": inner.get("hidden_act", "gelu_pytorch_tanh"), "layer_norm_eps": 1e-6, "qkv_bias": True}
     return _vision(gelu | dict(inner), class_tokens=0)
 

@@ -71,7 +71,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.He
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" in fields:
-        method = (fields["quantization_config"] or {}).get("quant_method", "an unknown method")
+        how = fields["quantization_config"]
+        method = how.get("quant_method", "an unknown method") if isinstance(how, dict) else "an unknown method"
         raise families.UnsupportedModel(
             f"{path} says that the weights are quantised ({method}); give the checkpoint that it was made from, and "
             "quantise that here."
@@ -79,8 +80,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.He
     family = families.family_of(fields)
     try:
         return families.config_of(fields), family, family.head_of(fields)
-    except (KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{path} lacks or garbles {error}.") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise BadCheckpoint(f"{path} lacks a field or holds one of the wrong kind ({error}); write it anew.") from error
 
 
 def read_headers(folder: Path, family: families.Family, head: families.Head) -> dict[str, safetensors.Stored]:
@@ -90,7 +91,7 @@ def read_headers(folder: Path, family: families.Family, head: families.Head) -> 
     """
     if (folder / INDEX).exists():
         mapping = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(mapping, dict):
+        if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
             raise BadCheckpoint(f"{folder / INDEX} has no weight_map.")
         files = sorted(set(mapping.values()))
     else:

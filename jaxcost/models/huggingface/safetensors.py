@@ -124,9 +124,9 @@ def _stored(path: Path, name: str, entry: dict, start: int, size: int) -> Stored
         first, end = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: the entry of {name} lacks its dtype, shape or offsets.") from None
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name} has the dtype {dtype}, which is not one of {', '.join(_DTYPES)}.")
-    if not 0 <= first <= end or end - first != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if min(shape, default=0) < 0 or not 0 <= first <= end or end - first != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{path}: the bytes of {name} are not those of its shape {shape} and dtype {dtype}.")
     if start + end > size:
         raise ValueError(f"{path} is cut off: {name} ends at byte {start + end}, the file at {size}.")
