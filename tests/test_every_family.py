@@ -157,7 +157,7 @@ PAIRS = [
 ]
 
 
-@sweep(("family", "name"), PAIRS, quick=2)
+@sweep(("family", "name"), PAIRS, quick=1)
 def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(family, name):
     model, params = model_of(family)
     batches = [inputs_of(model.config, seed) for seed in (1, 2)]
