@@ -55,6 +55,9 @@ class Experiment:
     """What is kept."""
     hardware: HardwareConfig = HardwareConfig()
     """The chips that the run is priced on."""
+    start: str = ""
+    """Folder of a training, or of an imported checkpoint, that this one goes on from: its model, tokenizer and newest
+    weights take the place of this one's, and its transforms come before this one's. New weights if it is empty."""
     transforms: tuple[transforms.Transform, ...] = ()
     """Transforms of the weights before training, as Python: 'lora(rank=4), prune(sparsity=0.5)'."""
     calibration: CalibrationConfig = CalibrationConfig()
@@ -81,6 +84,10 @@ class Experiment:
             raise ValueError(
                 f"A gradual transform ends at step {last}, but training.steps is {self.training.steps}; "
                 "train longer or let it end earlier."
+            )
+        if self.start and self.distill.from_layers:
+            raise ValueError(
+                "distill.from_layers makes new weights, and start has some already; leave one of them out."
             )
         recipe_steps = (step for recipe in self.study.recipes for step in (*recipe.transforms, *recipe.finish))
         for one in _each((*self.transforms, *recipe_steps)):

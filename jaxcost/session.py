@@ -56,9 +56,12 @@ class Session:
           devices: what the mesh is made of; all devices if none are given.
 
         Raises:
-          ValueError: the model or the batch does not divide over the devices.
+          ValueError: the model or the batch does not divide over the devices, or there is nothing to start from.
         """
         self.devices = list(jax.devices() if devices is None else devices)
+        if tokenizer is None and experiment.start:
+            experiment = started(experiment)
+            tokenizer = load_tokenizer(Path(experiment.start) / TOKENIZER)
         self.experiment = experiment
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
@@ -124,7 +127,17 @@ class Session:
         return self.place(lambda key: initialize(self.model, key)[0], self._keys()[0])
 
     def fresh_params(self, teacher: Teacher | None = None) -> weights.Params:
-        """New weights from the experiment's seed, or blocks of the teacher where it asks for them; then transforms."""
+        """The weights that training starts from, transformed.
+
+        They are new ones from the experiment's seed, or those of the folder that it starts from, or blocks of the
+        teacher where it asks for them.
+        """
+        if self.experiment.start:
+            first, params, _ = load_run(Path(self.experiment.start), self.devices)
+            places = sharding.shardings(params, axes_of(first.model, params), self.mesh)
+            params = weights.map_weights(self._kept_as, jax.device_put(params, places))
+            own = self.experiment.transforms[len(first.experiment.transforms) :]
+            return self.transformed(chain(*own), params, self._keys()[1])
         from_layers = teacher is not None and self.experiment.distill.from_layers
         depth = self.model.config.num_layers
         start = self.place(lambda p: student_params(p, depth), teacher.params) if from_layers else self.base_params()
@@ -295,6 +308,10 @@ class Session:
         for batch in itertools.islice(batches, self.experiment.calibration.batches):
             yield sharding.place_batch(batch, self.mesh)
 
+    def _kept_as(self, path: str, w: Any) -> Any:
+        """A weight in the dtype that this experiment keeps weights in; codes and what belongs to them stay."""
+        return w if weights.is_weight(w) else w.astype(self.experiment.execution.weights)
+
     def _check_language_model(self) -> None:
         if not self.experiment.model.language_model:
             raise ValueError(
@@ -349,6 +366,19 @@ def read_experiment(directory: Path) -> Experiment:
         return serialization.from_json(json.loads(path.read_text()))
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or train again in another folder.") from None
+
+
+def started(experiment: Experiment) -> Experiment:
+    """The experiment with the model and the transforms of the folder that it starts from; itself without one.
+
+    Raises:
+      ValueError: the folder holds no run, or the model does not suit the experiment.
+    """
+    if not experiment.start:
+        return experiment
+    first = read_experiment(Path(experiment.start))
+    own = (*first.transforms, *experiment.transforms)
+    return dataclasses.replace(experiment, model=first.model, transforms=own)
 
 
 def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tuple[Session, weights.Params, int]:

@@ -68,10 +68,11 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.planning.plan import cheapest_fix, plan, vocabulary_of
     from jaxcost.planning.search import search
     from jaxcost.planning.topology import topology_chip
+    from jaxcost.session import started
 
-    named = [(str(arguments.config), arguments.experiment)]
+    named = [(str(arguments.config), started(arguments.experiment))]
     if arguments.compare is not None:
-        named.append((str(arguments.compare), load(arguments.compare)))
+        named.append((str(arguments.compare), started(load(arguments.compare))))
     plans, fix, searched, pairs = [], None, [], []
     console = Console()
     for name, value in (("--budget-usd", arguments.budget_usd), ("--deadline-hours", arguments.deadline_hours)):

@@ -13,13 +13,15 @@ import tokenizers
 from checkpoints import FIELDS, tensors_of, write
 
 from jaxcost import weights
+from jaxcost.config import Experiment
 from jaxcost.conversion import export_run, import_checkpoint
+from jaxcost.data import DataConfig
 from jaxcost.data.pretrained import read_tokenizer
 from jaxcost.data.tokenizers import BpeTokenizer
 from jaxcost.models import huggingface
 from jaxcost.models.huggingface.layout import BadCheckpoint
 from jaxcost.serving.engine import Engine
-from jaxcost.session import load_run
+from jaxcost.session import Session, load_run
 from jaxcost.transforms import lora, rule
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,9 @@ def test_a_checkpoint_goes_in_and_comes_back(checkpoint, tmp_path):
     assert (step, session.model.config) == (0, config)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert session.tokenizer == read_tokenizer(checkpoint) and session.tokenizer.stop_ids == (281,)
+    on = Session(Experiment(data=DataConfig(sequence_length=32), start=str(tmp_path / "run")), quiet=True)
+    assert (on.model.config, on.tokenizer) == (config, session.tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, on.fresh_params(), want)
     assert export_run(tmp_path / "run", tmp_path / "out", quiet=True) == "mistral"
     again, same = huggingface.load(tmp_path / "out")
     assert again == config

@@ -4,7 +4,9 @@ All pairs by their shapes, and a seventh of them by numbers: a model of weights 
 the dense matrices that they mean computes.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ import pytest
 from small import QUICK
 from sweep import sweep
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.models import families
-from jaxcost.models.transformer import Transformer, initialize, logits, output_bias
+from jaxcost.models.transformer import Transformer, axes_of, initialize, logits, output_bias
+from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
+from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import (
     bias_only,
     bottleneck,
@@ -99,12 +103,12 @@ def model_of(family):
     return model, jax.tree.unflatten(structure, noisy)
 
 
-def inputs_of(config, seed=0):
+def inputs_of(config, seed=0, rows=2):
     rng = np.random.default_rng(seed)
     images = config.images
     if images.patch:
-        return jnp.asarray(rng.normal(size=(2, images.height, images.width, images.channels)), jnp.float32)
-    return jnp.asarray(rng.integers(0, config.vocab_size, (2, 12)))
+        return jnp.asarray(rng.normal(size=(rows, images.height, images.width, images.channels)), jnp.float32)
+    return jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))
 
 
 def outputs(model, params, inputs):
@@ -112,6 +116,8 @@ def outputs(model, params, inputs):
     return logits(model.config, params, hidden)
 
 
+# A tower that only embeds has nothing to be trained on.
+TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
 REFUSED = {
@@ -151,7 +157,7 @@ PAIRS = [
 ]
 
 
-@sweep(("family", "name"), PAIRS, quick=2)
+@sweep(("family", "name"), PAIRS, quick=1)
 def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(family, name):
     model, params = model_of(family)
     batches = [inputs_of(model.config, seed) for seed in (1, 2)]
@@ -162,6 +168,30 @@ def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(fami
     # Products in codes err by their rounding.
     if name not in ("training", "w8a8"):
         np.testing.assert_allclose(got, forward(weights.merge(made), batches[0]), atol=2e-4)
+
+
+@functools.cache
+def stepped(family, mesh_config):
+    """The loss and the gradient's norm of a training step on a mesh."""
+    model, params = model_of(family)
+    devices = jax.devices()[: math.prod(dataclasses.asdict(mesh_config).values())]
+    mesh = sharding.make_mesh(mesh_config, devices)
+    inputs = inputs_of(model.config, seed=3, rows=8)
+    shape = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
+    targets = np.random.default_rng(4).integers(0, shape[-1], shape[:2])
+    batch = {"inputs": inputs, "targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
+    optimizer = make_optimizer(OptimizerConfig(), 1)
+    step = jax.jit(make_train_step(model, optimizer, chain()), compiler_options=QUICK)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
+        _, metrics = step(init_state(placed, optimizer, seed=0), sharding.place_batch(batch, mesh))
+    return [float(metrics[name]) for name in ("loss", "gradient_norm")]
+
+
+@sweep("family", TRAINED, quick=0)
+def test_every_family_trains_on_a_mesh_as_on_one_device(family):
+    want = stepped(family, sharding.MeshConfig())
+    np.testing.assert_allclose(stepped(family, sharding.MeshConfig(fsdp=4, tensor=2)), want, rtol=1e-5)
 
 
 def test_the_pairs_reach_every_family_and_every_transform():

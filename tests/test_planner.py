@@ -123,10 +123,15 @@ def test_splash_kernels_are_priced_by_the_tiles_that_they_run():
     assert 2 * kernels.kernel_cost(single).flops == kernels.kernel_cost(causal).flops
     # A window of 1024 tokens reaches into one tile before a tile of 1024, and so does one of 1025, whose first token
     # sees a whole tile; one more token reaches into a second.
-    windows = {size: dataclasses.replace(full, name=f"a/window_{size}/splash_mha_fwd") for size in (1024, 1025, 1026)}
     tiles = {1024: 7 + 8, 1025: 7 + 8, 1026: 6 + 7 + 8}
-    for size, kernel in windows.items():
-        assert kernels.kernel_cost(kernel).flops == round(2 * 2 * scores * 128 * tiles[size] / 64)
+    for size, run in tiles.items():
+        local = dataclasses.replace(full, name=f"a/causal_window_{size}/splash_mha_fwd")
+        assert kernels.kernel_cost(local).flops == round(2 * 2 * scores * 128 * run / 64)
+        # Where it is not causal, as many tiles again behind the diagonal.
+        both = dataclasses.replace(full, name=f"a/full_window_{size}/splash_mha_fwd")
+        assert kernels.kernel_cost(both).flops == round(2 * 2 * scores * 128 * (2 * run - 8) / 64)
+    whole = dataclasses.replace(full, name="a/full/splash_mha_fwd")
+    assert kernels.kernel_cost(whole).flops == kernels.kernel_cost(full).flops
     backward = dataclasses.replace(full, name="a/splash_mha_dkv_no_residuals")
     assert kernels.kernel_cost(backward).flops == 2 * kernels.kernel_cost(full).flops
     assert kernels.kernel_cost(dataclasses.replace(full, name="a/other")) is None

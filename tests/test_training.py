@@ -30,6 +30,7 @@ from jaxcost.sharding import MeshConfig
 from jaxcost.training import checkpoints
 from jaxcost.training.checkpoints import CheckpointError
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.distill import DistillConfig
 from jaxcost.training.loop import NonFiniteError
 from jaxcost.training.optimizer import make_optimizer, make_schedule
 from jaxcost.training.step import init_state, make_train_step
@@ -368,3 +369,45 @@ def test_checksums_of_large_stacks_are_those_of_small_ones(monkeypatch):
     assert whole["a"] == words
     monkeypatch.setattr(checkpoints, "_LARGE_BYTES", 0)
     assert checkpoints._checksums(jax.tree.map(jax.numpy.asarray, tree)) == whole
+
+
+# ---- Starting from another training ----
+
+
+@pytest.fixture(scope="module")
+def first(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "run"
+    fitted(experiment(data_dir, training=TrainingConfig(steps=2, evaluate_every=2)), folder)
+    return folder
+
+
+def test_a_training_starts_from_the_weights_of_another(data_dir, first, tmp_path):
+    _, found, _ = load_run(first)
+    # The model asked for is another one: that of the folder takes its place.
+    asked = experiment(data_dir, model=dataclasses.replace(MODEL, num_layers=5), start=str(first))
+    session = session_of(asked)
+    assert session.model.config.num_layers == 2
+    jax.tree.map(np.testing.assert_array_equal, session.fresh_params(), found)
+    half = dataclasses.replace(asked, execution=ExecutionConfig(unroll="never", weights="bfloat16"))
+    assert {a.dtype for a in jax.tree.leaves(session_of(half).fresh_params())} == {np.dtype("bfloat16")}
+
+    adapted = dataclasses.replace(asked, transforms=(lora(rank=2),), training=TrainingConfig(steps=2))
+    result = fitted(adapted, tmp_path / "tuned")
+    # The same command again finds its training done.
+    assert result.steps == 2 and fitted(adapted, tmp_path / "tuned").steps == 2
+    session, tuned, _ = load_run(tmp_path / "tuned")
+    frozen, kept = (weights.partition(params)[1] for params in (tuned, lora(rank=2)(found)))
+    jax.tree.map(np.testing.assert_array_equal, frozen, kept)
+
+    # What the folder's weights went through stands before what comes now.
+    again = session_of(experiment(data_dir, start=str(tmp_path / "tuned"), transforms=(quantize(),)))
+    assert again.experiment.transforms == (lora(rank=2), quantize())
+
+
+def test_there_must_be_something_to_start_from(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        session_of(experiment(data_dir, start=str(tmp_path / "nowhere"))).train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="leave one of them out"):
+        distilled = DistillConfig(teacher="elsewhere", from_layers=True)
+        experiment(data_dir, start="somewhere", distill=distilled)

@@ -249,7 +249,7 @@ def test_contracting_is_multiplying_with_what_the_weight_means(name, shape, dtyp
     assert np.max(excess) <= 0
 
 
-@sweep("outer", ["", *SLOTS], quick=4)
+@sweep("outer", ["", *SLOTS], quick=2)
 def test_law_holds_under_jit_vmap_scan_checkpoint_and_grad(outer):
     stacked = {name: build(name, (2,)) for name in BUILDERS if name.rpartition("=")[0] == outer}
     assert len(stacked) == len(KINDS)

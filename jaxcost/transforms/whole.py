@@ -2,7 +2,7 @@
 
 Left to the partitioner, such loops exchange rows in every round. Outputs do not know of each other there, so each
 device takes the whole columns of some of them (`by_outputs`), and none ever holds the matrix; a decomposition is of
-the matrix as it is, and each device makes it for itself (`on_each_device`).
+the matrix as it is, and each device makes it for itself (`on_each_device`), of one matrix of a stack after the other.
 """
 
 from __future__ import annotations
@@ -78,12 +78,18 @@ def by_outputs(f: Callable[..., Any], split: Arrays, shared: Arrays, gives_outpu
 
 
 def on_each_device(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, computed on every device of the mesh from arrays that are gathered first; without a mesh it is f."""
+    """f of every matrix of a stack (..., in, out), computed on every device of the mesh; without a mesh it is f.
+
+    The matrices are gathered one at a time, so that no device ever holds the stack.
+    """
 
     def run(*arrays):
         if _alone():
             return f(*arrays)
-        return jax.shard_map(f, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)(*arrays)
+        one = jax.shard_map(f, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        stack = arrays[0].shape[:-2]
+        made = lax.map(lambda each: one(*each), tuple(a.reshape(-1, *a.shape[len(stack) :]) for a in arrays))
+        return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), made)
 
     return run
 
