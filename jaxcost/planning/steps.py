@@ -135,7 +135,9 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
         lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
         return TracedStep(engine.prefill, (params, prompts, lengths, cache), {}, categories, batch * length)
     logits = jax.ShapeDtypeStruct((batch, vocab_size), jnp.float32, sharding=_place(mesh, "batch", None))
-    drawn = rows_of([Sampling(temperature=1.0)] * batch, [np.zeros(0, int)] * batch, vocab_size)
+    # By shapes alone: nothing can be computed on devices that are only described.
+    unwritten, sampling = [np.zeros(0, int)] * batch, [Sampling(temperature=1.0)] * batch
+    drawn = jax.eval_shape(lambda: rows_of(sampling, unwritten, vocab_size))
     arguments = (params, logits, cache, jax.tree.map(lambda a: _shaped(a, rows), drawn))
     return TracedStep(engine.decode, arguments, {"steps": 1}, categories, batch)
 
