@@ -1,18 +1,34 @@
 """A small model, and what tests of transforms ask of its weights."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.models.transformer import Transformer, axes_of, initialize
+from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
+from jaxcost.training.step import init_state, make_train_step
+from jaxcost.transforms import chain
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=24
 )
+GPT2 = dataclasses.replace(
+    CONFIG,
+    num_kv_heads=4,
+    norm="layer",
+    gated=False,
+    activation="gelu",
+    position="learned",
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+"""The same with all that GPT-2 has and Llama has not."""
 MODEL = Transformer(CONFIG)
 QUICK = {"xla_backend_optimization_level": 0}
 """For tests of what is computed and not of how: compiling is most of their time."""
@@ -30,6 +46,20 @@ def dense_params():
 @functools.cache
 def forward():
     return jax.jit(lambda params: MODEL.apply({"params": params}, tokens())[0])
+
+
+def trained(model, params, batches, mesh, *, transform=None, learning_rate=1e-2, **options):
+    """The metrics of a step on each batch on a mesh, and the weights after them; they are transformed already."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=learning_rate, warmup_steps=2), 3)
+    step = jax.jit(make_train_step(model, optimizer, transform or chain(), **options), compiler_options=QUICK)
+    found = []
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
+        state = init_state(params, optimizer, seed=0)
+        for batch in batches:
+            state, metrics = step(state, sharding.place_batch(batch, mesh))
+            found.append({name: float(value) for name, value in metrics.items()})
+    return found, jax.device_get(state.params)
 
 
 def tokens():

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small import CONFIG, QUICK, dense_params, tokens
+from small import CONFIG, GPT2, QUICK, dense_params, tokens
 from sweep import sweep
 
 from jaxcost import weights
@@ -17,17 +17,6 @@ from jaxcost.models.huggingface import safetensors
 from jaxcost.models.transformer import Transformer, initialize, logits
 from jaxcost.transforms import chain, lora, prune, rule
 
-GPT2 = dataclasses.replace(
-    CONFIG,
-    num_kv_heads=4,
-    norm="layer",
-    gated=False,
-    activation="gelu",
-    position="learned",
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-)
 PHI3 = dataclasses.replace(CONFIG, rotary_fraction=0.5)
 
 

@@ -16,7 +16,7 @@ from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models import attention, context
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, axes_of, initialize, unembedding
+from jaxcost.models.transformer import Transformer, axes_of, initialize, output_of
 from jaxcost.planning import steps, topology
 
 LENGTH, ROWS, VOCABULARY = 64, 4, 128
@@ -38,7 +38,8 @@ def loss_and_gradients(mesh, model, chunks=1):
 
     def loss(params, batch):
         hidden, _ = model.apply({"params": params}, batch["inputs"])
-        total, count = cross_entropy(hidden, unembedding(params), batch["targets"], batch["mask"], chunks=chunks)
+        output = output_of(model.config, params)
+        total, count = cross_entropy(hidden, output, batch["targets"], batch["mask"], chunks=chunks)
         return total / count
 
     params, _ = initialize(model, jax.random.key(0))

@@ -19,6 +19,7 @@ from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.attention import Scores, log_probabilities, self_attention
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.heads import Output
 from jaxcost.models.transformer import HEADS, WATCHED, Transformer, attention_scores, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
@@ -93,18 +94,18 @@ def pair(dtype=jnp.float32):
     heads = [jax.random.normal(jax.random.key(2 + i), (d, VOCABULARY), dtype) for i, d in enumerate((16, 24))]
     targets = jax.random.randint(jax.random.key(4), (2, 8), 0, VOCABULARY)
     mask = jnp.ones((2, 8)).at[1, 5:].set(0)
-    return hidden, heads[0], loss.HiddenTeacher(theirs, heads[1]), targets, mask
+    return hidden, Output(heads[0]), loss.HiddenTeacher(theirs, Output(heads[1])), targets, mask
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_objective_is_the_sum_of_its_parts_whatever_the_chunks(chunks, stored):
     hidden, head, teacher, targets, mask = pair()
-    theirs = teacher.hidden_BTE @ teacher.unembedding
+    theirs = teacher.hidden_BTE @ teacher.output.matrix
     said = loss.StoredTeacher(*loss.top_k_log_probs(theirs, 4, 2.0)) if stored else teacher
     both = loss.distillation_loss(hidden, head, said, targets, mask, temperature=2.0, chunks=chunks)
     np.testing.assert_allclose(both[0], cross_entropy(hidden, head, targets, mask)[0], rtol=1e-5)
-    student = hidden @ head
+    student = hidden @ head.matrix
     each = (
         loss.stored_divergence(said.log_probs_BTk, said.indices_BTk, student, 2.0)
         if stored
@@ -132,8 +133,10 @@ def test_chunks_keep_both_logits_from_existing_whole():
 
     def bytes_of(chunks):
         def total(hidden, head):
-            teacher = loss.HiddenTeacher(theirs, jnp.ones((8, vocabulary)))
-            return sum(loss.distillation_loss(hidden, head, teacher, targets, mask, temperature=2.0, chunks=chunks))
+            teacher = loss.HiddenTeacher(theirs, Output(jnp.ones((8, vocabulary))))
+            return sum(
+                loss.distillation_loss(hidden, Output(head), teacher, targets, mask, temperature=2.0, chunks=chunks)
+            )
 
         compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, head).compile()
         return compiled_cost(compiled).temp_bytes, compiled.as_text()

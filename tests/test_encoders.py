@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from small import QUICK
 from sweep import sweep
 
@@ -22,14 +23,13 @@ from jaxcost.models import attention, huggingface
 from jaxcost.models.attention import Scores
 from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.heads import Output
 from jaxcost.models.huggingface import fields
 from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits, unembedding
 from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.steps import trace_step
 from jaxcost.session import Session
-from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
-from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain, prompt_tuning
+from jaxcost.transforms import prompt_tuning
 
 oracles = pytest.mark.oracles
 
@@ -330,16 +330,9 @@ def batch_of(config):
 def losses(kind, mesh, accumulation=1):
     config, params = made(kind)
     model = Transformer(config, ExecutionConfig(unroll="never"))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, warmup_steps=2), 3)
-    step = make_train_step(model, optimizer, chain(), accumulation=accumulation)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
-        state, batch = init_state(params, optimizer, seed=0), sharding.place_batch(batch_of(config), mesh)
-        jitted, found = jax.jit(step, compiler_options=QUICK), []
-        for _ in range(3):
-            state, metrics = jitted(state, batch)
-            found.append(float(metrics["loss"]))
-    return found
+    how = {"learning_rate": 2e-3, "accumulation": accumulation}
+    metrics, _ = small.trained(model, params, [batch_of(config)] * 3, mesh, **how)
+    return [one["loss"] for one in metrics]
 
 
 @sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=0)
@@ -385,7 +378,7 @@ def test_there_are_as_many_targets_as_answers():
     config, params = made("pooled")
     hidden = jnp.zeros((8, 1, 32))
     with pytest.raises(ValueError, match=r"answers \(8, 1\) times and the batch has \(8, 12\) targets"):
-        cross_entropy(hidden, unembedding(params), jnp.zeros((8, 12), jnp.int32), jnp.ones((8, 12)))
+        cross_entropy(hidden, Output(unembedding(params)), jnp.zeros((8, 12), jnp.int32), jnp.ones((8, 12)))
 
 
 def test_a_step_of_a_classifier_is_planned_and_of_images_refused():

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.models import families
-from jaxcost.models.transformer import Transformer, axes_of, initialize, logits, output_bias
-from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
-from jaxcost.training.step import init_state, make_train_step
+from jaxcost.models.transformer import Transformer, initialize, logits, output_of
 from jaxcost.transforms import (
     bias_only,
     bottleneck,
@@ -136,7 +135,9 @@ def test_every_transform_applies_to_every_family(family):
     outputs_of = functools.partial(outputs, model)
     inputs = inputs_of(model.config)
     plain = jax.eval_shape(outputs_of, params, inputs)
-    assert output_bias(params) is None or output_bias(params).shape == plain.shape[-1:]
+    if not model.config.head.embed:
+        bias = output_of(model.config, params).bias
+        assert bias is None or bias.shape == plain.shape[-1:]
     for name, transform in TRANSFORMS.items():
         families_of, said = REFUSED.get(name, ((), ""))
         if family in families_of:
@@ -180,12 +181,8 @@ def stepped(family, mesh_config):
     shape = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
     targets = np.random.default_rng(4).integers(0, shape[-1], shape[:2])
     batch = {"inputs": inputs, "targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
-    optimizer = make_optimizer(OptimizerConfig(), 1)
-    step = jax.jit(make_train_step(model, optimizer, chain()), compiler_options=QUICK)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
-        _, metrics = step(init_state(placed, optimizer, seed=0), sharding.place_batch(batch, mesh))
-    return [float(metrics[name]) for name in ("loss", "gradient_norm")]
+    (metrics,), _ = small.trained(model, params, [batch], mesh)
+    return [metrics[name] for name in ("loss", "gradient_norm")]
 
 
 @sweep("family", TRAINED, quick=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from jax.test_util import check_grads
 from sweep import sweep
 
@@ -16,7 +17,7 @@ from jaxcost.data.config import DataConfig
 from jaxcost.models import experts
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits
+from jaxcost.models.transformer import Transformer, abstract, init_cache, initialize, logits
 from jaxcost.serving.engine import Engine
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.config import OptimizerConfig
@@ -244,20 +245,13 @@ def trained(config, name, mesh_name, accumulation=1):
     transform = TRANSFORMS[name]
     mesh = sharding.make_mesh(MESHES[mesh_name]) if mesh_name else sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     model = Transformer(config, ExecutionConfig(unroll="never"))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 3)
-    params = transform(params_of(config))
-    step = make_train_step(model, optimizer, transform, accumulation=accumulation, router_losses=LOSSES)
     mask = (np.random.default_rng(1).random((8, 16)) < 0.8).astype(np.float32)
-    found = []
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
-        state = init_state(params, optimizer, seed=0)
-        jitted = jax.jit(step, compiler_options=QUICK)
-        for batch in np.asarray(tokens_of((3, 8, 17), seed=4)):
-            batch = {"inputs": batch[:, :-1], "targets": batch[:, 1:], "mask": mask}
-            state, metrics = jitted(state, sharding.place_batch(batch, mesh))
-            found.append({name: float(value) for name, value in metrics.items()})
-    return found, jax.device_get(state.params)
+    batches = [
+        {"inputs": batch[:, :-1], "targets": batch[:, 1:], "mask": mask}
+        for batch in np.asarray(tokens_of((3, 8, 17), seed=4))
+    ]
+    how = {"transform": transform, "accumulation": accumulation, "router_losses": LOSSES}
+    return small.trained(model, transform(params_of(config)), batches, mesh, **how)
 
 
 @sweep(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import FIELDS, tensors_of, write
-from small import CONFIG, QUICK, dense_params
+from small import CONFIG, GPT2, QUICK, dense_params
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -98,17 +98,7 @@ CONFIGS = {
     ),
     "phi3": dataclasses.replace(CONFIG, rotary_fraction=0.5),
     "olmo2": dataclasses.replace(CONFIG, norm_placement="post", query_key_norm="projection"),
-    "gpt2": dataclasses.replace(
-        CONFIG,
-        num_kv_heads=4,
-        norm="layer",
-        gated=False,
-        activation="gelu",
-        position="learned",
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-    ),
+    "gpt2": GPT2,
 }
 
 

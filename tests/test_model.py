@@ -14,6 +14,7 @@ from jaxcost.cost.hlo import compiled_cost
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import PRESETS, ExecutionConfig
+from jaxcost.models.heads import Output
 from jaxcost.models.positions import frequencies, rotate
 from jaxcost.models.transformer import (
     Transformer,
@@ -241,7 +242,7 @@ def deep_loss(execution):
 
     def loss(params):
         hidden, _ = model.apply({"params": params}, tokens)
-        return cross_entropy(hidden, unembedding(params), tokens, jnp.ones(tokens.shape))[0]
+        return cross_entropy(hidden, Output(unembedding(params)), tokens, jnp.ones(tokens.shape))[0]
 
     return jax.value_and_grad(loss)
 
@@ -341,7 +342,7 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(chunks):
     mask = jnp.asarray(np.random.default_rng(0).random((2, 12)) < 0.6, jnp.float32).at[0, 4:8].set(0.0)
 
     def loss(chunks):
-        f = lambda hidden, kernel: cross_entropy(hidden, kernel, targets, mask, chunks=chunks)  # noqa: E731
+        f = lambda hidden, kernel: cross_entropy(hidden, Output(kernel), targets, mask, chunks=chunks)  # noqa: E731
         return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True), compiler_options=QUICK)(hidden, kernel)
 
     (total, count), gradients = loss(chunks)
@@ -361,7 +362,7 @@ def test_the_loss_in_chunks_takes_less_memory():
     def temporaries(chunks):
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((2, 64, 16), jnp.float32), ((16, 8192), jnp.float32))]
         rest = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2, 64), jnp.float32)
-        f = lambda hidden, kernel, *rest: cross_entropy(hidden, kernel, *rest, chunks=chunks)[0]  # noqa: E731
+        f = lambda hidden, kernel, *rest: cross_entropy(hidden, Output(kernel), *rest, chunks=chunks)[0]  # noqa: E731
         compiled = jax.jit(jax.grad(f, (0, 1))).lower(*shapes, *rest).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

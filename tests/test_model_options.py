@@ -16,6 +16,7 @@ from jaxcost.models import attention
 from jaxcost.models.attention import Scores
 from jaxcost.models.config import ModelConfig, RopeScaling
 from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.heads import Output
 from jaxcost.models.positions import frequencies, rotate
 from jaxcost.models.transformer import Transformer, abstract, init_cache, initialize, logits, unembedding
 from jaxcost.serving.engine import Engine
@@ -408,6 +409,6 @@ def test_the_loss_sees_capped_logits(chunks):
     assert 0.2 < np.max(np.abs(want)) < 0.3
     hidden, _ = model.apply({"params": params}, tokens)
     mask = jnp.ones(tokens.shape)
-    total, _ = cross_entropy(hidden, unembedding(params), tokens, mask, chunks=chunks, soft_cap=0.3)
+    total, _ = cross_entropy(hidden, Output(unembedding(params), soft_cap=0.3), tokens, mask, chunks=chunks)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(want), tokens[..., None], axis=-1)
     np.testing.assert_allclose(total, -jnp.sum(chosen), rtol=1e-5)

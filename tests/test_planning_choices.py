@@ -17,7 +17,7 @@ from jaxcost.config import Experiment, MeshConfig
 from jaxcost.cost import hardware, links
 from jaxcost.data.config import DataConfig
 from jaxcost.models.config import ModelConfig
-from jaxcost.planning import picture, scaling, search, topology
+from jaxcost.planning import picture, ranking, scaling, search, topology
 from jaxcost.transforms import lora
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,7 +30,7 @@ EXPERIMENT = Experiment(
 def found(experiment=EXPERIMENT, **asked):
     chip = hardware.load_chip("v5e")
     devices = [types.SimpleNamespace(coords=(x, y, 0)) for y in range(4) for x in range(2)]
-    return list(search.candidates(experiment, chip, devices, 512, search.sizes_of(experiment, 512), **asked))
+    return list(search.candidates(experiment, chip, devices, 512, ranking.sizes_of(experiment, 512), **asked))
 
 
 # ---- Search ----
@@ -64,7 +64,7 @@ def test_the_closed_form_ranks_as_it_should():
 
 
 def test_what_is_kept_is_what_the_traced_step_keeps():
-    kept = search.sizes_of(EXPERIMENT, 512).kept_bytes
+    kept = ranking.sizes_of(EXPERIMENT, 512).kept_bytes
     layers, width = EXPERIMENT.model.num_layers, EXPERIMENT.model.width
     assert layers * width * 4 <= kept["full"] <= 2 * layers * width * 4
     assert kept["full"] < kept["attention"] < kept["projections"] < kept["none"]

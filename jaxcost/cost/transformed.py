@@ -17,7 +17,7 @@ from jaxcost.cost.closed_form import Attention, attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
-from jaxcost.models.transformer import STACKS, resized
+from jaxcost.models.transformer import STACKS, output_matrix, resized
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, LowRank, Observed, Scaled
 
 
@@ -82,10 +82,9 @@ _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 def _of_the_head(params: weights.Params) -> list[Any]:
     """The matrices behind the last block."""
-    head, unembed = params.get("head", {}), params.get("unembed", {})
-    parts = [head.get("hidden", {}), head.get("output", unembed)]
-    matrices = [part["kernel"] for part in parts if "kernel" in part]
-    return matrices if "kernel" in parts[1] else [*matrices, params["embed"]["table"]]
+    hidden, output = params.get("head", {}).get("hidden"), output_matrix(params)
+    last = params["embed"]["table"] if output is None else output
+    return [last] if hidden is None else [hidden["kernel"], last]
 
 
 def multiplied(w: Any) -> Multiplied:

@@ -6,7 +6,7 @@ their size.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import struct
 from jaxcost import weights
 from jaxcost.evaluation.losses import negative_log_likelihood, over_chunks
 from jaxcost.models.attention import Scores, log_probabilities
-from jaxcost.models.heads import outputs
+from jaxcost.models.heads import Output
 
 Direction = Literal["forward", "reverse"]
 """KL(teacher ‖ student), which covers all that the teacher does, or KL(student ‖ teacher), which seeks its modes."""
@@ -27,12 +27,8 @@ class HiddenTeacher:
 
     hidden_BTE: jax.Array
     """Its final hidden states."""
-    unembedding: Any
-    """A weight (E, V) of any kind."""
-    soft_cap: float = struct.field(pytree_node=False, default=0.0)
-    """Bound on its logits, as in `ModelConfig.logit_soft_cap`; 0 is none."""
-    bias: jax.Array | None = None
-    """(V,), of its unembedding."""
+    output: Output
+    """What makes its logits of them."""
 
 
 @struct.dataclass
@@ -116,7 +112,7 @@ def stored_divergence(
 
 def distillation_loss(
     hidden_BTD: jax.Array,
-    unembedding: Any,
+    output: Output,
     teacher: HiddenTeacher | StoredTeacher,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
@@ -125,8 +121,6 @@ def distillation_loss(
     direction: Direction = "forward",
     chunks: int = 1,
     key: jax.Array | None = None,
-    soft_cap: float = 0.0,
-    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood of the targets and the summed divergence from the teacher; float32 scalars.
 
@@ -134,23 +128,21 @@ def distillation_loss(
 
     Args:
       hidden_BTD: the student's final hidden states.
-      unembedding: its weight (D, V) of any kind.
+      output: what makes its logits of them.
       teacher: what it is taught by.
       targets_BT: int32 token ids.
       mask_BT: 1 where the token counts.
       temperature: of the divergence alone; the likelihood is at 1.
       direction: as of `kl_divergence`.
       chunks: as of `cross_entropy`; neither's (B, T, V) logits exist whole if there are more than one.
-      key: random key for an unembedding whose arithmetic is random.
-      soft_cap: bound on the student's logits.
-      bias: (V,) of the student's unembedding, or None.
+      key: random key for an output of the student whose arithmetic is random.
     """
     teacher = jax.lax.stop_gradient(teacher)
 
     def piece(hidden_BtD, targets_Bt, mask_Bt, *taught):
-        logits_BtV = outputs(hidden_BtD, unembedding, bias, soft_cap, key)
+        logits_BtV = output(hidden_BtD, key)
         if isinstance(teacher, HiddenTeacher):
-            teacher_BtV = outputs(taught[0], teacher.unembedding, teacher.bias, teacher.soft_cap)
+            teacher_BtV = teacher.output(taught[0])
             divergence_Bt = kl_divergence(teacher_BtV, logits_BtV, temperature, direction)
         else:
             divergence_Bt = stored_divergence(*taught, logits_BtV, temperature, direction)

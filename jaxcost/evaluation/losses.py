@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcost.models.heads import outputs
+from jaxcost.models.heads import Output
 from jaxcost.sharding import context_ways
 
 
 def cross_entropy(
     hidden_BTD: jax.Array,
-    unembedding: Any,
+    output: Output,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     *,
     chunks: int = 1,
     key: jax.Array | None = None,
-    soft_cap: float = 0.0,
-    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood in nats, and the number of targets that counted; both float32 scalars.
 
     Args:
       hidden_BTD: final hidden states in the compute dtype.
-      unembedding: a weight (D, V) of any kind.
+      output: what makes logits of them.
       targets_BT: int32 token ids.
       mask_BT: 1 where the target counts and 0 where it is padding.
       chunks: pieces that the time axis is cut into, at most; each piece's logits are made again in the backward pass,
         so the full (B, T, V) logits never exist. See `over_chunks`.
-      key: random key for an unembedding whose arithmetic is random.
-      soft_cap: bound on the logits, as in `ModelConfig.logit_soft_cap`; 0 is none.
-      bias: (V,) of the unembedding, or None.
+      key: random key for an output whose arithmetic is random.
 
     Raises:
       ValueError: there are not as many targets as hidden states, such as one for each token of a head that pools them.
@@ -46,7 +41,7 @@ def cross_entropy(
         )
 
     def piece(hidden_BtD, targets_Bt, mask_Bt):
-        logits_BtV = outputs(hidden_BtD, unembedding, bias, soft_cap, key)
+        logits_BtV = output(hidden_BtD, key)
         return (jnp.sum(negative_log_likelihood(logits_BtV, targets_Bt) * mask_Bt),)
 
     (total,) = over_chunks(piece, (hidden_BTD, targets_BT, mask_BT), chunks)

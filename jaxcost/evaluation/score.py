@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
 from jaxcost.evaluation.losses import cross_entropy
-from jaxcost.models.transformer import Transformer, output_bias, unembedding
+from jaxcost.models.transformer import Transformer, output_of
 
 Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S), 1 where the target counts."""
@@ -54,8 +54,7 @@ class Scorer:
 
         def sums(params, batch):
             hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], valid_BT=batch.get("valid"))
-            how = {"soft_cap": model.config.logit_soft_cap, "bias": output_bias(params)}
-            return cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
+            return cross_entropy(hidden_BSD, output_of(model.config, params), batch["targets"], batch["mask"])
 
         self._sums = jax.jit(sums)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jax import lax
 
 from jaxcost import weights
@@ -76,15 +77,18 @@ def embeddings(hidden: jax.Array, pooling: str) -> jax.Array:
     return made * jnp.where(squared > 0, lax.rsqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
-def outputs(hidden: jax.Array, matrix: Any, bias: jax.Array | None, soft_cap: float = 0.0, key=None) -> jax.Array:
-    """Float32 outputs (..., V) of hidden states (..., D): times a weight (D, V) of any kind, plus a bias, bent.
+@struct.dataclass
+class Output:
+    """The last product: float32 outputs (..., V) of hidden states (..., D), times a matrix, plus a bias, bent."""
 
-    Args:
-      hidden: what the head made.
-      matrix: a weight of any kind.
-      bias: (V,), or None.
-      soft_cap: bound on the outputs, as in `ModelConfig.logit_soft_cap`; 0 is none.
-      key: random key for a matrix whose arithmetic is random.
-    """
-    made = weights.contract(hidden, matrix, key).astype(jnp.float32)
-    return soft_capped(made if bias is None else made + bias.astype(jnp.float32), soft_cap)
+    matrix: Any
+    """A weight (D, V) of any kind."""
+    bias: jax.Array | None = None
+    """(V,), or None."""
+    soft_cap: float = struct.field(pytree_node=False, default=0.0)
+    """Bound on the outputs, as in `ModelConfig.logit_soft_cap`; 0 is none."""
+
+    def __call__(self, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The outputs of what the head made; the key is for a matrix whose arithmetic is random."""
+        made = weights.contract(hidden, self.matrix, key).astype(jnp.float32)
+        return soft_capped(made if self.bias is None else made + self.bias.astype(jnp.float32), self.soft_cap)

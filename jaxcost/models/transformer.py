@@ -46,7 +46,7 @@ from jaxcost.models import cache as caches
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.models.experts import Experts
-from jaxcost.models.heads import Head, Unembedding, embeddings, outputs
+from jaxcost.models.heads import Head, Output, Unembedding, embeddings
 from jaxcost.models.images import Images
 from jaxcost.models.layers import Linear, Norm, Table, activation
 from jaxcost.models.mlp import Mlp
@@ -350,24 +350,26 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
 
 def unembedding(params: weights.Params) -> Any:
     """The weight (D, V) that turns hidden states into outputs: a matrix of its own, or the embedding transposed."""
-    if "output" in params.get("head", {}):
-        return params["head"]["output"]["kernel"]
-    if "kernel" in params.get("unembed", {}):
-        return params["unembed"]["kernel"]
-    return weights.materialize(params["embed"]["table"]).T
+    matrix = output_matrix(params)
+    return weights.materialize(params["embed"]["table"]).T if matrix is None else matrix
 
 
-def output_bias(params: weights.Params) -> jax.Array | None:
-    """The bias (V,) of the logits, or None without one."""
-    bias = params.get("head", {}).get("output", {}).get("bias", params.get("unembed", {}).get("bias"))
-    return None if bias is None else weights.materialize(bias)
+def output_matrix(params: weights.Params) -> Any | None:
+    """The weight (D, V) of the head or of the unembedding; None where the embedding serves."""
+    return params.get("head", {}).get("output", params.get("unembed", {})).get("kernel")
+
+
+def output_of(config: ModelConfig, params: weights.Params) -> Output:
+    """What makes a model's outputs of its hidden states."""
+    bias = params.get("head", {}).get("output", params.get("unembed", {})).get("bias")
+    return Output(unembedding(params), None if bias is None else weights.materialize(bias), config.logit_soft_cap)
 
 
 def logits(config: ModelConfig, params: weights.Params, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Float32 logits (..., V) of hidden states (..., D), or what else the head puts out."""
     if config.head.embed:
         return embeddings(hidden, config.head.pooling)
-    return outputs(hidden, unembedding(params), output_bias(params), config.logit_soft_cap, key)
+    return output_of(config, params)(hidden, key)
 
 
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:

@@ -40,9 +40,8 @@ from jaxcost.models.transformer import (
     Transformer,
     attention_scores,
     logits,
-    output_bias,
+    output_of,
     resized,
-    unembedding,
 )
 
 PROJECTION = "distillation/projection"
@@ -161,8 +160,6 @@ class Distiller:
         *,
         chunks: int,
         key: jax.Array | None,
-        soft_cap: float = 0.0,
-        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What is minimised, and the negative log-likelihood in it, summed over the batch's tokens; float32 scalars.
 
@@ -175,11 +172,9 @@ class Distiller:
         else:
             (hidden_BSE, _), taught = self.model.apply({"params": teacher}, batch["inputs"], mutable=self.watched)
             hidden_BSE = jax.lax.stop_gradient(hidden_BSE)
-            source = HiddenTeacher(
-                hidden_BSE, unembedding(teacher), self.model.config.logit_soft_cap, output_bias(teacher)
-            )
-        head = (hidden_BSD, unembedding(params))
-        how = {"chunks": chunks, "key": key, "soft_cap": soft_cap, "bias": bias}
+            source = HiddenTeacher(hidden_BSE, output_of(self.model.config, teacher))
+        head = (hidden_BSD, output_of(student.config, params))
+        how = {"chunks": chunks, "key": key}
         if c.logits:
             how |= {"temperature": c.temperature, "direction": c.direction}
             likelihood, divergence = distillation_loss(*head, source, batch["targets"], mask, **how)

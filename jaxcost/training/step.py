@@ -15,7 +15,7 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
-from jaxcost.models.transformer import Transformer, output_bias, unembedding
+from jaxcost.models.transformer import Transformer, output_of
 from jaxcost.sharding import constrain
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
@@ -86,10 +86,10 @@ def make_train_step(
         (hidden_BSD, _), sown = model.apply(
             {"params": params}, batch["inputs"], key=model_key, valid_BT=batch.get("valid"), mutable=kept
         )
-        how = {"chunks": loss_chunks, "key": head_key, "soft_cap": model.config.logit_soft_cap}
-        how["bias"] = output_bias(params)
+        how = {"chunks": loss_chunks, "key": head_key}
         if distiller is None:
-            total, _ = cross_entropy(hidden_BSD, unembedding(params), batch["targets"], batch["mask"], **how)
+            output = output_of(model.config, params)
+            total, _ = cross_entropy(hidden_BSD, output, batch["targets"], batch["mask"], **how)
             objective = total
         else:
             objective, total = distiller.loss_sum(model, hidden_BSD, sown, params, batch, trainable, teacher, **how)

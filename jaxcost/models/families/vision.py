@@ -100,12 +100,12 @@ def _convolution(c: ModelConfig) -> tuple[int, ...]:
 # ---- Heads ----
 
 
-def _labels(pooling: Any) -> dict[str, Head]:
+def _labels(pooling: Any, *unused: str) -> dict[str, Head]:
     return {
         "ForImageClassification": Head(
             lambda fields: HeadConfig(outputs=labels(fields), pooling=pooling, bias=True),
             linear("classifier", "head/output"),
-            unused=_SIGLIP_POOLER if pooling == "mean" else (),
+            unused=unused,
         )
     }
 
@@ -115,34 +115,23 @@ _POOLER += ("attention.out_proj.bias", "layernorm.weight", "layernorm.bias")
 _POOLER += tuple(f"mlp.{layer}.{end}" for layer in ("fc1", "fc2") for end in ("weight", "bias"))
 _SIGLIP_POOLER = tuple(f"vision_model.head.{name}" for name in _POOLER)
 
+
+def _vit_family(prefix: str, name: str, class_tokens: int) -> Family:
+    heads = _labels("first") | hidden_states(*linear(f"{prefix}.pooler.dense", ""))
+    return Family(lambda fields: _vision(fields, class_tokens), _vit(prefix), heads, name, _vit_stored(prefix))
+
+
+def _siglip_family(name: str, heads: Mapping[str, Head]) -> Family:
+    def stored(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+        return {"vision_model.embeddings.patch_embedding.weight": _convolution(c)}
+
+    return Family(_siglip, _SIGLIP, heads, name, stored)
+
+
 VISION: Mapping[str, Family] = {
-    "vit": Family(
-        lambda fields: _vision(fields, class_tokens=1),
-        _vit("vit"),
-        _labels("first") | hidden_states("vit.pooler.dense.weight", "vit.pooler.dense.bias"),
-        "ViT",
-        _vit_stored("vit"),
-    ),
-    "deit": Family(
-        lambda fields: _vision(fields, class_tokens=2),
-        _vit("deit"),
-        _labels("first") | hidden_states("deit.pooler.dense.weight", "deit.pooler.dense.bias"),
-        "DeiT",
-        _vit_stored("deit"),
-    ),
-    "siglip": Family(
-        _siglip,
-        _SIGLIP,
-        _labels("mean"),
-        "Siglip",
-        lambda c: {"vision_model.embeddings.patch_embedding.weight": _convolution(c)},
-    ),
-    "siglip_vision_model": Family(
-        _siglip,
-        _SIGLIP,
-        hidden_states(*_SIGLIP_POOLER),
-        "SiglipVision",
-        lambda c: {"vision_model.embeddings.patch_embedding.weight": _convolution(c)},
-    ),
+    "vit": _vit_family("vit", "ViT", class_tokens=1),
+    "deit": _vit_family("deit", "DeiT", class_tokens=2),
+    "siglip": _siglip_family("Siglip", _labels("mean", *_SIGLIP_POOLER)),
+    "siglip_vision_model": _siglip_family("SiglipVision", hidden_states(*_SIGLIP_POOLER)),
 }
 """A checkpoint's `model_type` → its family."""
