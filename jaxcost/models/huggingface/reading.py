@@ -7,6 +7,7 @@ model, at most the piece of a tensor that is read and, while it is turned round,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -51,6 +52,7 @@ def load(
     folder = Path(folder)
     config, family, head = read_config(folder)
     stored = read_headers(folder, family, head)
+    config = _untied(config, family, head, stored)
     params, axes = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
     places = layout.places(family, head, config, shapes)
@@ -112,6 +114,21 @@ def read_headers(folder: Path, family: families.Family, head: families.Head) -> 
     if any(name.startswith(prefix) for name in found):
         return found
     return {name if name in head.tensors else prefix + name: tensor for name, tensor in found.items()}
+
+
+def _untied(
+    config: ModelConfig, family: families.Family, head: families.Head, stored: Mapping[str, safetensors.Stored]
+) -> ModelConfig:
+    """The config, without tied embeddings where the checkpoint holds an unembedding that is another matrix."""
+    [embedding] = [name for name, paths in family.tensors.items() if paths == ("embed/table",)] or [""]
+    for name in set(head.tied) & set(stored) if config.tie_embeddings and embedding in stored else ():
+        pair = stored[name], stored[embedding]
+        same = pair[0].shape == pair[1].shape and all(
+            np.array_equal(one, other) for one, other in zip(*(each.read() for each in pair), strict=True)
+        )
+        if head.tensors.get(name) == ("unembed/kernel",) and not same:
+            return dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def _check(
