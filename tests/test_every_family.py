@@ -19,6 +19,7 @@ from sweep import sweep
 from jaxcost import sharding, weights
 from jaxcost.models import families
 from jaxcost.models.transformer import Transformer, initialize, logits, output_of
+from jaxcost.training.batch import beside_inputs
 from jaxcost.transforms import (
     bias_only,
     bottleneck,
@@ -47,6 +48,7 @@ FIELDS = {
     "max_position_embeddings": 32,
 }
 IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
+ENCODED = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4, "relative_attention_num_buckets": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
@@ -60,6 +62,8 @@ OPTIONS = {
     "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
     "modernbert": {"local_attention": 4},
     "siglip": {"vision_config": IMAGES},
+    "t5": ENCODED,
+    "mt5": ENCODED | {"num_decoder_layers": 3},
 }
 TRANSFORMS = {
     "prune": prune(sparsity=0.5),
@@ -105,22 +109,29 @@ def model_of(family):
 def inputs_of(config, seed=0, rows=2):
     rng = np.random.default_rng(seed)
     images = config.images
-    if images.patch:
-        return jnp.asarray(rng.normal(size=(rows, images.height, images.width, images.channels)), jnp.float32)
-    return jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))
+    if not config.has_vocabulary:
+        pictures = rng.normal(size=(rows, images.height, images.width, images.channels))
+        return {"inputs": jnp.asarray(pictures, jnp.float32)}
+    made = {"inputs": jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))}
+    if config.encoder.num_layers:
+        made["source"] = jnp.asarray(rng.integers(0, config.vocab_size, (rows, 10)))
+        made["source_valid"] = jnp.arange(10) < jnp.asarray(rng.integers(1, 11, (rows, 1)))
+    return made
 
 
-def outputs(model, params, inputs):
-    hidden, _ = model.apply({"params": params}, inputs)
+def outputs(model, params, batch):
+    hidden, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
     return logits(model.config, params, hidden)
 
 
 # A tower that only embeds has nothing to be trained on.
 TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
+UNBIASED |= {"t5", "mt5"}
 IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
+    "shrink": ({"t5", "mt5"}, "all layers share the relative positions"),
     # A model of images has a position for each patch and none for virtual tokens.
     "prompt": (IMAGED, "the model has no embed/table"),
     "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
@@ -180,7 +191,7 @@ def stepped(family, mesh_config):
     inputs = inputs_of(model.config, seed=3, rows=8)
     shape = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
     targets = np.random.default_rng(4).integers(0, shape[-1], shape[:2])
-    batch = {"inputs": inputs, "targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
+    batch = inputs | {"targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
     (metrics,), _ = small.trained(model, params, [batch], mesh)
     return [metrics[name] for name in ("loss", "gradient_norm")]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 
 from jaxcost import weights
-from jaxcost.cost.closed_form import Attention, attention_flops_per_token
+from jaxcost.cost.closed_form import Attention, attention_flops_per_token, cross_attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
@@ -41,11 +42,12 @@ def training_step_flops(
 ) -> int:
     """FLOPs of one training step: 2·(2·entries + trained) a token, attention three times, and what is made once.
 
-    The stack `frozen_layers` costs its forward pass only, unless something in it or below it trains. Masked weights,
+    A stack costs its forward pass only, unless something in it or below it trains. Masked weights,
     and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
     whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
     unembedding. Experts with a capacity multiply as many rows of each sequence, full or not; those without one multiply
-    the tokens sent to them with dense matrices, the making of which is left out. Unrolled, a compiler drops the
+    the tokens sent to them with dense matrices, the making of which is left out. An encoder reads a source of
+    model.source.max_length tokens for each sequence. Unrolled, a compiler drops the
     gradient of the lowest layer's inputs where nothing below it trains.
 
     Args:
@@ -58,25 +60,60 @@ def training_step_flops(
     model = resized(model, params)
     prompt = optional.prompt_tokens(params)
     tokens, seen = sequence_tokens + prompt, sequence_tokens + prompt + optional.prefix_tokens(params)
-    below = any(jax.tree.leaves(weights.trainable_tree({k: params[k] for k in params if k not in _ABOVE})))
+    below = _trains({name: tree for name, tree in params.items() if name not in _ABOVE})
     total = 0
-    for stack in STACKS:
-        if stack not in params:
-            continue
-        below |= stack == "layers" or any(jax.tree.leaves(weights.trainable_tree(params[stack])))
-        depth = jax.tree.leaves(params[stack])[0].shape[0]
-        every, routed = _of_kernels(params[stack], model)
-        passes = 2 if below else 1
-        scores = attention_flops_per_token(dataclasses.replace(model, num_layers=depth), seen, attention)
-        for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
-            total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
-        total += batch * seen * scores * (3 if below else 1)
+    if model.encoder.num_layers:
+        read = model.source.max_length
+        encoder = params["encoder"]
+        under = _trains(
+            {name: tree for name, tree in encoder.items() if name not in _ABOVE} | {"embed": params["embed"]}
+        )
+        total += _blocks(model.source, encoder, batch, read, read, under, attention)
+        total += _of_sources(params, batch * read, _trains({"embed": params["embed"], "encoder": encoder}))
+    total += _blocks(model, params, batch, tokens, seen, below, attention)
     answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
     for one in map(multiplied, _of_the_head(params)):
         total += answered * 2 * (2 * one.entries + one.trained) + one.once
     return total
 
 
+def _blocks(
+    model: ModelConfig, params: weights.Params, batch: int, tokens: int, seen: int, below: bool, attention: Attention
+) -> int:
+    """FLOPs of the stacks of a tree, but for what they make of a source; `below`: something under them trains."""
+    total = 0
+    for stack in STACKS:
+        if stack not in params:
+            continue
+        below |= _trains(params[stack])
+        depth = jax.tree.leaves(params[stack])[0].shape[0]
+        every, routed = _of_kernels(params[stack], model)
+        passes, own = (2 if below else 1), dataclasses.replace(model, num_layers=depth)
+        scores = attention_flops_per_token(own, seen, attention)
+        for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
+            total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
+        total += batch * seen * scores * (3 if below else 1)
+        if model.encoder.num_layers:
+            total += batch * tokens * cross_attention_flops_per_token(own) * (3 if below else 1)
+    return total
+
+
+def _of_sources(params: weights.Params, rows: int, below: bool) -> int:
+    """FLOPs of the keys and values that the layers make of so many tokens of sources."""
+    total = 0
+    for stack in filter(params.__contains__, STACKS):
+        for name in ("key", "value"):
+            one = multiplied(params[stack]["cross_attention"][name]["kernel"])
+            total += rows * 2 * ((2 if below else 1) * one.entries + one.trained) + one.once
+    return total
+
+
+def _trains(tree: Any) -> bool:
+    return any(jax.tree.leaves(weights.trainable_tree(tree)))
+
+
+_SOURCE = re.compile("cross_attention/(key|value)/")
+"""The matrices that meet a source and no token."""
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
@@ -121,7 +158,7 @@ def _of_kernels(params: weights.Params, model: ModelConfig) -> tuple[Multiplied,
     def one(path, w):
         if model.experts and KERNELS.search(path):
             routed.append(multiplied(w) if model.capacity_factor else _made_dense(w))
-        elif path.endswith("kernel"):
+        elif path.endswith("kernel") and not _SOURCE.search(path):
             every.append(multiplied(w))
 
     weights.map_weights(one, params)

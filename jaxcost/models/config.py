@@ -305,7 +305,7 @@ class ModelConfig:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
         if self.position == "relative":
             self._check_relative()
-        if self.images.patch and not self.encoder.num_layers:
+        if not self.has_vocabulary:
             self._check_images()
         if self.encoder.num_layers:
             self._check_encoder()
@@ -362,6 +362,11 @@ class ModelConfig:
             )
         elif self.mlp_bias:
             raise ValueError("model.mlp_bias is on; experts have no biases, so turn it off.")
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether tokens go in, if only as the answer to what an encoder reads, and not images."""
+        return self.encoder.num_layers > 0 or not self.images.patch
 
     @property
     def generates(self) -> bool:

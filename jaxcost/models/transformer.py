@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
         encodes = c.encoder.num_layers > 0
-        length = c.images.tokens if c.images.patch and not encodes else tokens_BT.shape[1]
+        length = tokens_BT.shape[1] if c.has_vocabulary else c.images.tokens
         _check_cache(c, params, length, cache)
         source = None if cache is None else cache.source
         if encodes and self.is_initializing():
@@ -319,7 +319,7 @@ class Transformer(nn.Module):
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
     def _embedded(self, c: ModelConfig, tokens_BT, key):
-        if c.images.patch and not c.encoder.num_layers:
+        if not c.has_vocabulary:
             return Images(c, name="images")(tokens_BT.astype(self.execution.dtype), key)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
@@ -385,7 +385,7 @@ def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weig
 def _boxed(model: Transformer, key: jax.Array) -> weights.Params:
     """The parameters with the names of their axes, which one token of an input, or an image, is enough to make."""
     c = model.config
-    if c.images.patch and not c.encoder.num_layers:
+    if not c.has_vocabulary:
         return model.init(key, jnp.zeros((1, c.images.height, c.images.width, c.images.channels)))["params"]
     token = jnp.zeros((1, 1), jnp.int32) if c.vocab_size else jnp.zeros((1, 1, c.width))
     return model.init(key, token)["params"]
@@ -398,7 +398,7 @@ def encode(
     c = model.config.source
     if source_BS is None:
         raise ValueError("model.encoder is on, which reads a source; give one beside the tokens.")
-    if not c.images.patch and source_BS.ndim == 2:
+    if c.has_vocabulary and source_BS.ndim == 2:
         source_BS = jnp.take(weights.materialize(params["embed"]["table"]), source_BS, axis=0)
     encoder = Transformer(c, model.execution, parent=None)
     states_BSD, _ = encoder.apply({"params": params["encoder"]}, source_BS, key=key, valid_BT=valid_BS)
@@ -420,6 +420,7 @@ def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
 def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
     """The logical axis names of the dense weight behind every weight of `params`, whatever transforms made it."""
     known = dict(optional.AXES)
+    known |= {f"encoder/{path}": names for path, names in known.items()}
     weights.map_weights(lambda path, names: known.update({path: names}), abstract(model)[1])
     return weights.map_weights(lambda path, _: known[path.removeprefix("frozen_")], params)
 

@@ -17,11 +17,9 @@ from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import Transformer, output_of
 from jaxcost.sharding import constrain
+from jaxcost.training.batch import Batch, beside_inputs
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
-
-Batch = dict[str, jax.Array]
-"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S)."""
 
 
 @struct.dataclass
@@ -84,7 +82,7 @@ def make_train_step(
         model_key, head_key = jax.random.split(key)
         kept = ("losses", *(distiller.watched if distiller else ()))
         (hidden_BSD, _), sown = model.apply(
-            {"params": params}, batch["inputs"], key=model_key, valid_BT=batch.get("valid"), mutable=kept
+            {"params": params}, batch["inputs"], key=model_key, **beside_inputs(batch), mutable=kept
         )
         how = {"chunks": loss_chunks, "key": head_key}
         if distiller is None:
