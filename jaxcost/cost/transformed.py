@@ -42,13 +42,13 @@ def training_step_flops(
 ) -> int:
     """FLOPs of one training step: 2·(2·entries + trained) a token, attention three times, and what is made once.
 
-    A stack costs its forward pass only, unless something in it or below it trains. Masked weights,
-    and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
-    whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
-    unembedding. Experts with a capacity multiply as many rows of each sequence, full or not; those without one multiply
-    the tokens sent to them with dense matrices, the making of which is left out. An encoder reads a source of
-    model.source.max_length tokens for each sequence. Unrolled, a compiler drops the
-    gradient of the lowest layer's inputs where nothing below it trains.
+    A stack costs its forward pass only, unless something in it or below it trains. Masked weights, and those that train
+    quantised, are made dense first, so they cost what dense ones do; so does a quantised weight, whose products this
+    does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the unembedding. Experts with a
+    capacity multiply as many rows of each sequence, full or not; those without one multiply the tokens sent to them
+    with dense matrices, the making of which is left out. An encoder reads a source of model.source.max_length tokens
+    for each sequence. Unrolled, a compiler drops the gradient of the lowest layer's inputs where nothing below it
+    trains.
 
     Args:
       model: what the weights are of, whatever sizes they have left.
@@ -61,59 +61,68 @@ def training_step_flops(
     prompt = optional.prompt_tokens(params)
     tokens, seen = sequence_tokens + prompt, sequence_tokens + prompt + optional.prefix_tokens(params)
     below = _trains({name: tree for name, tree in params.items() if name not in _ABOVE})
-    total = 0
+    total, learns = 0, False
     if model.encoder.num_layers:
-        read = model.source.max_length
-        encoder = params["encoder"]
-        under = _trains(
-            {name: tree for name, tree in encoder.items() if name not in _ABOVE} | {"embed": params["embed"]}
-        )
+        read, encoder, embed = model.source.max_length, params["encoder"], {"embed": params["embed"]}
+        under = _trains(embed | {name: tree for name, tree in encoder.items() if name not in _ABOVE})
+        learns = _trains(embed | {"encoder": encoder})
         total += _blocks(model.source, encoder, batch, read, read, under, attention)
-        total += _of_sources(params, batch * read, _trains({"embed": params["embed"], "encoder": encoder}))
-    total += _blocks(model, params, batch, tokens, seen, below, attention)
+        total += sum(_flops(one, batch * read, learns) for one in _of_sources(params))
+    total += _blocks(model, params, batch, tokens, seen, below, attention, learns)
     answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
-    for one in map(multiplied, _of_the_head(params)):
-        total += answered * 2 * (2 * one.entries + one.trained) + one.once
-    return total
+    return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(params))
 
 
 def _blocks(
-    model: ModelConfig, params: weights.Params, batch: int, tokens: int, seen: int, below: bool, attention: Attention
+    model: ModelConfig,
+    params: weights.Params,
+    batch: int,
+    tokens: int,
+    seen: int,
+    below: bool,
+    attention: Attention,
+    learns: bool = False,
 ) -> int:
-    """FLOPs of the stacks of a tree, but for what they make of a source; `below`: something under them trains."""
+    """FLOPs of the stacks of a tree, but for the keys and values of a source.
+
+    `below`: something under the stacks trains. `learns`: something trains in what reads the source.
+    """
     total = 0
-    for stack in STACKS:
-        if stack not in params:
-            continue
+    for stack in filter(params.__contains__, STACKS):
         below |= _trains(params[stack])
         depth = jax.tree.leaves(params[stack])[0].shape[0]
         every, routed = _of_kernels(params[stack], model)
-        passes, own = (2 if below else 1), dataclasses.replace(model, num_layers=depth)
+        own = dataclasses.replace(model, num_layers=depth)
         scores = attention_flops_per_token(own, seen, attention)
         for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
-            total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
+            total += _flops(one, batch * rows, below)
         total += batch * seen * scores * (3 if below else 1)
         if model.encoder.num_layers:
-            total += batch * tokens * cross_attention_flops_per_token(own) * (3 if below else 1)
+            # The queries' gradient takes as much as the scores; that of keys and values again.
+            keys = learns or any(_trains(params[stack]["cross_attention"][name]) for name in _FROM_SOURCE)
+            factor = 1 + below + (below and keys)
+            total += batch * tokens * cross_attention_flops_per_token(own) * factor
     return total
 
 
-def _of_sources(params: weights.Params, rows: int, below: bool) -> int:
-    """FLOPs of the keys and values that the layers make of so many tokens of sources."""
-    total = 0
-    for stack in filter(params.__contains__, STACKS):
-        for name in ("key", "value"):
-            one = multiplied(params[stack]["cross_attention"][name]["kernel"])
-            total += rows * 2 * ((2 if below else 1) * one.entries + one.trained) + one.once
-    return total
+def _of_sources(params: weights.Params) -> list[Multiplied]:
+    """What each token of a source is multiplied with to make the keys and values of the layers."""
+    stacks = [params[stack]["cross_attention"] for stack in STACKS if stack in params]
+    return [multiplied(stack[name]["kernel"]) for stack in stacks for name in _FROM_SOURCE]
+
+
+def _flops(one: Multiplied, rows: float, below: bool) -> int:
+    """Of so many rows, with a gradient for what is below if that trains."""
+    return round(rows * 2 * ((2 if below else 1) * one.entries + one.trained)) + one.once
 
 
 def _trains(tree: Any) -> bool:
     return any(jax.tree.leaves(weights.trainable_tree(tree)))
 
 
-_SOURCE = re.compile("cross_attention/(key|value)/")
-"""The matrices that meet a source and no token."""
+_FROM_SOURCE = ("key", "value")
+"""The parts of attention to a source that meet its tokens and no others."""
+_SOURCE = re.compile(f"cross_attention/({'|'.join(_FROM_SOURCE)})/")
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
