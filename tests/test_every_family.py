@@ -48,6 +48,8 @@ FIELDS = {
 }
 IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6}
+WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
     "mixtral": EXPERTS,
@@ -60,6 +62,7 @@ OPTIONS = {
     "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
     "modernbert": {"local_attention": 4},
     "siglip": {"vision_config": IMAGES},
+    "whisper": WHISPER,
 }
 TRANSFORMS = {
     "prune": prune(sparsity=0.5),
@@ -104,7 +107,10 @@ def model_of(family):
 
 def inputs_of(config, seed=0, rows=2):
     rng = np.random.default_rng(seed)
-    images = config.images
+    images, audio = config.images, config.audio
+    if audio.channels:
+        channels = [audio.channels] if audio.channels > 1 else []
+        return jnp.asarray(rng.normal(size=(rows, audio.length(9), *channels)), jnp.float32)
     if images.patch:
         return jnp.asarray(rng.normal(size=(rows, images.height, images.width, images.channels)), jnp.float32)
     return jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))
@@ -119,11 +125,12 @@ def outputs(model, params, inputs):
 TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
+HEARD = {"whisper"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
-    # A model of images has a position for each patch and none for virtual tokens.
-    "prompt": (IMAGED, "the model has no embed/table"),
-    "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
+    # A model of images has a position for each patch and none for virtual tokens, and Whisper for each frame.
+    "prompt": (IMAGED | HEARD, "the model has no embed/table"),
+    "prefix": (IMAGED | {"whisper"}, "virtual tokens and .* tokens are longer than model.max_length"),
 }
 """Transform → the families that it does not apply to, and what it says of them."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxcost import weights
-from jaxcost.cost.closed_form import Attention, attention_flops_per_token
+from jaxcost.cost.closed_form import Attention, attention_flops_per_token, frontend_rows
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
@@ -48,6 +48,9 @@ def training_step_flops(
     the tokens sent to them with dense matrices, the making of which is left out. Unrolled, a compiler drops the
     gradient of the lowest layer's inputs where nothing below it trains.
 
+    What makes tokens of an image or of audio costs as much as for the shortest audio that gives so many, without the
+    gradient of what nothing below it trains.
+
     Args:
       model: what the weights are of, whatever sizes they have left.
       params: arrays or ShapeDtypeStructs, in kinds.
@@ -59,7 +62,7 @@ def training_step_flops(
     prompt = optional.prompt_tokens(params)
     tokens, seen = sequence_tokens + prompt, sequence_tokens + prompt + optional.prefix_tokens(params)
     below = any(jax.tree.leaves(weights.trainable_tree({k: params[k] for k in params if k not in _ABOVE})))
-    total = 0
+    total = batch * _frontend_flops(model, params, sequence_tokens)
     for stack in STACKS:
         if stack not in params:
             continue
@@ -72,7 +75,7 @@ def training_step_flops(
             total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
         total += batch * seen * scores * (3 if below else 1)
     answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
-    for one in map(multiplied, _of_the_head(params)):
+    for one in map(multiplied, _of_the_head(model, params)):
         total += answered * 2 * (2 * one.entries + one.trained) + one.once
     return total
 
@@ -80,11 +83,32 @@ def training_step_flops(
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
-def _of_the_head(params: weights.Params) -> list[Any]:
+def _frontend_flops(model: ModelConfig, params: weights.Params, sequence_tokens: int) -> int:
+    """FLOPs a sequence of what makes its tokens of an image or of audio, and of its gradients."""
+    total, below = 0, False
+    for path, rows in frontend_rows(model, sequence_tokens).items():
+        room, name = path.split("/")
+        w = params[room][name]["kernel"]
+        one = _made_dense(w) if name == "positions" else multiplied(w)
+        total += rows * 2 * (one.entries + (one.entries if below else _second_factor(w)) + one.trained)
+        below |= any(jax.tree.leaves(weights.trainable_tree(params[room][name])))
+        norm = params[room].get(f"{name}_norm", params[room].get(name.replace("convolution", "norm"), {}))
+        below |= any(jax.tree.leaves(weights.trainable_tree(norm)))
+    return round(total)
+
+
+def _second_factor(w: Any) -> int:
+    """Entries of what the first of a weight's two factors is multiplied with, which asks for that one's gradient."""
+    return multiplied(w.v if isinstance(w, LowRank) else w.b).entries if isinstance(w, LowRank | Lora) else 0
+
+
+def _of_the_head(model: ModelConfig, params: weights.Params) -> list[Any]:
     """The matrices behind the last block."""
     hidden, output = params.get("head", {}).get("hidden"), output_matrix(params)
-    last = params["embed"]["table"] if output is None else output
-    return [last] if hidden is None else [hidden["kernel"], last]
+    found = [] if hidden is None else [hidden["kernel"]]
+    if not model.head.embed:
+        found.append(params["embed"]["table"] if output is None else output)
+    return found
 
 
 def multiplied(w: Any) -> Multiplied:

@@ -4,7 +4,10 @@ Parameters (D width, V vocabulary, H and K query and key heads, h head size, F M
 over L; what a config does not ask for is not there:
 
     embed/table                             (V, D), or, for images of patches of P numbers:
-    images/patches/kernel                   (P, D), and `bias`; images/class_tokens/table (tokens, D)
+    images/patches/kernel                   (P, D), and `bias`; images/class_tokens/table (tokens, D); or, for audio
+    audio/convolution_{i}/kernel            (channels · times, C), and `bias`; audio/norm_{i}/{scale,bias} (C,)
+    audio/projection/kernel                 (C, D), and `bias`; audio/projection_norm/scale (C,)
+    audio/positions/kernel                  (D / groups · times, D), and `bias`; audio/positions/scale (times,)
     positions/table                         (max_length + offset, D), learned positions only
     token_types/table                       (types, D)
     embedding_norm/scale                    (D,)
@@ -19,7 +22,7 @@ over L; what a config does not ask for is not there:
     layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
     layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
-    head/hidden/kernel                      (D, D), and `bias`; head/norm/scale (D,)
+    head/hidden/kernel                      (D, D) or (D, hidden width), and `bias`; head/norm/scale (D,)
     head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
     unembed/kernel                          (D, V), untied only, and `bias` (V,)
 
@@ -41,7 +44,7 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.models import attention, context, optional
+from jaxcost.models import attention, audio, context, optional
 from jaxcost.models import cache as caches
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
@@ -94,7 +97,7 @@ class Attention(nn.Module):
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(x_BTD, keys[1])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key")(x_BTD, keys[1])
         v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(x_BTD, keys[2])
         if c.query_key_norm == "projection":
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
@@ -185,11 +188,12 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BT, cache: Cache | None = None, key=None, valid_BT=None, types_BT=None
     ) -> tuple[jax.Array, Cache | None]:
-        """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels). With a cache, row b's tokens
-        start at cache.length[b].
+        """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels), a waveform (B, samples) or a
+        spectrogram (B, frames, mels). With a cache, row b's tokens start at cache.length[b].
 
-        Tokens that are not valid (bool, all are if not given) are padding behind a row's end: no other sees them, and
-        heads that pool leave them out. Types (int32, all 0 if not given) say which kind each token is of.
+        Tokens that are not valid (bool, all are if not given; see `audio.valid_frames`) are padding behind a row's end:
+        no other sees them, and heads that pool leave them out. Types (int32, all 0 if not given) say which kind each
+        token is of.
 
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
@@ -198,9 +202,9 @@ class Transformer(nn.Module):
         """
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
-        length = c.images.tokens if c.images.patch else tokens_BT.shape[1]
+        length = _length(c, tokens_BT)
         _check_cache(c, params, length, cache)
-        x_BTD = self._embedded(c, tokens_BT, key).astype(self.execution.dtype)
+        x_BTD = self._embedded(c, tokens_BT, key, valid_BT).astype(self.execution.dtype)
         if cache is None:
             x_BTD = optional.with_prompt(params, x_BTD)
             valid_BT = optional.with_virtual(valid_BT, optional.prompt_tokens(params))
@@ -237,9 +241,11 @@ class Transformer(nn.Module):
             return hidden_BTD, None
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
-    def _embedded(self, c: ModelConfig, tokens_BT, key):
+    def _embedded(self, c: ModelConfig, tokens_BT, key, valid_BT):
         if c.images.patch:
             return Images(c, name="images")(tokens_BT.astype(self.execution.dtype), key)
+        if c.audio.channels:
+            return audio.Audio(c, name="audio")(tokens_BT.astype(self.execution.dtype), key, valid_BT)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")()
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
@@ -292,9 +298,7 @@ class Transformer(nn.Module):
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
     """The parameters (in the execution's dtype of weights) and a tree of their logical axis names."""
-    images = model.config.images
-    shape = (1, images.height, images.width, images.channels) if images.patch else (1, 1)
-    boxed = model.init(key, jnp.zeros(shape, jnp.int32))["params"]
+    boxed = model.init(key, jnp.zeros(_smallest_input(model.config), jnp.int32))["params"]
     params = jax.tree.map(lambda a: a.astype(model.execution.weights), nn.meta.unbox(boxed))
     return params, nn.get_partition_spec(boxed)
 
@@ -421,6 +425,22 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
             f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
             "start_cache and the same weights."
         )
+
+
+def _length(c: ModelConfig, tokens_BT: jax.Array) -> int:
+    """Tokens of a sequence, or what stands in their place."""
+    if c.images.patch:
+        return c.images.tokens
+    return audio.check_length(c.audio, tokens_BT.shape[1]) if c.audio.channels else tokens_BT.shape[1]
+
+
+def _smallest_input(c: ModelConfig) -> tuple[int, ...]:
+    """Shape of the least that a model takes."""
+    if c.images.patch:
+        return (1, c.images.height, c.images.width, c.images.channels)
+    if c.audio.channels:
+        return (1, c.audio.length(1), *((c.audio.channels,) if c.audio.channels > 1 else ()))
+    return (1, 1)
 
 
 def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:

@@ -75,6 +75,7 @@ def _effective(c: ModelConfig) -> ModelConfig:
     unused += [] if c.position == "rope" else ["rope_theta", "rope_scaling", "rotary_fraction", "local_rope_theta"]
     unused += [] if c.experts else ["experts_per_token", "normalize_experts"]
     unused += [] if c.norm == "layer" else ["norm_bias"]
+    unused += [] if c.qkv_bias else ["key_bias"]
     changes = {name: getattr(default, name) for name in unused}
     changes["pattern"] = families.shortest_pattern(c.layer_kinds)
     scale = c.attention_scale or c.head_dim**-0.5
@@ -247,6 +248,19 @@ def _siglip(c: ModelConfig) -> dict[str, Any]:
     return {"vision_config": _siglip_vision(c) | {"model_type": "siglip_vision_model"}}
 
 
+def _whisper(c: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_model": c.width,
+        "encoder_layers": c.num_layers,
+        "encoder_attention_heads": c.num_heads,
+        "encoder_ffn_dim": c.mlp_width,
+        "activation_function": _ACTIVATIONS[c.activation],
+        "num_mel_bins": c.audio.channels,
+        "max_source_positions": c.max_length,
+        "classifier_proj_size": c.head.hidden_width or c.width,
+    }
+
+
 def _layer_types(c: ModelConfig) -> list[str]:
     return [_KINDS[kind] for kind in c.layer_kinds]
 
@@ -271,5 +285,6 @@ _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "deit": _vision,
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
+    "whisper": _whisper,
 }
 """A family's `model_type` → what writes its fields; in order of preference."""
