@@ -40,7 +40,7 @@ KEPT = "huggingface"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 _LABELS = ("id2label", "label2id", "problem_type")
 _IMAGES = "preprocessor_config.json"
-"""How images are made ready, which comes with a checkpoint of vision."""
+"""How images or audio are made ready, which comes with a checkpoint of theirs."""
 
 
 def import_checkpoint(
@@ -55,7 +55,8 @@ def import_checkpoint(
     """Makes a training's folder of a checkpoint, and of an adapter of peft on it; returns its experiment.
 
     Args:
-      source: a folder, or a name on the hub. A model of images needs no tokenizer; its training has that of bytes.
+      source: a folder, or a name on the hub. A model of images or audio needs no tokenizer; its training has that of
+        bytes.
       directory: the folder to make.
       dtype: of weights and arithmetic.
       adapter: folder, or name on the hub, of an adapter.

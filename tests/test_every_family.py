@@ -49,6 +49,8 @@ FIELDS = {
 IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6}
+AUDIO = {"conv_dim": (16, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 6}
+AUDIO |= {"num_conv_pos_embedding_groups": 4}
 WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
@@ -63,6 +65,8 @@ OPTIONS = {
     "modernbert": {"local_attention": 4},
     "siglip": {"vision_config": IMAGES},
     "whisper": WHISPER,
+    "wav2vec2": AUDIO,
+    "hubert": AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
 TRANSFORMS = {
     "prune": prune(sparsity=0.5),
@@ -125,7 +129,7 @@ def outputs(model, params, inputs):
 TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
-HEARD = {"whisper"}
+HEARD = {"whisper", "wav2vec2", "hubert"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
     # A model of images has a position for each patch and none for virtual tokens, and Whisper for each frame.

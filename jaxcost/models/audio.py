@@ -19,6 +19,9 @@ _EPSILON = 1e-5
 def valid_frames(audio: AudioConfig, lengths_B: jax.Array, longest: int) -> jax.Array:
     """Which frames are of no padding, bool (B, T), for a batch of audio that is padded at its end.
 
+    What they are does not depend on the padding, but where the first convolution's channels are normed over time, or
+    where convolutions see half a kernel beyond the end: there padding is heard as what it is, such as silence.
+
     Args:
       audio: what makes frames of it.
       lengths_B: int32 lengths without padding, in samples of a waveform or frames of a spectrogram.
@@ -104,7 +107,8 @@ class _Positions(nn.Module):
 
     Its kernel is a matrix (D / groups · times, D), a column for each filter, and is of length 1 at each time before
     `scale` gives each its own (weight normalisation, arXiv:1602.07868). It is made dense, whatever kind it is of, and
-    convolved: what it sees at once is as many times the frames as it has times, 128 of them in the published models.
+    convolved: all that it sees at once would be as many times the frames as it has times, 128 in published models. So
+    what it is multiplied with is not seen, and transforms that calibrate cannot pick it.
     """
 
     config: ModelConfig

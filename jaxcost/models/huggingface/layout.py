@@ -58,7 +58,7 @@ def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str,
     found, folded = {}, family.stored(config)
     stacks = {"layer": range(config.num_layers), "expert": range(config.experts), "token": TOKENS}
     sizes = {"layer": config.num_layers, "expert": config.experts, "token": config.images.class_tokens}
-    for template, paths in {**family.tensors, **head.tensors}.items():
+    for template, paths in {**family.tensors, **family.further(config), **head.tensors}.items():
         if not set(paths) <= set(shapes):
             continue
         transposed = paths[0].endswith("/kernel") and (family.transposed or template in head.tensors)
