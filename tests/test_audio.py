@@ -24,11 +24,11 @@ from jaxcost.cost.transformed import training_step_flops
 from jaxcost.evaluation.losses import ctc_loss
 from jaxcost.models import families, huggingface
 from jaxcost.models.audio import valid_frames
-from jaxcost.models.config import AudioConfig, HeadConfig, ImageConfig, ModelConfig
+from jaxcost.models.config import AudioConfig, EncoderConfig, HeadConfig, ImageConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Output
 from jaxcost.models.huggingface import fields
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, logits
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, logits, start_cache
 from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.ranking import sizes_of
 from jaxcost.serving.ctc import greedy_decode
@@ -297,6 +297,22 @@ def test_padding_changes_nothing():
     for row, length in enumerate(lengths):
         alone = ours(config, params, audio[row : row + 1, :length])[0]
         np.testing.assert_allclose(batch[row, : len(alone)], alone, atol=1e-5)
+
+
+def test_an_encoder_hears_for_a_decoder():
+    speech = {"vocab_size": 20, "causal": True, "head": HeadConfig(), "encoder": EncoderConfig(3, max_length=13)}
+    config = dataclasses.replace(BASE, **KINDS["spectrogram"] | speech | {"max_length": 8})
+    model = Transformer(config)
+    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    assert "embed" in params and "audio" in params["encoder"] and "audio" not in params
+    audio, tokens = jnp.asarray(sounds(config, frames=13)), jnp.arange(16).reshape(2, 8)
+    apply = jax.jit(functools.partial(model.apply, {"params": params}), compiler_options=QUICK)
+    want, _ = apply(tokens, source_BS=audio)
+    assert np.abs(want - apply(tokens, source_BS=audio[::-1])[0]).max() > 1e-3
+    cache = start_cache(model, params, 2, 8, audio)
+    for piece in (tokens[:, :5], tokens[:, 5:]):
+        got, cache = apply(piece, cache)
+    np.testing.assert_allclose(got, want[:, 5:], atol=1e-5)
 
 
 FRONTEND = (rule("audio/.*kernel"),)

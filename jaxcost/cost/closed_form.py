@@ -183,10 +183,10 @@ def frontend_rows(model: model_config.ModelConfig, sequence_tokens: int) -> dict
     of positions has a part of a row for each time of its kernel that meets a frame and no zero.
     """
     images, audio = model.images, model.audio
+    if model.of_tokens:
+        return {}
     if images.patch:
         return {"images/patches": images.tokens - images.class_tokens}
-    if not audio.channels:
-        return {}
     made = audio.layer_frames(audio.length(sequence_tokens))
     rows = {f"audio/convolution_{i}": frames for i, frames in enumerate(made)}
     if audio.projection != "none":

@@ -30,7 +30,7 @@ def valid_frames(audio: AudioConfig, lengths_B: jax.Array, longest: int) -> jax.
     return jnp.arange(audio.frames(longest)) < audio.frames(jnp.asarray(lengths_B))[:, None]
 
 
-def check_length(audio: AudioConfig, length: int) -> int:
+def frames_of(audio: AudioConfig, length: int) -> int:
     """Frames that a length of audio makes; ValueError where that is none."""
     if audio.frames(length) < 1:
         raise ValueError(
