@@ -14,7 +14,12 @@ from typing import Any
 import jax
 
 from jaxcost import weights
-from jaxcost.cost.closed_form import Attention, attention_flops_per_token, cross_attention_flops_per_token
+from jaxcost.cost.closed_form import (
+    Attention,
+    attention_flops_per_token,
+    cross_attention_flops_per_token,
+    frontend_rows,
+)
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
@@ -50,6 +55,9 @@ def training_step_flops(
     for each sequence. Unrolled, a compiler drops the gradient of the lowest layer's inputs where nothing below it
     trains.
 
+    What makes tokens of an image or of audio costs as much as for the shortest audio that gives so many, without the
+    gradient of what nothing below it trains.
+
     Args:
       model: what the weights are of, whatever sizes they have left.
       params: arrays or ShapeDtypeStructs, in kinds.
@@ -63,14 +71,18 @@ def training_step_flops(
     below = _trains({name: tree for name, tree in params.items() if name not in _ABOVE})
     total, learns = 0, False
     if model.encoder.num_layers:
-        read, encoder, embed = model.source.max_length, params["encoder"], {"embed": params["embed"]}
+        read, encoder = model.source.max_length, params["encoder"]
+        embed = {"embed": params["embed"]} if model.source.of_tokens else {}
         under = _trains(embed | {name: tree for name, tree in encoder.items() if name not in _ABOVE})
         learns = _trains(embed | {"encoder": encoder})
+        total += batch * _frontend_flops(model.source, encoder, read)
         total += _blocks(model.source, encoder, batch, read, read, under, attention)
         total += sum(_flops(one, batch * read, learns) for one in _of_sources(params))
+    else:
+        total += batch * _frontend_flops(model, params, sequence_tokens)
     total += _blocks(model, params, batch, tokens, seen, below, attention, learns)
     answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
-    return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(params))
+    return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(model, params))
 
 
 def _blocks(
@@ -126,11 +138,32 @@ _SOURCE = re.compile(f"cross_attention/({'|'.join(_FROM_SOURCE)})/")
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
-def _of_the_head(params: weights.Params) -> list[Any]:
+def _frontend_flops(model: ModelConfig, params: weights.Params, sequence_tokens: int) -> int:
+    """FLOPs a sequence of what makes its tokens of an image or of audio, and of its gradients."""
+    total, below = 0, False
+    for path, rows in frontend_rows(model, sequence_tokens).items():
+        room, name = path.split("/")
+        w = params[room][name]["kernel"]
+        one = _made_dense(w) if name == "positions" else multiplied(w)
+        total += rows * 2 * (one.entries + (one.entries if below else _second_factor(w)) + one.trained)
+        below |= any(jax.tree.leaves(weights.trainable_tree(params[room][name])))
+        norm = params[room].get(f"{name}_norm", params[room].get(name.replace("convolution", "norm"), {}))
+        below |= any(jax.tree.leaves(weights.trainable_tree(norm)))
+    return round(total)
+
+
+def _second_factor(w: Any) -> int:
+    """Entries of what the first of a weight's two factors is multiplied with, which asks for that one's gradient."""
+    return multiplied(w.v if isinstance(w, LowRank) else w.b).entries if isinstance(w, LowRank | Lora) else 0
+
+
+def _of_the_head(model: ModelConfig, params: weights.Params) -> list[Any]:
     """The matrices behind the last block."""
     hidden, output = params.get("head", {}).get("hidden"), output_matrix(params)
-    last = params["embed"]["table"] if output is None else output
-    return [last] if hidden is None else [hidden["kernel"], last]
+    found = [] if hidden is None else [hidden["kernel"]]
+    if not model.head.embed:
+        found.append(params["embed"]["table"] if output is None else output)
+    return found
 
 
 def multiplied(w: Any) -> Multiplied:

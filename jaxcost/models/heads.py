@@ -29,7 +29,8 @@ class Head(nn.Module):
         head = self.config.head
         hidden_BTD = pooled(head.pooling, hidden_BTD, valid_BT)
         if head.hidden != "none":
-            layer = Linear(self.config.width, ("embed", None), head.hidden_bias, name="hidden")
+            width = head.hidden_width or self.config.width
+            layer = Linear(width, ("embed", None), head.hidden_bias, name="hidden")
             hidden_BTD = activation(head.hidden)(layer(hidden_BTD, key))
         if head.hidden_norm:
             hidden_BTD = Norm(self.config, name="norm")(hidden_BTD)

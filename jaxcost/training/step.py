@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
-from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.evaluation.losses import cross_entropy, ctc_loss
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import Transformer, output_of
 from jaxcost.sharding import constrain
@@ -62,6 +62,7 @@ def make_train_step(
     loss_chunks: int = 1,
     router_losses: Mapping[str, float] = MappingProxyType({}),
     distiller: Distiller | None = None,
+    ctc_blank: int | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
@@ -71,8 +72,13 @@ def make_train_step(
     `router_losses`.
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
-    function takes the teacher's weights as a third argument.
+    function takes the teacher's weights as a third argument. With the id of a blank, the loss is that of CTC, in nats a
+    label.
     """
+    if distiller is not None and ctc_blank is not None:
+        raise ValueError("A distiller compares tokens one by one, which CTC does not; leave out either.")
+    if ctc_blank is not None and model.config.head.pooling != "none":
+        raise ValueError("CTC takes an answer for each frame; set model.head.pooling to 'none'.")
 
     def loss_sums(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
@@ -85,7 +91,13 @@ def make_train_step(
             {"params": params}, batch["inputs"], key=model_key, **beside_inputs(batch), mutable=kept
         )
         how = {"chunks": loss_chunks, "key": head_key}
-        if distiller is None:
+        if ctc_blank is not None:
+            output = output_of(model.config, params)
+            frames = batch.get("valid")
+            how = {"blank": ctc_blank, "key": head_key}
+            total, _ = ctc_loss(hidden_BSD, output, batch["targets"], batch["mask"], frames, **how)
+            objective = total
+        elif distiller is None:
             output = output_of(model.config, params)
             total, _ = cross_entropy(hidden_BSD, output, batch["targets"], batch["mask"], **how)
             objective = total
