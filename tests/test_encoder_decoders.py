@@ -114,6 +114,77 @@ def test_logits_are_those_of_transformers_and_ours_are_theirs(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
+WHISPER = {
+    "vocab_size": 90,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 48,
+    "num_mel_bins": 6,
+    "max_source_positions": 24,
+    "max_target_positions": 72,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "init_std": 0.2,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+SOUNDS = rng.normal(size=(3, 48, 6)).astype(np.float32)
+WHISPERS = {
+    "plain": {},
+    "odd": {"d_model": 42, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "relu"},
+    # It does not scale, whatever it says.
+    "untied": {"tie_word_embeddings": False, "scale_embedding": True},
+}
+
+
+@oracles
+@pytest.mark.parametrize("head", ["ForConditionalGeneration", "Model"])
+@pytest.mark.parametrize("name", WHISPERS)
+def test_whisper_hears_and_says_what_it_does_in_transformers(name, head, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(len(name))
+    kind = getattr(transformers, f"Whisper{head}")
+    made = transformers.WhisperConfig(**WHISPER | WHISPERS[name])
+    model = kind._from_config(made, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+    sounds, targets = torch.as_tensor(SOUNDS), torch.as_tensor(TARGETS % 90)
+
+    def theirs(model):
+        with torch.no_grad():
+            found = model(input_features=sounds.transpose(1, 2), decoder_input_ids=targets)
+        return (found.logits if head != "Model" else found.last_hidden_state).numpy()
+
+    want, ours = theirs(model), Transformer(config)
+    hidden, _ = ours.apply({"params": params}, jnp.asarray(TARGETS % 90), source_BS=jnp.asarray(SOUNDS))
+    got = logits(config, params, hidden) if head != "Model" else hidden
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    huggingface.save(tmp_path / "out", config, params, model_type="whisper")
+    again, problems = kind.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(problems.values()), problems
+    np.testing.assert_allclose(theirs(again.eval()), want, atol=1e-5)
+    if head == "Model":
+        return
+    prompts = [np.array([2])] * 3
+    with torch.no_grad():
+        found = model.model.encoder(sounds.transpose(1, 2))
+        tokens = torch.full((3, 1), 2)
+        for _ in range(64):
+            step = model(encoder_outputs=found, decoder_input_ids=tokens).logits[:, -1]
+            tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], dim=1)
+    said = Engine(ours).generate(params, prompts, max_new_tokens=64, sources=list(SOUNDS))
+    np.testing.assert_array_equal(said, tokens[:, 1:].numpy())
+
+
 @oracles
 @pytest.mark.parametrize("name", ["t5", "t5, untied"])
 def test_generation_gives_the_tokens_of_transformers(name, tmp_path):

@@ -51,6 +51,7 @@ IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
 ENCODED = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4, "relative_attention_num_buckets": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6}
+WHISPER |= {"decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 40, "max_source_positions": 16}
 AUDIO = {"conv_dim": (16, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 6}
 AUDIO |= {"num_conv_pos_embedding_groups": 4}
 WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5}
@@ -142,13 +143,13 @@ TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_mo
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 UNBIASED |= {"t5", "mt5"}
 IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
-HEARD = {"whisper", "wav2vec2", "hubert"}
+HEARD = {"wav2vec2", "hubert"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
     "shrink": ({"t5", "mt5"}, "all layers share the relative positions"),
-    # A model of images has a position for each patch and none for virtual tokens, and Whisper for each frame.
+    # A model of images has a position for each patch and none for virtual tokens.
     "prompt": (IMAGED | HEARD, "the model has no embed/table"),
-    "prefix": (IMAGED | {"whisper"}, "virtual tokens and .* tokens are longer than model.max_length"),
+    "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
 }
 """Transform → the families that it does not apply to, and what it says of them."""
 

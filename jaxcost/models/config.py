@@ -501,6 +501,8 @@ class ModelConfig:
             max_length=e.max_length or self.max_length,
             causal=False,
             tie_embeddings=False,
+            # What stands in the place of tokens is not scaled.
+            scale_embeddings=self.scale_embeddings and not (self.images.patch or self.audio.channels),
             scale_outputs=False,
             logit_soft_cap=0.0,
             encoder=EncoderConfig(),

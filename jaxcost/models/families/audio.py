@@ -1,4 +1,4 @@
-"""The families of audio: encoders of spectrograms, and of waveforms."""
+"""The families of audio: encoders of waveforms, and that of spectrograms which Whisper's decoder answers to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxcost.models.families.base import (
 
 
 def whisper_encoder(fields: Fields) -> ModelConfig:
-    """The encoder of a Whisper model, whatever its decoder is."""
+    """The encoder of a Whisper model, whatever answers to it."""
     width = needed(fields, "d_model")
     sizes = {
         "hidden_size": width,
@@ -104,7 +104,7 @@ def _convolution_norm(kind: Any) -> Any:
 
 
 def whisper_encoder_tensors(name: str) -> Tensors:
-    """The tensors of Whisper's encoder, whose names start with `name`."""
+    """The tensors of Whisper's encoder, whose names start with `name`, as those of a model without a decoder."""
     layer = f"{name}.layers.{{layer}}"
     return {
         **linear(f"{name}.conv1", "audio/convolution_0"),
@@ -194,7 +194,7 @@ def _labels(fields: Fields) -> HeadConfig:
     return HeadConfig(labels(fields), "mean", "linear", hidden_width=width, bias=True)
 
 
-_LABELS = Head(_labels, {**linear("projector", "head/hidden"), **linear("classifier", "head/output")})
+LABELS = Head(_labels, {**linear("projector", "head/hidden"), **linear("classifier", "head/output")})
 
 
 def _characters(fields: Fields) -> HeadConfig:
@@ -219,17 +219,10 @@ def _wav2vec2_family(prefix: str, name: str, heads: Mapping[str, Head]) -> Famil
 
 _WAV2VEC2_HEADS = {
     "ForCTC": Head(_characters, linear("lm_head", "head/output")),
-    "ForSequenceClassification": _LABELS,
+    "ForSequenceClassification": LABELS,
     **hidden_states(),
 }
 AUDIO: Mapping[str, Family] = {
-    "whisper": Family(
-        whisper_encoder,
-        whisper_encoder_tensors("encoder"),
-        {"ForAudioClassification": _LABELS},
-        "Whisper",
-        lambda c: convolution_shapes(["encoder.conv1", "encoder.conv2"], c.audio),
-    ),
     "wav2vec2": _wav2vec2_family(
         "wav2vec2",
         "Wav2Vec2",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from jaxcost.models.config import EncoderConfig, HeadConfig, ModelConfig
+from jaxcost.models.families.audio import LABELS, convolution_shapes, whisper_encoder, whisper_encoder_tensors
 from jaxcost.models.families.base import (
     Family,
     Fields,
     Head,
     Tensors,
+    UnsupportedModel,
     activation,
     hidden_states,
+    linear,
     needed,
+    norm,
     positive,
 )
 
@@ -53,6 +58,30 @@ def _t5(fields: Fields) -> ModelConfig:
 def _mt5(fields: Fields) -> ModelConfig:
     """As T5 in its second release, whose outputs are not scaled."""
     return _t5({"feed_forward_proj": "gated-gelu"} | dict(fields) | {"scale_decoder_outputs": False})
+
+
+def _whisper(fields: Fields) -> ModelConfig:
+    """The encoder alone where it is a recording that is classified."""
+    encoder = whisper_encoder(fields)
+    if str((fields.get("architectures") or [""])[0]).endswith("ForAudioClassification"):
+        return encoder
+    heads = needed(fields, "decoder_attention_heads")
+    if heads != encoder.num_heads:
+        raise UnsupportedModel(
+            f"encoder_attention_heads is {encoder.num_heads} and decoder_attention_heads {heads}, but only models with "
+            "as many in both can be read."
+        )
+    return dataclasses.replace(
+        encoder,
+        vocab_size=needed(fields, "vocab_size"),
+        num_layers=needed(fields, "decoder_layers"),
+        mlp_width=needed(fields, "decoder_ffn_dim"),
+        max_length=positive("max_target_positions", fields.get("max_target_positions", 448)),
+        causal=True,
+        tie_embeddings=fields.get("tie_word_embeddings", True),
+        encoder=EncoderConfig(encoder.num_layers, mlp_width=encoder.mlp_width, max_length=encoder.max_length),
+        head=HeadConfig(),
+    )
 
 
 # ---- Tensors ----
@@ -106,8 +135,51 @@ def _t5_further(config: ModelConfig) -> Tensors:
     }
 
 
+def _whisper_stack(name: str) -> Tensors:
+    """The decoder's, whose blocks are the encoder's with attention to it between."""
+    layer = f"{name}.layers.{{layer}}"
+    theirs = whisper_encoder_tensors(name)
+    cross = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
+    table = {tensor: paths for tensor, paths in theirs.items() if not paths[0].startswith("audio/")}
+    for short, projection in cross.items():
+        table |= linear(f"{layer}.encoder_attn.{short}", f"layers/cross_attention/{projection}")
+    return table | norm(f"{layer}.encoder_attn_layer_norm", "layers/cross_attention_norm")
+
+
+def _whisper_further(config: ModelConfig) -> Tensors:
+    """Names that start with `model.`, or without it those of an encoder alone."""
+    if not config.encoder.num_layers:
+        return whisper_encoder_tensors("encoder")
+    encoder = whisper_encoder_tensors("model.encoder")
+    return {
+        **{tensor: tuple(f"encoder/{path}" for path in paths) for tensor, paths in encoder.items()},
+        **_whisper_stack("model.decoder"),
+    }
+
+
+def _whisper_stored(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    root = "model.encoder" if config.encoder.num_layers else "encoder"
+    return convolution_shapes([f"{root}.conv1", f"{root}.conv2"], config.audio)
+
+
+_WHISPER_HEADS = {
+    "ForConditionalGeneration": Head(
+        lambda fields: HeadConfig(), {"proj_out.weight": ("unembed/kernel",)}, tied=("proj_out.weight",)
+    ),
+    "ForAudioClassification": LABELS,
+    **hidden_states(),
+}
+
 ENCODER_DECODERS: Mapping[str, Family] = {
     "t5": Family(_t5, _T5, _T5_HEADS, "T5", further=_t5_further),
     "mt5": Family(_mt5, _T5, _T5_HEADS, "MT5", further=_t5_further),
+    "whisper": Family(
+        _whisper,
+        {"model.decoder.embed_tokens.weight": ("embed/table",)},
+        _WHISPER_HEADS,
+        "Whisper",
+        _whisper_stored,
+        further=_whisper_further,
+    ),
 }
 """A checkpoint's `model_type` → its family."""

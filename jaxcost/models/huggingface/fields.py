@@ -281,15 +281,26 @@ def _siglip(c: ModelConfig) -> dict[str, Any]:
 
 
 def _whisper(c: ModelConfig) -> dict[str, Any]:
+    encoder = c.source if c.encoder.num_layers else c
+    decoder = {
+        "vocab_size": c.vocab_size,
+        "decoder_layers": c.num_layers,
+        "decoder_attention_heads": c.num_heads,
+        "decoder_ffn_dim": c.mlp_width,
+        "max_target_positions": c.max_length,
+        "tie_word_embeddings": c.tie_embeddings,
+        "is_encoder_decoder": True,
+    }
     return {
         "d_model": c.width,
-        "encoder_layers": c.num_layers,
-        "encoder_attention_heads": c.num_heads,
-        "encoder_ffn_dim": c.mlp_width,
+        "encoder_layers": encoder.num_layers,
+        "encoder_attention_heads": encoder.num_heads,
+        "encoder_ffn_dim": encoder.mlp_width,
         "activation_function": _ACTIVATIONS[c.activation],
         "num_mel_bins": c.audio.channels,
-        "max_source_positions": c.max_length,
+        "max_source_positions": encoder.max_length,
         "classifier_proj_size": c.head.hidden_width or c.width,
+        **(decoder if c.encoder.num_layers else {}),
     }
 
 

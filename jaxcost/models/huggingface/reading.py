@@ -51,7 +51,7 @@ def load(
     """
     folder = Path(folder)
     config, family, head = read_config(folder)
-    stored = read_headers(folder, family, head)
+    stored = read_headers(folder, family, head, config)
     config = _untied(config, family, head, stored)
     params, axes = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
@@ -87,7 +87,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.He
         raise BadCheckpoint(f"{path} lacks a field or holds one of the wrong kind ({error}); write it anew.") from error
 
 
-def read_headers(folder: Path, family: families.Family, head: families.Head) -> dict[str, safetensors.Stored]:
+def read_headers(
+    folder: Path, family: families.Family, head: families.Head, config: ModelConfig
+) -> dict[str, safetensors.Stored]:
     """All tensors of a folder by the names of the family's table; raises as `load` does.
 
     A checkpoint of a model without its head has names without the first part, which is put before them, and an older
@@ -113,10 +115,10 @@ def read_headers(folder: Path, family: families.Family, head: families.Head) -> 
             raise BadCheckpoint(str(error)) from error
     for old, new in family.renamed.items():
         found = {name.removesuffix(old) + new if name.endswith(old) else name: one for name, one in found.items()}
-    prefix = next(iter(family.tensors)).partition(".")[0] + "."
-    if any(name.startswith(prefix) for name in found):
+    starts = [template.partition(".")[0] for template in (*family.tensors, *family.further(config))]
+    if any(name.partition(".")[0] in starts for name in found):
         return found
-    return {name if name in head.tensors else prefix + name: tensor for name, tensor in found.items()}
+    return {name if name in head.tensors else f"{starts[0]}.{name}": tensor for name, tensor in found.items()}
 
 
 def _untied(
