@@ -205,9 +205,10 @@ class ModelConfig:
     """Hidden size of a further MLP that all tokens meet beside their experts; 0 is none."""
 
     # ---- Residual stream ----
-    norm_placement: Literal["pre", "post", "both", "sum"] = "pre"
+    norm_placement: Literal["pre", "post", "both", "sum", "stream"] = "pre"
     """Norms on what goes into attention and MLP, on what comes out of them, on both, or of the sum of that and the
-    stream, of which the last is the final norm."""
+    stream, of which the last is the final norm; or of the stream itself, to which they are then added: queries are of
+    the normed stream, keys and values of what it was before, as in SASRec."""
     embedding_norm: bool = False
     """A norm of the embeddings, before the first block."""
     first_norm: bool = True

@@ -92,3 +92,10 @@ class Output:
         """The outputs of what the head made; the key is for a matrix whose arithmetic is random."""
         made = weights.contract(hidden, self.matrix, key).astype(jnp.float32)
         return soft_capped(made if self.bias is None else made + self.bias.astype(jnp.float32), self.soft_cap)
+
+    def of(self, hidden: jax.Array, chosen: jax.Array) -> jax.Array:
+        """The outputs (..., n) of chosen columns (int32, ..., n) alone, with the matrix that the weight means."""
+        columns = jnp.take(weights.materialize(self.matrix).T, chosen, axis=0)
+        made = jnp.einsum("...D,...nD->...n", hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        bias = 0.0 if self.bias is None else jnp.take(self.bias.astype(jnp.float32), chosen)
+        return soft_capped(made + bias, self.soft_cap)

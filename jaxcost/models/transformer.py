@@ -89,13 +89,15 @@ class Attention(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT):
+    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, seen_BTD=None):
+        """What is added to the stream, and the cache. Keys and values are of `seen_BTD`, or of x if it is None."""
         c = self.config
+        seen_BTD = x_BTD if seen_BTD is None else seen_BTD
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(x_BTD, keys[1])
-        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(x_BTD, keys[2])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(seen_BTD, keys[1])
+        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(seen_BTD, keys[2])
         if c.query_key_norm == "projection":
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
         q_BTHh = constrain(_heads(q, c.head_dim), "batch", "length", "heads", "head_dim")
@@ -144,9 +146,10 @@ class Block(nn.Module):
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
         normed = self._before(x_BTD, "attention")
         normed = normed if c.first_norm else jnp.where(first, x_BTD, normed)
-        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT)
+        stream = c.norm_placement == "stream"
+        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT, x_BTD if stream else None)
         update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), act)
-        x_BTD = self._added(x_BTD, update, "attention")
+        x_BTD = self._added(normed if stream else x_BTD, update, "attention")
         normed, losses = self._before(x_BTD, "mlp"), {}
         if c.experts:
             # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
@@ -154,17 +157,17 @@ class Block(nn.Module):
         else:
             update = Mlp(c, c.mlp_width, name="mlp")(normed, key_mlp)
         update = optional.adapted(self, "mlp_adapter", named(update, "mlp_down"), act)
-        x_BTD = self._added(x_BTD, update, "mlp")
+        x_BTD = self._added(normed if stream else x_BTD, update, "mlp")
         return constrain(x_BTD, "batch", "length", "residual"), cache, losses
 
     def _before(self, x_BTD, part: str):
-        if self.config.norm_placement not in ("pre", "both"):
+        if self.config.norm_placement in ("post", "sum"):
             return x_BTD
         return Norm(self.config, name=f"{part}_norm")(x_BTD)
 
     def _added(self, x_BTD, update_BTD, part: str):
         placement = self.config.norm_placement
-        if placement == "pre":
+        if placement in ("pre", "stream"):
             return x_BTD + update_BTD
         norm = Norm(self.config, name=f"{part}_post_norm")
         return norm(x_BTD + update_BTD) if placement == "sum" else x_BTD + norm(update_BTD)
