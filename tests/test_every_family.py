@@ -20,7 +20,7 @@ from sweep import sweep
 from jaxcost import sharding, weights
 from jaxcost.config import load
 from jaxcost.models import families
-from jaxcost.models.transformer import Transformer, initialize, logits, output_of
+from jaxcost.models.transformer import Transformer, detections, initialize, logits, output_of
 from jaxcost.transforms import (
     bias_only,
     bottleneck,
@@ -61,6 +61,7 @@ OPTIONS = {
     "phi3": {"sliding_window": 4},
     "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
     "modernbert": {"local_attention": 4},
+    "yolos": {"num_detection_tokens": 3, "use_mid_position_embeddings": False},
     "siglip": {"vision_config": IMAGES},
 }
 SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)
@@ -97,7 +98,7 @@ TRANSFORMS = {
 
 @functools.cache
 def model_of(family):
-    fields = (IMAGES if family in ("vit", "deit", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
+    fields = (IMAGES if family in ("vit", "deit", "yolos", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
     config = BESIDE.get(family) or families.config_of(fields | {"model_type": family})
     model = Transformer(config)
     params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
@@ -117,6 +118,8 @@ def inputs_of(config, seed=0, rows=2):
 
 
 def outputs(model, params, inputs):
+    if model.config.head.boxes:
+        return jnp.concatenate(detections(model, params, inputs), axis=-1)
     hidden, _ = model.apply({"params": params}, inputs)
     return logits(model.config, params, hidden)
 
@@ -124,7 +127,7 @@ def outputs(model, params, inputs):
 # A tower that only embeds has nothing to be trained on.
 TRAINED = [family for family in FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
-IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
+IMAGED = {"vit", "deit", "yolos", "siglip", "siglip_vision_model"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
     # A model of images has a position for each patch and none for virtual tokens.
@@ -143,7 +146,8 @@ def test_every_transform_applies_to_every_family(family):
     plain = jax.eval_shape(outputs_of, params, inputs)
     if not model.config.head.embed:
         bias = output_of(model.config, params).bias
-        assert bias is None or bias.shape == plain.shape[-1:]
+        numbers = plain.shape[-1] - 4 * model.config.head.boxes
+        assert bias is None or bias.shape == (numbers,)
     for name, transform in TRANSFORMS.items():
         families_of, said = REFUSED.get(name, ((), ""))
         if family in families_of:
@@ -184,9 +188,13 @@ def stepped(family, mesh_config):
     devices = jax.devices()[: math.prod(dataclasses.asdict(mesh_config).values())]
     mesh = sharding.make_mesh(mesh_config, devices)
     inputs = inputs_of(model.config, seed=3, rows=8)
-    shape = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
-    targets = np.random.default_rng(4).integers(0, shape[-1], shape[:2])
-    batch = {"inputs": inputs, "targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
+    *answers, numbers = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
+    rng = np.random.default_rng(4)
+    batch = {"inputs": inputs, "mask": jnp.ones(answers)}
+    if model.config.head.boxes:
+        numbers = model.config.head.labels
+        batch |= {"boxes": rng.uniform(0.1, 0.5, (*answers, 4)), "mask": rng.integers(0, 2, answers).astype(np.float32)}
+    batch["targets"] = rng.integers(0, numbers, answers)
     (metrics,), _ = small.trained(model, params, [batch], mesh)
     return [metrics[name] for name in ("loss", "gradient_norm")]
 

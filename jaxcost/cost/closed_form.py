@@ -28,11 +28,11 @@ class ParameterCounts:
 
     by_part: dict[str, int]
     """`embedding` (with that of token types, or of images), `positions`, `attention`, `mlp` (of experts those that all
-    tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layer), `unembedding` (or the head's
-    output); a tied one counts 0 here."""
+    tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layers), `unembedding` (or the head's
+    outputs); a tied one counts 0 here."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
-    head with the unembedding, tied or not, unless it pools the tokens."""
+    head with the unembedding, tied or not, unless it answers for fewer than all."""
 
     @property
     def total(self) -> int:
@@ -69,12 +69,19 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
         "router": router,
         "biases": layers * _biases_per_layer(model) + _head_biases(model),
         "norms": _norm_parameters(model),
-        "head": model.width**2 if model.head.hidden != "none" else 0,
+        "head": _further_layers(model) * model.width**2,
         "unembedding": 0 if model.tie_embeddings else outputs * model.width,
     }
     active = mlp + model.experts_per_token * expert
-    head = by_part["head"] + outputs * model.width
-    return ParameterCounts(by_part, matmul=attention + active + router + (head if model.head.pooling == "none" else 0))
+    every = model.head.pooling == "none" and not model.head.boxes
+    return ParameterCounts(by_part, matmul=attention + active + router + (_head_matrices(model) if every else 0))
+
+
+def answers_per_sequence(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """Tokens of a sequence that the head answers for: one where it pools, or an image's detection tokens, or all."""
+    if model.head.boxes:
+        return model.images.detection_tokens
+    return sequence_tokens if model.head.pooling == "none" else 1
 
 
 def _matrices(model: model_config.ModelConfig) -> int:
@@ -93,18 +100,33 @@ def _biases_per_layer(model: model_config.ModelConfig) -> int:
 
 def _head_biases(model: model_config.ModelConfig) -> int:
     head = model.head
-    hidden = model.width if head.hidden != "none" and head.hidden_bias else 0
+    hidden = model.width * _further_layers(model) if head.hidden_bias else 0
     return hidden + (_outputs(model) if head.bias else 0)
 
 
+def _head_matrices(model: model_config.ModelConfig) -> int:
+    return _further_layers(model) * model.width**2 + _outputs(model) * model.width
+
+
+def _further_layers(model: model_config.ModelConfig) -> int:
+    """Those before the outputs, and as many before the boxes."""
+    head = model.head
+    return head.hidden_layers * (1 + head.boxes) if head.hidden != "none" else 0
+
+
 def _outputs(model: model_config.ModelConfig) -> int:
-    return model.vocab_size if model.head.of_vocabulary else model.head.outputs
+    """Numbers of an answer, with the four of a box."""
+    return model.vocab_size if model.head.of_vocabulary else model.head.outputs + 4 * model.head.boxes
 
 
 def _image_parameters(model: model_config.ModelConfig) -> int:
     images = model.images
-    numbers = images.patch**2 * images.channels
-    return (numbers + 1 + images.class_tokens) * model.width if images.patch else 0
+    learned = 1 + images.class_tokens + images.detection_tokens
+    return _patch_matrix(model) + learned * model.width if images.patch else 0
+
+
+def _patch_matrix(model: model_config.ModelConfig) -> int:
+    return model.images.patch**2 * model.images.channels * model.width
 
 
 def _norm_parameters(model: model_config.ModelConfig) -> int:
@@ -149,11 +171,16 @@ def forward_flops_per_token(
 ) -> int:
     """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention.
 
-    The unembedding counts, the embedding's look-up does not. Source: Kaplan et al. 2020 (arXiv:2001.08361), section
-    2.1, with the unembedding added and attention in the named convention.
+    The unembedding counts, the embedding's look-up does not. What some tokens alone meet, the matrix of an image's
+    patches and a head that answers for fewer than all, is shared out over the sequence. Source: Kaplan et
+    al. 2020 (arXiv:2001.08361), section 2.1, with the unembedding added and attention in the named convention.
     """
     matmul = _FLOPS_PER_PARAMETER * parameter_counts(model).matmul
-    return matmul + attention_flops_per_token(model, sequence_tokens, attention)
+    some = model.images.patches * _patch_matrix(model)
+    answers = answers_per_sequence(model, sequence_tokens)
+    some += answers * _head_matrices(model) if answers != sequence_tokens else 0
+    shared = _FLOPS_PER_PARAMETER * some // sequence_tokens
+    return matmul + shared + attention_flops_per_token(model, sequence_tokens, attention)
 
 
 def training_flops_per_token(

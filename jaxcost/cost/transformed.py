@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jaxcost import weights
-from jaxcost.cost.closed_form import Attention, attention_flops_per_token
+from jaxcost.cost.closed_form import Attention, answers_per_sequence, attention_flops_per_token
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
@@ -45,8 +45,8 @@ def training_step_flops(
     and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
     whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
     unembedding. Experts with a capacity multiply as many rows of each sequence, full or not; those without one multiply
-    the tokens sent to them with dense matrices, the making of which is left out. Unrolled, a compiler drops the
-    gradient of the lowest layer's inputs where nothing below it trains.
+    the tokens sent to them with dense matrices, the making of which is left out. An image's pixels get no gradient.
+    Unrolled, a compiler drops the gradient of the lowest layer's inputs where nothing below it trains.
 
     Args:
       model: what the weights are of, whatever sizes they have left.
@@ -71,20 +71,29 @@ def training_step_flops(
         for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
             total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
         total += batch * seen * scores * (3 if below else 1)
-    answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
-    for one in map(multiplied, _of_the_head(params)):
+    answered = batch * answers_per_sequence(model, sequence_tokens)
+    for one in map(multiplied, _of_the_head(model, params)):
         total += answered * 2 * (2 * one.entries + one.trained) + one.once
+    if model.images.patch:
+        one = multiplied(params["images"]["patches"]["kernel"])
+        total += batch * model.images.patches * 2 * (one.entries + one.trained) + one.once
     return total
 
 
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
-def _of_the_head(params: weights.Params) -> list[Any]:
+def _of_the_head(model: ModelConfig, params: weights.Params) -> list[Any]:
     """The matrices behind the last block."""
-    hidden, output = params.get("head", {}).get("hidden"), output_matrix(params)
-    last = params["embed"]["table"] if output is None else output
-    return [last] if hidden is None else [hidden["kernel"], last]
+    tied = model.head.of_vocabulary and output_matrix(params) is None
+    found = [params["embed"]["table"]] if tied else []
+
+    def one(path, w):
+        if path.endswith("kernel"):
+            found.append(w)
+
+    weights.map_weights(one, {name: params[name] for name in ("head", "unembed") if name in params})
+    return found
 
 
 def multiplied(w: Any) -> Multiplied:

@@ -59,6 +59,8 @@ class HeadConfig:
     """What is answered for: every token, or the sequence by its first or last token or by the mean of all."""
     hidden: Literal["none", "tanh", "silu", "gelu", "gelu_exact", "relu"] = "none"
     """A further layer (D, D) with this activation before the output."""
+    hidden_layers: int = 1
+    """Further layers of this kind, one behind the other."""
     hidden_bias: bool = True
     """The further layer has a bias."""
     hidden_norm: bool = False
@@ -67,9 +69,19 @@ class HeadConfig:
     """The output has a bias."""
     embed: bool = False
     """The hidden states are the output, without a matrix, and at unit length where they are pooled: embeddings."""
+    boxes: bool = False
+    """Answers are for an image's detection tokens: labels, the last of them that of no object, and, by further layers
+    of their own, the box that each is about."""
 
     def __post_init__(self):
         _check_kinds(self, "model.head")
+        if self.hidden_layers < 1:
+            raise ValueError(f"model.head.hidden_layers is {self.hidden_layers}; it must be at least 1.")
+        if self.boxes and (self.outputs < 2 or self.pooling != "none" or self.hidden_norm):
+            raise ValueError(
+                "model.head.boxes is on, which needs model.head.outputs of at least 2, one of them for no object, and "
+                "neither pooling nor hidden_norm."
+            )
         if self.embed and (self.outputs or self.bias):
             raise ValueError("model.head.embed is on, which has no outputs and no bias; turn it off or leave them out.")
         if self.outputs < 0:
@@ -87,6 +99,11 @@ class HeadConfig:
         """Whether the outputs are logits of tokens."""
         return not (self.outputs or self.embed)
 
+    @property
+    def labels(self) -> int:
+        """Outputs that are labels: all but that of no object, where there are boxes."""
+        return self.outputs - self.boxes
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
@@ -102,10 +119,14 @@ class ImageConfig:
     """Numbers of a pixel."""
     class_tokens: int = 0
     """Learned vectors before the patches, the first of which a head may answer by."""
+    detection_tokens: int = 0
+    """Learned vectors behind the patches, each of which may find an object. Source: Fang et al. 2021 (YOLOS),
+    arXiv:2106.00666."""
 
     def __post_init__(self):
         _check_kinds(self, "model.images")
-        if self.patch < 0 or self.class_tokens < 0 or min(self.height, self.width, self.channels) < 1:
+        counts, sizes = (self.patch, self.class_tokens, self.detection_tokens), (self.height, self.width, self.channels)
+        if min(counts) < 0 or min(sizes) < 1:
             raise ValueError("model.images has a size below 1; give sizes of pixels, or 0 as patch for no images.")
         if self.patch and (self.height % self.patch or self.width % self.patch):
             raise ValueError(
@@ -115,10 +136,13 @@ class ImageConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches and class tokens of an image; 0 of a model of tokens."""
-        if not self.patch:
-            return 0
-        return self.class_tokens + (self.height // self.patch) * (self.width // self.patch)
+        """Patches, class and detection tokens of an image; 0 of a model of tokens."""
+        return self.class_tokens + self.patches + self.detection_tokens if self.patch else 0
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image; 0 of a model of tokens."""
+        return (self.height // self.patch) * (self.width // self.patch) if self.patch else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +295,8 @@ class ModelConfig:
             raise ValueError("model.position_offset is for learned positions; set it to 0.")
         if self.tie_embeddings and not self.head.of_vocabulary:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
+        if self.head.boxes and not (self.images.patch and self.images.detection_tokens):
+            raise ValueError("model.head.boxes is on, which needs model.images with detection_tokens.")
         if self.images.patch:
             self._check_images()
         self._check_experts()

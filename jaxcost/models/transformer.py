@@ -4,7 +4,7 @@ Parameters (D width, V vocabulary, H and K query and key heads, h head size, F M
 over L; what a config does not ask for is not there:
 
     embed/table                             (V, D), or, for images of patches of P numbers:
-    images/patches/kernel                   (P, D), and `bias`; images/class_tokens/table (tokens, D)
+    images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
     positions/table                         (max_length + offset, D), learned positions only
     token_types/table                       (types, D)
     embedding_norm/scale                    (D,)
@@ -19,8 +19,9 @@ over L; what a config does not ask for is not there:
     layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
     layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
-    head/hidden/kernel                      (D, D), and `bias`; head/norm/scale (D,)
+    head/hidden/kernel                      (D, D), and `bias`, further ones as `hidden_2`, ...; head/norm/scale (D,)
     head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
+    head/boxes/{hidden,output}/kernel       (D, D), (D, 4), and `bias`, further ones as those of the head
     unembed/kernel                          (D, V), untied only, and `bias` (V,)
 
 A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it), and what
@@ -58,6 +59,9 @@ STACKS = ("frozen_layers", "layers")
 
 WATCHED, HEADS = "attention", "heads"
 """The collection, and the name in it, under which the last layer's `query`, `key` and `value` are sown."""
+
+FOUND, BOXES = "found", "boxes"
+"""The collection, and the name in it, under which the boxes of a head that has them are sown."""
 
 
 @struct.dataclass
@@ -178,7 +182,8 @@ class Transformer(nn.Module):
 
     With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars. For
     `mutable=[WATCHED]` so is a dict of the last layer's queries (B, T, H, h), keys and values (B, T, K, h), as they
-    meet, from which `attention.log_probabilities` makes its attention. Who does not ask pays nothing.
+    meet, from which `attention.log_probabilities` makes its attention; for `mutable=[FOUND]` the boxes (B, N, 4) of a
+    head that has them. Who does not ask pays nothing.
     """
 
     config: ModelConfig
@@ -233,7 +238,10 @@ class Transformer(nn.Module):
         hidden_BTD = x_BTD[:, -length:]
         if c.norm_placement != "sum":
             hidden_BTD = Norm(c, name="final_norm")(hidden_BTD)
-        hidden_BTD = Head(c, name="head")(hidden_BTD, None if valid_BT is None else valid_BT[:, -length:], key)
+        valid_BT = None if valid_BT is None else valid_BT[:, -length:]
+        hidden_BTD, boxes = Head(c, name="head")(hidden_BTD, valid_BT, key)
+        if boxes is not None:
+            _sow(self, FOUND, BOXES, boxes)
         if c.head.of_vocabulary and self.is_initializing():
             Unembedding(c, name="unembed")()
         if cache is None:
@@ -373,6 +381,19 @@ def logits(config: ModelConfig, params: weights.Params, hidden: jax.Array, key: 
     if config.head.embed:
         return embeddings(hidden, config.head.pooling)
     return output_of(config, params)(hidden, key)
+
+
+def detections(
+    model: Transformer, params: weights.Params, images_BHWC: jax.Array, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Logits (B, N, labels + 1), the last that of no object, and boxes (B, N, 4) of images; see `heads.Boxes`.
+
+    ValueError if the model has no boxes.
+    """
+    if not model.config.head.boxes:
+        raise ValueError("model.head.boxes is off, so that nothing is found in images; name a model of detection.")
+    (hidden_BND, _), sown = model.apply({"params": params}, images_BHWC, key=key, mutable=[FOUND])
+    return logits(model.config, params, hidden_BND, key), sown[FOUND][BOXES]
 
 
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:

@@ -13,15 +13,17 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
+from jaxcost.evaluation.detection import detection_loss
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
-from jaxcost.models.transformer import Transformer, output_of
+from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
 
 Batch = dict[str, jax.Array]
-"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S)."""
+"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S). Of detection, `inputs` are images, `targets` the labels
+(B, M) of what is on them, `boxes` (B, M, 4) where it is, and `mask` (B, M) 0 where there are fewer than M."""
 
 
 @struct.dataclass
@@ -67,14 +69,18 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
-    `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
+    `loss` is the mean negative log-likelihood in nats a token over the whole batch, or that of `detection_loss` where
+    the head has boxes, in which a microbatch counts by its objects. Only the arrays that train are
     differentiated. After the update, `transform.update` moves what moves while training (masks). With experts,
     their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
     `router_losses`.
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
-    function takes the teacher's weights as a third argument.
+    function takes the teacher's weights as a third argument. ValueError if the head has boxes, of which no teacher
+    says anything.
     """
+    if distiller is not None and model.config.head.boxes:
+        raise ValueError("Distillation is of logits and states, and model.head.boxes is on; leave out the teacher.")
 
     def loss_sums(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
@@ -82,12 +88,16 @@ def make_train_step(
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
-        kept = ("losses", *(distiller.watched if distiller else ()))
+        kept = ("losses", FOUND, *(distiller.watched if distiller else ()))
         (hidden_BSD, _), sown = model.apply(
             {"params": params}, batch["inputs"], key=model_key, valid_BT=batch.get("valid"), mutable=kept
         )
         how = {"chunks": loss_chunks, "key": head_key}
-        if distiller is None:
+        if model.config.head.boxes:
+            found = (output_of(model.config, params)(hidden_BSD, head_key), sown[FOUND][BOXES])
+            total, _ = detection_loss(*found, batch["targets"], batch["boxes"], batch["mask"])
+            objective = total
+        elif distiller is None:
             output = output_of(model.config, params)
             total, _ = cross_entropy(hidden_BSD, output, batch["targets"], batch["mask"], **how)
             objective = total
@@ -102,7 +112,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
         trainable |= state.beside
-        count = jnp.sum(batch["mask"])
+        # Images without an object are learned from too.
+        count = jnp.maximum(jnp.sum(batch["mask"]), 1)
         grad = jax.grad(loss_sums, has_aux=True)
 
         if accumulation == 1:
