@@ -27,7 +27,7 @@ from jaxcost.evaluation.detection import (
     match,
     set_losses,
 )
-from jaxcost.models import families, huggingface
+from jaxcost.models import huggingface
 from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import fields
@@ -36,7 +36,7 @@ from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.distill import DistillConfig, Distiller
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain, factorize, freeze, lora
+from jaxcost.transforms import chain, factorize, freeze, lora, shrink
 
 oracles = pytest.mark.oracles
 
@@ -48,6 +48,7 @@ CONFIG = dataclasses.replace(
     CONFIG,
     causal=False,
     position="learned",
+    layer_positions=True,
     norm="layer",
     gated=False,
     images=ImageConfig(patch=4, height=8, width=12, channels=2, class_tokens=1, detection_tokens=PLACES),
@@ -90,6 +91,7 @@ SIZES |= {"intermediate_size": 80, "num_labels": LABELS, "initializer_range": 0.
 SIZES |= {"use_mid_position_embeddings": False}
 CASES = {
     "square": {"image_size": (16, 16)},
+    "positions behind layers": {"use_mid_position_embeddings": True},
     "odd": {"hidden_size": 42, "num_attention_heads": 3, "num_channels": 1, "qkv_bias": False, "hidden_act": "relu"},
     # As the smallest of the published ones: patches do not fill it.
     "sizes that patches do not fill": {"image_size": (20, 31)},
@@ -170,14 +172,6 @@ def test_the_loss_and_its_gradient_are_those_of_transformers():
         np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-5)
 
 
-def test_positions_behind_every_layer_are_refused():
-    config = {"model_type": "yolos"} | SIZES | {"use_mid_position_embeddings": True}
-    with pytest.raises(families.UnsupportedModel, match="use_mid_position_embeddings is on"):
-        families.config_of(config)
-    # One layer has nothing behind it but the end.
-    assert families.config_of(config | {"num_hidden_layers": 1}).images.detection_tokens == PLACES
-
-
 # ---- The model ----
 
 
@@ -200,6 +194,21 @@ def test_parameters_and_flops_are_those_of_the_closed_form():
     tokens = CONFIG.images.tokens
     # What some tokens alone meet is shared out in whole FLOPs.
     assert 0 <= found / 3 - tokens * closed_form.forward_flops_per_token(CONFIG, tokens, "full") < tokens
+
+
+def test_positions_behind_layers_are_added_there_and_layers_between_them_stay():
+    plain = dataclasses.replace(CONFIG, layer_positions=False)
+    cleared = made() | {"layer_positions": jax.tree.map(jnp.zeros_like, made()["layer_positions"])}
+    without = {name: tree for name, tree in made().items() if name != "layer_positions"}
+    images = images_of(2)
+    found, same = (detections(MODEL, params, images)[0] for params in (made(), cleared))
+    want, _ = detections(Transformer(plain), without, images)
+    np.testing.assert_allclose(same, want, atol=1e-6)
+    assert np.abs(found - want).max() > 1e-3
+    with pytest.raises(ValueError, match="stand behind each of them cannot be told; keep all layers"):
+        detections(MODEL, shrink(layers=1)(made()), images)
+    with pytest.raises(ValueError, match="model.layer_positions is for learned positions"):
+        dataclasses.replace(CONFIG, position="rope")
 
 
 TRANSFORMS = {"plain": chain(), "lora": lora(rank=2), "low rank": factorize(), "top layer": freeze(top_layers=1)}

@@ -61,7 +61,7 @@ OPTIONS = {
     "phi3": {"sliding_window": 4},
     "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
     "modernbert": {"local_attention": 4},
-    "yolos": {"num_detection_tokens": 3, "use_mid_position_embeddings": False},
+    "yolos": {"num_detection_tokens": 3},
     "siglip": {"vision_config": IMAGES},
 }
 SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)

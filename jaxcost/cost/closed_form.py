@@ -46,7 +46,8 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     Per layer: D·H·h for the query, 2·D·K·h for key and value, H·h·D for the output, 3·D·F for a gated MLP (2·D·F for
     a plain one) or for each of E experts, D·E for their router, and two norms of D scales (and D biases if LayerNorm),
     four where a block has norms on both sides; besides them V·D for the embedding, V·D for an untied unembedding, a
-    final norm, and S·D for learned positions. Biases and norms of queries and keys come on top.
+    final norm, and S·D for learned positions, L times that if they stand behind layers too. Biases and norms of queries
+    and keys come on top.
 
     Raises:
         ValueError: the vocabulary's size is still 0.
@@ -62,7 +63,7 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     router = layers * model.width * model.experts
     by_part = {
         "embedding": table + model.token_types * model.width + _image_parameters(model),
-        "positions": (model.max_length + model.position_offset) * model.width if model.position == "learned" else 0,
+        "positions": _position_tables(model) * (model.max_length + model.position_offset) * model.width,
         "attention": attention,
         "mlp": mlp,
         "experts": model.experts * expert,
@@ -82,6 +83,12 @@ def answers_per_sequence(model: model_config.ModelConfig, sequence_tokens: int) 
     if model.head.boxes:
         return model.images.detection_tokens
     return sequence_tokens if model.head.pooling == "none" else 1
+
+
+def _position_tables(model: model_config.ModelConfig) -> int:
+    if model.position != "learned":
+        return 0
+    return model.num_layers if model.layer_positions else 1
 
 
 def _matrices(model: model_config.ModelConfig) -> int:

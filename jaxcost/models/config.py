@@ -178,6 +178,8 @@ class ModelConfig:
     """Rotary positions, or a learned table of `max_length` rows."""
     position_offset: int = 0
     """Rows of the learned table before the one of the first token, which no token meets."""
+    layer_positions: bool = False
+    """Behind every layer but the last, positions of a learned table of its own are added too."""
     token_types: int = 0
     """Kinds of tokens, such as those of a first and of a second sentence, each with a learned vector; 0 is one kind
     without a vector."""
@@ -293,6 +295,8 @@ class ModelConfig:
             )
         if self.position_offset and self.position != "learned":
             raise ValueError("model.position_offset is for learned positions; set it to 0.")
+        if self.layer_positions and self.position != "learned":
+            raise ValueError("model.layer_positions is for learned positions; turn it off.")
         if self.tie_embeddings and not self.head.of_vocabulary:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
         if self.head.boxes and not (self.images.patch and self.images.detection_tokens):

@@ -6,6 +6,7 @@ over L; what a config does not ask for is not there:
     embed/table                             (V, D), or, for images of patches of P numbers:
     images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
     positions/table                         (max_length + offset, D), learned positions only
+    layer_positions/table                   (L - 1, max_length + offset, D)
     token_types/table                       (types, D)
     embedding_norm/scale                    (D,)
     layers/attention_norm/scale             (L, D), and `bias` with LayerNorm
@@ -216,11 +217,12 @@ class Transformer(nn.Module):
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
+        further = None
         if c.position == "learned":
-            table = Table(c.max_length + c.position_offset, c.width, "position", name="positions")()
-            # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
-            rows_BT = jnp.minimum(positions_BT, c.max_length - 1) + c.position_offset
-            x_BTD = x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
+            shape = (c.max_length + c.position_offset, c.width, "position")
+            x_BTD = _placed(c, x_BTD, Table(*shape, name="positions")(), positions_BT)
+            if c.layer_positions:
+                further = Table(*shape, (c.num_layers - 1,), name="layer_positions")()
         if c.token_types:
             table = Table(c.token_types, c.width, "position", name="token_types")()
             types_BT = jnp.zeros((1, 1), jnp.int32) if types_BT is None else types_BT
@@ -231,7 +233,7 @@ class Transformer(nn.Module):
             x_BTD = Norm(c, name="embedding_norm")(x_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         kv = None if cache is None else (cache.key, cache.value)
-        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT)
+        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT, further)
         if watched is not None:
             # What virtual tokens stand before the text is nobody else's.
             _sow(self, WATCHED, HEADS, {name: heads_BTNh[:, -length:] for name, heads_BTNh in watched.items()})
@@ -254,7 +256,7 @@ class Transformer(nn.Module):
         table = Table(c.vocab_size, c.width, "vocab", name="embed")()
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
-    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT):
+    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, further):
         if self.is_initializing():
             # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
             # kernel takes so few.
@@ -269,18 +271,21 @@ class Transformer(nn.Module):
 
         def step(kinds, kept, x, group):
             made = []
-            for kind, (params, cache, index) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
+            for kind, (params, cache, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0)
                 (x, *rest), sown = blocks[kind].apply({"params": params}, *inputs, mutable=kept)
+                x = x if table is None else _placed(c, x, table, positions_BT)
                 made.append((*rest, sown))
             return x, _restacked(made)
 
+        # Behind the last layer there are none.
+        further = None if further is None else jnp.pad(further, ((0, 1), (0, 0), (0, 0)))
         start, made, watched = 0, [], None
         for stack in stacks:
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
-            cache = None if kv is None else jax.tree.map(lambda a: a[start : start + depth], kv)  # noqa: B023
-            layers = (stack, cache, jnp.arange(start, start + depth))
+            cache, tables = jax.tree.map(lambda a: a[start : start + depth], (kv, further))  # noqa: B023
+            layers = (stack, cache, jnp.arange(start, start + depth), tables)
             runs = [(*run, ()) for run in c.groups(start, depth)]
             if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
                 # The last layer runs by itself, so that what is seen of it is kept of no other.
@@ -333,13 +338,18 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
     """The config with the sizes that the weights have: layers of both stacks, heads, widths of MLPs, experts.
 
     Raises:
-      ValueError: layers were dropped from a pattern of several kinds, heads were cut in two, or fewer experts are left
-        than a token is sent to.
+      ValueError: layers were dropped from a pattern of several kinds or from between positions, heads were cut in two,
+        or fewer experts are left than a token is sent to.
     """
     stacks = [params[name] for name in STACKS if name in params]
     attend, mlp = stacks[-1]["attention"], stacks[-1]["mlp"]
     query, key, up = (_shape(part["kernel"]) for part in (attend["query"], attend["key"], mlp["up"]))
     num_layers = sum(_shape(stack["attention"]["query"]["kernel"])[0] for stack in stacks)
+    if num_layers != config.num_layers and config.layer_positions:
+        raise ValueError(
+            f"The weights have {num_layers} layers of the model's {config.num_layers}, and which positions "
+            "(model.layer_positions) stand behind each of them cannot be told; keep all layers."
+        )
     if num_layers != config.num_layers and len(set(config.pattern)) > 1:
         raise ValueError(
             f"The weights have {num_layers} layers of the model's {config.num_layers}, and which of the pattern "
@@ -450,6 +460,13 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
 def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
     """Sows a value that is one and no tuple of them."""
     module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def _placed(config: ModelConfig, x_BTD, table, positions_BT):
+    """x with the vectors of its positions out of a table."""
+    # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
+    rows_BT = jnp.minimum(positions_BT, config.max_length - 1) + config.position_offset
+    return x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
 
 
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):

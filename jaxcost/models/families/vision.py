@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +13,9 @@ from jaxcost.models.families.base import (
     Fields,
     Head,
     Tensors,
-    UnsupportedModel,
     hidden_states,
     labels,
     linear,
-    needed,
     norm,
     plain_encoder,
     positive,
@@ -49,13 +48,9 @@ def _siglip(fields: Fields) -> ModelConfig:
 
 
 def _yolos(fields: Fields) -> ModelConfig:
-    if fields.get("use_mid_position_embeddings", True) and needed(fields, "num_hidden_layers") > 1:
-        raise UnsupportedModel(
-            "use_mid_position_embeddings is on, which adds positions behind every layer; only detectors with positions "
-            "before the first one can be read."
-        )
     sizes = {"image_size": (512, 864)} | dict(fields)
-    return _vision(sizes, 1, positive("num_detection_tokens", fields.get("num_detection_tokens", 100)))
+    config = _vision(sizes, 1, positive("num_detection_tokens", fields.get("num_detection_tokens", 100)))
+    return dataclasses.replace(config, layer_positions=fields.get("use_mid_position_embeddings", True))
 
 
 # ---- Tensors ----
@@ -68,6 +63,7 @@ def _vit(name: str) -> Tensors:
         f"{embeddings}.{{token}}_token": ("images/class_tokens/table",),
         f"{embeddings}.detection_tokens": ("images/detection_tokens/table",),
         f"{embeddings}.position_embeddings": ("positions/table",),
+        f"{name}.encoder.mid_position_embeddings": ("layer_positions/table",),
         **linear(f"{embeddings}.patch_embeddings.projection", "images/patches"),
         **norm(f"{layer}.layernorm_before", "layers/attention_norm"),
         **linear(f"{layer}.attention.attention.query", "layers/attention/query"),
@@ -104,6 +100,7 @@ def _vit_stored(name: str):
             **{f"{embeddings}.{token}_token": (1, 1, c.width) for token in TOKENS[: c.images.class_tokens]},
             f"{embeddings}.detection_tokens": (1, c.images.detection_tokens, c.width),
             f"{embeddings}.position_embeddings": (1, c.max_length, c.width),
+            f"{name}.encoder.mid_position_embeddings": (c.num_layers - 1, 1, c.max_length, c.width),
             f"{embeddings}.patch_embeddings.projection.weight": _convolution(c),
         }
 

@@ -244,7 +244,7 @@ def _yolos(c: ModelConfig) -> dict[str, Any]:
     return _vision(c) | {
         "image_size": [images.height, images.width],
         "num_detection_tokens": images.detection_tokens,
-        "use_mid_position_embeddings": False,
+        "use_mid_position_embeddings": c.layer_positions,
     }
 
 
