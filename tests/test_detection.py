@@ -289,6 +289,16 @@ def test_the_matching_is_the_cheapest(most):
         assert tuple(places[image[-1] > 0]) == by_trial(*image)
 
 
+def test_every_device_matches_its_own_images_and_asks_no_other():
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    given = dict(enumerate((*answers_of(8), *objects_of(8))))
+    with jax.set_mesh(mesh):
+        placed = sharding.place_batch(given, mesh).values()
+        compiled = jax.jit(match, compiler_options=QUICK).lower(*placed).compile()
+        np.testing.assert_array_equal(compiled(*placed), match(*given.values()))
+    assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "collective-permute"))
+
+
 def test_padding_changes_nothing():
     scores, boxes = answers_of(3)
     labels, objects, mask = objects_of(3, 2)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from jaxcost.evaluation.losses import negative_log_likelihood
+from jaxcost.sharding import mesh_spec
 
 _TINY = 1e-12
 _HOPELESS = 1e6
@@ -101,11 +103,19 @@ def match(
     cost_BNM = jnp.where(mask_BM[:, None] > 0, cost_BNM, 0.0)
     cost_BNM = jax.lax.stop_gradient(jnp.where(jnp.isfinite(cost_BNM), cost_BNM, _HOPELESS))
 
-    def one(cost_NM):
-        rows, columns = optax.assignment.hungarian_algorithm(cost_NM)
-        return jnp.zeros(objects, jnp.int32).at[columns].set(rows.astype(jnp.int32))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _cheapest(cost_BNM)
+    # Loops over the images of all devices would ask all of them, turn by turn, whether to go on.
+    images = mesh_spec(PartitionSpec("batch"), mesh.shape)
+    return jax.shard_map(_cheapest, in_specs=images, out_specs=images, check_vma=False)(cost_BNM)
 
-    return jax.vmap(one)(cost_BNM)
+
+@jax.vmap
+def _cheapest(cost_NM: jax.Array) -> jax.Array:
+    """The place of each object, int32 (M,), at the least cost of all together."""
+    rows, columns = optax.assignment.hungarian_algorithm(cost_NM)
+    return jnp.zeros(cost_NM.shape[1], jnp.int32).at[columns].set(rows.astype(jnp.int32))
 
 
 def set_losses(

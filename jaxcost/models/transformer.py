@@ -179,7 +179,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D), or (B, 1, D) of a head that pools them, of which `logits` makes logits.
+    """Tokens (B, T) to hidden states (B, T, D), or (B, 1, D) of a head that pools them, or (B, N, D) of N detection
+    tokens, of which `logits` makes logits.
 
     With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars. For
     `mutable=[WATCHED]` so is a dict of the last layer's queries (B, T, H, h), keys and values (B, T, K, h), as they
