@@ -31,9 +31,10 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, hidden_BTD, valid_BT, key):
         head, boxes = self.config.head, None
+        key, key_boxes = weights.split_keys(key, 2)
         if head.boxes:
             hidden_BTD = hidden_BTD[:, -self.config.images.detection_tokens :]
-            boxes = Boxes(self.config, name="boxes")(hidden_BTD, key)
+            boxes = Boxes(self.config, name="boxes")(hidden_BTD, key_boxes)
         hidden_BTD = pooled(head.pooling, hidden_BTD, valid_BT)
         hidden_BTD = _deepened(self.config, hidden_BTD, key)
         if head.hidden_norm:
@@ -53,17 +54,19 @@ class Boxes(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BND, key):
+        key, key_output = weights.split_keys(key, 2)
         hidden_BND = _deepened(self.config, hidden_BND, key)
-        made_BN4 = Linear(4, ("embed", None), self.config.head.bias, name="output")(hidden_BND, key)
+        made_BN4 = Linear(4, ("embed", None), self.config.head.bias, name="output")(hidden_BND, key_output)
         return jax.nn.sigmoid(made_BN4.astype(jnp.float32))
 
 
 def _deepened(config: ModelConfig, hidden_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     """Hidden states behind the head's further layers, which become parameters of the module that calls."""
     head = config.head
-    for i in range(head.hidden_layers if head.hidden != "none" else 0):
+    keys = weights.split_keys(key, head.hidden_layers if head.hidden != "none" else 0)
+    for i, one in enumerate(keys):
         layer = Linear(config.width, ("embed", None), head.hidden_bias, name=f"hidden_{i + 1}" if i else "hidden")
-        hidden_BTD = activation(head.hidden)(layer(hidden_BTD, key))
+        hidden_BTD = activation(head.hidden)(layer(hidden_BTD, one))
     return hidden_BTD
 
 
