@@ -123,6 +123,9 @@ class Experiment:
         splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
         splits += [("model.width", m.width, "tensor"), ("the vocabulary", vocab_size, "tensor")]
         splits += [("model.experts", m.experts, "expert")]
+        if m.encoder.num_layers:
+            sizes_of = [(name, getattr(m.source, name)) for name in ("num_heads", "num_kv_heads", "mlp_width")]
+            splits += [(f"model.encoder.{name}", size, "tensor") for name, size in sizes_of]
         for name, size, axis in splits:
             if size % sizes[axis]:
                 raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")
@@ -131,8 +134,10 @@ class Experiment:
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         m, ways = self.model, sizes["fsdp"] * sizes["context"]
-        if not m.causal:
-            raise ValueError("model.causal is off, and mesh.context splits causal sequences alone; set it to 1.")
+        if not m.causal or m.encoder.num_layers or m.position == "relative":
+            raise ValueError(
+                "mesh.context splits causal sequences alone, without an encoder or relative positions; set it to 1."
+            )
         if m.width % ways:
             raise ValueError(
                 f"model.width ({m.width}) must be a multiple of mesh.fsdp x mesh.context ({ways}), which both split "

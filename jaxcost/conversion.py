@@ -69,7 +69,7 @@ def import_checkpoint(
     """
     folder = hub.locate(source)
     config, *_ = reading.read_config(folder)
-    tokenizer = ByteTokenizer() if config.images.patch else read_tokenizer(folder)
+    tokenizer = ByteTokenizer() if not config.has_vocabulary else read_tokenizer(folder)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1), jax.devices()[: math.gcd(config.width, len(jax.devices()))])
     config, params = huggingface.load(folder, dtype, mesh, quiet)
     transforms = ()
@@ -138,7 +138,7 @@ def export_run(
         huggingface.save_adapter(folder, config, params, model_type)
         return model_type
     with tempfile.TemporaryDirectory() as made:
-        if isinstance(session.tokenizer, PretrainedTokenizer) or config.images.patch:
+        if isinstance(session.tokenizer, PretrainedTokenizer) or not config.has_vocabulary:
             files = [path for name in (_IMAGES, *FILES) if (path := kept / name).is_file()]
         else:
             extra = write_tokenizer(session.tokenizer, Path(made))

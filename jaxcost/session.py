@@ -66,9 +66,9 @@ class Session:
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
         config = experiment.model
-        if config.vocab_size == 0 and not config.images.patch:
+        if config.vocab_size == 0 and config.has_vocabulary:
             config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
-        if config.vocab_size < self.tokenizer.vocab_size and not config.images.patch:
+        if config.vocab_size < self.tokenizer.vocab_size and config.has_vocabulary:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
@@ -315,8 +315,8 @@ class Session:
     def _check_language_model(self) -> None:
         if not self.experiment.model.language_model:
             raise ValueError(
-                "Training and scoring are on the next token of a text, which takes a causal model with logits of the "
-                "vocabulary; set model.causal, and leave model.head as it is by default."
+                "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
+                "the vocabulary and no encoder; set model.causal, and leave model.head and model.encoder by default."
             )
 
     def _keys(self) -> jax.Array:

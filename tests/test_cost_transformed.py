@@ -10,7 +10,7 @@ from sweep import sweep
 from jaxcost.cost import closed_form
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.cost.transformed import Multiplied, multiplied, training_step_flops
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.training.config import OptimizerConfig
@@ -57,6 +57,9 @@ TRANSFORMS = {
 }
 
 
+ENCODED = dataclasses.replace(
+    CONFIG, position="relative", encoder=EncoderConfig(num_layers=3, num_heads=2, num_kv_heads=1, max_length=48)
+)
 EXPERTS = dataclasses.replace(
     CONFIG, mlp_width=96, experts=4, experts_per_token=2, capacity_factor=1.25, shared_width=32
 )
@@ -68,6 +71,8 @@ def compiled_and_closed(transform, unroll, config=CONFIG):
     params = transform.abstract(abstract(model)[0])
     state = jax.eval_shape(lambda params: init_state(params, optimizer, 0), params)
     batch = {name: jax.ShapeDtypeStruct((BATCH, SEQUENCE), jnp.int32) for name in ("inputs", "targets")}
+    if config.encoder.num_layers:
+        batch["source"] = jax.ShapeDtypeStruct((BATCH, config.source.max_length), jnp.int32)
     batch["mask"] = jax.ShapeDtypeStruct((BATCH, SEQUENCE), jnp.float32)
     step = jax.jit(make_train_step(model, optimizer, transform), compiler_options=QUICK)
     compiled = compiled_cost(step.lower(state, batch).compile()).flops
@@ -77,6 +82,12 @@ def compiled_and_closed(transform, unroll, config=CONFIG):
 @sweep("name", ["plain", "shrunk", "lora", "low rank", "top layers"], quick=2)
 def test_experts_cost_the_rows_that_they_have_room_for(name):
     compiled, closed = compiled_and_closed(TRANSFORMS[name], "never", EXPERTS)
+    assert closed == pytest.approx(compiled, rel=1e-3)
+
+
+@sweep("name", ["plain", "masked", "lora", "low rank", "top layers", "norms", "prefix", "bottleneck"], quick=2)
+def test_an_encoder_costs_what_its_source_is_long(name):
+    compiled, closed = compiled_and_closed(TRANSFORMS[name], "never", ENCODED)
     assert closed == pytest.approx(compiled, rel=1e-3)
 
 
@@ -100,6 +111,14 @@ def test_an_unrolled_step_costs_what_the_closed_form_says_within_a_twentieth(nam
     # The compiler sees that the gradient of the lowest layer's inputs is not needed where nothing below it trains.
     compiled, closed = compiled_and_closed(TRANSFORMS[name], "always")
     assert compiled <= closed <= 1.05 * compiled
+
+
+def test_both_closed_forms_agree_on_an_encoder():
+    params = abstract(Transformer(ENCODED))[0]
+    assert closed_form.parameter_counts(ENCODED).total == sum(a.size for a in jax.tree.leaves(params))
+    for attention in ("full", "causal"):
+        want = BATCH * SEQUENCE * closed_form.training_flops_per_token(ENCODED, SEQUENCE, attention)
+        assert training_step_flops(ENCODED, params, BATCH, SEQUENCE, attention) == want
 
 
 def test_both_closed_forms_agree():

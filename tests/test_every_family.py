@@ -21,6 +21,7 @@ from jaxcost import sharding, weights
 from jaxcost.config import load
 from jaxcost.models import families
 from jaxcost.models.transformer import Transformer, detections, initialize, logits, output_of
+from jaxcost.training.batch import beside_inputs
 from jaxcost.transforms import (
     bias_only,
     bottleneck,
@@ -49,6 +50,7 @@ FIELDS = {
     "max_position_embeddings": 32,
 }
 IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
+ENCODED = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4, "relative_attention_num_buckets": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
@@ -63,6 +65,8 @@ OPTIONS = {
     "modernbert": {"local_attention": 4},
     "yolos": {"num_detection_tokens": 3},
     "siglip": {"vision_config": IMAGES},
+    "t5": ENCODED,
+    "mt5": ENCODED | {"num_decoder_layers": 3},
 }
 SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)
 BESIDE = {"sasrec": dataclasses.replace(SASREC, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8)}
@@ -112,24 +116,31 @@ def model_of(family):
 def inputs_of(config, seed=0, rows=2):
     rng = np.random.default_rng(seed)
     images = config.images
-    if images.patch:
-        return jnp.asarray(rng.normal(size=(rows, images.height, images.width, images.channels)), jnp.float32)
-    return jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))
+    if not config.has_vocabulary:
+        pictures = rng.normal(size=(rows, images.height, images.width, images.channels))
+        return {"inputs": jnp.asarray(pictures, jnp.float32)}
+    made = {"inputs": jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))}
+    if config.encoder.num_layers:
+        made["source"] = jnp.asarray(rng.integers(0, config.vocab_size, (rows, 10)))
+        made["source_valid"] = jnp.arange(10) < jnp.asarray(rng.integers(1, 11, (rows, 1)))
+    return made
 
 
-def outputs(model, params, inputs):
+def outputs(model, params, batch):
     if model.config.head.boxes:
-        return jnp.concatenate(detections(model, params, inputs), axis=-1)
-    hidden, _ = model.apply({"params": params}, inputs)
+        return jnp.concatenate(detections(model, params, batch["inputs"]), axis=-1)
+    hidden, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
     return logits(model.config, params, hidden)
 
 
 # A tower that only embeds has nothing to be trained on.
 TRAINED = [family for family in FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
+UNBIASED |= {"t5", "mt5"}
 IMAGED = {"vit", "deit", "yolos", "siglip", "siglip_vision_model"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
+    "shrink": ({"t5", "mt5"}, "all layers share the relative positions"),
     # A model of images has a position for each patch and none for virtual tokens.
     "prompt": (IMAGED, "the model has no embed/table"),
     "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
@@ -160,11 +171,13 @@ def test_every_transform_applies_to_every_family(family):
         assert jax.eval_shape(outputs_of, made, inputs) == plain, name
 
 
+def taking(transform):
+    """The families that a transform applies to."""
+    return [family for family in FAMILIES if family not in REFUSED.get(transform, ((), ""))[0]]
+
+
 PAIRS = [
-    (family, name)
-    for i, name in enumerate(TRANSFORMS)
-    for j, family in enumerate(FAMILIES)
-    if (i + j) % 7 == 0 and family not in REFUSED.get(name, ((), ""))[0]
+    (family, name) for i, name in enumerate(TRANSFORMS) for j, family in enumerate(taking(name)) if (i + j) % 7 == 0
 ]
 
 
@@ -190,7 +203,7 @@ def stepped(family, mesh_config):
     inputs = inputs_of(model.config, seed=3, rows=8)
     *answers, numbers = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
     rng = np.random.default_rng(4)
-    batch = {"inputs": inputs, "mask": jnp.ones(answers)}
+    batch = inputs | {"mask": jnp.ones(answers)}
     if model.config.head.boxes:
         numbers = model.config.head.labels
         batch |= {"boxes": rng.uniform(0.1, 0.5, (*answers, 4)), "mask": rng.integers(0, 2, answers).astype(np.float32)}

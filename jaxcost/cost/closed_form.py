@@ -27,12 +27,13 @@ class ParameterCounts:
     """Parameters of a model."""
 
     by_part: dict[str, int]
-    """`embedding` (with that of token types, or of images), `positions`, `attention`, `mlp` (of experts those that all
-    tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layers), `unembedding` (or the head's
-    outputs); a tied one counts 0 here."""
+    """`embedding` (with that of token types, or of images), `positions`, `attention` (also to a source), `mlp` (of
+    experts those that all tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layers),
+    `unembedding` (or the head's outputs); a tied one counts 0 here. An encoder's are among them."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
-    head with the unembedding, tied or not, unless it answers for fewer than all."""
+    head with the unembedding, tied or not, unless it answers for fewer than all. Those that meet a source alone are not
+    among them."""
 
     @property
     def total(self) -> int:
@@ -46,25 +47,36 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     Per layer: D·H·h for the query, 2·D·K·h for key and value, H·h·D for the output, 3·D·F for a gated MLP (2·D·F for
     a plain one) or for each of E experts, D·E for their router, and two norms of D scales (and D biases if LayerNorm),
     four where a block has norms on both sides; besides them V·D for the embedding, V·D for an untied unembedding, a
-    final norm, and S·D for learned positions, L times that if they stand behind layers too. Biases and norms of queries
-    and keys come on top.
+    final norm, and S·D for learned positions, L times that if they stand behind layers too, or a number a bucket and
+    head for relative ones. Biases and norms of queries and keys come on top. With an encoder, its own, and each layer
+    has attention and the norms of it twice.
 
     Raises:
         ValueError: the vocabulary's size is still 0.
     """
-    if model.vocab_size == 0 and not model.images.patch:
+    if model.vocab_size == 0 and model.has_vocabulary:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
+    counts = _counts(model)
+    if not model.encoder.num_layers:
+        return counts
+    encoder = _counts(model.source).by_part
+    return ParameterCounts({part: n + encoder[part] for part, n in counts.by_part.items()}, counts.matmul)
+
+
+def _counts(model: model_config.ModelConfig) -> ParameterCounts:
+    """Without an encoder's own."""
     table, layers = model.vocab_size * model.width, model.num_layers
     outputs = _outputs(model)
     attention = layers * _attention_parameters_per_layer(model)
+    cross = layers * _attention_parameters_per_layer(model) if model.encoder.num_layers else 0
     one = layers * _matrices(model) * model.width * model.mlp_width
     shared = layers * _matrices(model) * model.width * model.shared_width
     mlp, expert = (shared, one) if model.experts else (one, 0)
     router = layers * model.width * model.experts
     by_part = {
         "embedding": table + model.token_types * model.width + _image_parameters(model),
-        "positions": _position_tables(model) * (model.max_length + model.position_offset) * model.width,
-        "attention": attention,
+        "positions": _position_parameters(model),
+        "attention": attention + cross,
         "mlp": mlp,
         "experts": model.experts * expert,
         "router": router,
@@ -74,8 +86,9 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
         "unembedding": 0 if model.tie_embeddings else outputs * model.width,
     }
     active = mlp + model.experts_per_token * expert
+    met = attention + cross - _source_projections(model) + active + router
     every = model.head.pooling == "none" and not model.head.boxes
-    return ParameterCounts(by_part, matmul=attention + active + router + (_head_matrices(model) if every else 0))
+    return ParameterCounts(by_part, matmul=met + (_head_matrices(model) if every else 0))
 
 
 def answers_per_sequence(model: model_config.ModelConfig, sequence_tokens: int) -> int:
@@ -85,10 +98,18 @@ def answers_per_sequence(model: model_config.ModelConfig, sequence_tokens: int) 
     return sequence_tokens if model.head.pooling == "none" else 1
 
 
-def _position_tables(model: model_config.ModelConfig) -> int:
-    if model.position != "learned":
+def _position_parameters(model: model_config.ModelConfig) -> int:
+    if model.position == "relative":
+        return model.relative_buckets * model.num_heads
+    tables = (model.num_layers if model.layer_positions else 1) if model.position == "learned" else 0
+    return tables * (model.max_length + model.position_offset) * model.width
+
+
+def _source_projections(model: model_config.ModelConfig) -> int:
+    """Parameters that make keys and values of a source in all layers."""
+    if not model.encoder.num_layers:
         return 0
-    return model.num_layers if model.layer_positions else 1
+    return 2 * model.num_layers * model.width * model.num_kv_heads * model.head_dim
 
 
 def _matrices(model: model_config.ModelConfig) -> int:
@@ -102,7 +123,8 @@ def _attention_parameters_per_layer(model: model_config.ModelConfig) -> int:
 def _biases_per_layer(model: model_config.ModelConfig) -> int:
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.qkv_bias
     mlp = ((_matrices(model) - 1) * model.mlp_width + model.width) * model.mlp_bias
-    return qkv + model.width * model.output_bias + mlp
+    attentions = 2 if model.encoder.num_layers else 1
+    return attentions * (qkv + model.width * model.output_bias) + mlp
 
 
 def _head_biases(model: model_config.ModelConfig) -> int:
@@ -129,7 +151,7 @@ def _outputs(model: model_config.ModelConfig) -> int:
 def _image_parameters(model: model_config.ModelConfig) -> int:
     images = model.images
     learned = 1 + images.class_tokens + images.detection_tokens
-    return _patch_matrix(model) + learned * model.width if images.patch else 0
+    return 0 if model.has_vocabulary else _patch_matrix(model) + learned * model.width
 
 
 def _patch_matrix(model: model_config.ModelConfig) -> int:
@@ -138,7 +160,7 @@ def _patch_matrix(model: model_config.ModelConfig) -> int:
 
 def _norm_parameters(model: model_config.ModelConfig) -> int:
     vectors = 2 if model.norm == "layer" and model.norm_bias else 1
-    blocks = 4 if model.norm_placement == "both" else 2
+    blocks = (3 if model.encoder.num_layers else 2) * (2 if model.norm_placement == "both" else 1)
     heads = {"none": 0, "head": 2, "projection": model.num_heads + model.num_kv_heads}[model.query_key_norm]
     per_layer = blocks * model.width + heads * model.head_dim
     single = (model.norm_placement != "sum") + model.embedding_norm + model.head.hidden_norm
@@ -179,15 +201,40 @@ def forward_flops_per_token(
     """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention.
 
     The unembedding counts, the embedding's look-up does not. What some tokens alone meet, the matrix of an image's
-    patches and a head that answers for fewer than all, is shared out over the sequence. Source: Kaplan et
-    al. 2020 (arXiv:2001.08361), section 2.1, with the unembedding added and attention in the named convention.
+    patches and a head that answers for fewer than all, is shared out over the sequence. With an encoder, a token
+    attends to a source of model.source.max_length tokens, 4·L·H·h FLOPs each, and bears its share of `source_flops`.
+    Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the unembedding added and attention in the named
+    convention.
     """
     matmul = _FLOPS_PER_PARAMETER * parameter_counts(model).matmul
-    some = model.images.patches * _patch_matrix(model)
+    own = matmul + attention_flops_per_token(model, sequence_tokens, attention)
+    own += _flops_of_some(model, sequence_tokens) // sequence_tokens
+    if not model.encoder.num_layers:
+        return own
+    return own + cross_attention_flops_per_token(model) + source_flops(model, attention) // sequence_tokens
+
+
+def _flops_of_some(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """Forward FLOPs of a sequence in the matrices that some of its tokens alone meet."""
+    met = 0 if model.has_vocabulary else model.images.patches * _patch_matrix(model)
     answers = answers_per_sequence(model, sequence_tokens)
-    some += answers * _head_matrices(model) if answers != sequence_tokens else 0
-    shared = _FLOPS_PER_PARAMETER * some // sequence_tokens
-    return matmul + shared + attention_flops_per_token(model, sequence_tokens, attention)
+    met += answers * _head_matrices(model) if answers != sequence_tokens else 0
+    return _FLOPS_PER_PARAMETER * met
+
+
+def cross_attention_flops_per_token(model: model_config.ModelConfig) -> int:
+    """Forward FLOPs of attending from one token to a source of model.source.max_length tokens: 4·L·H·h·S."""
+    return 4 * model.num_layers * model.num_heads * model.head_dim * model.source.max_length
+
+
+def source_flops(model: model_config.ModelConfig, attention: Attention = "causal") -> int:
+    """Model FLOPs of reading one source of model.source.max_length tokens: the encoder, and each layer's keys and
+    values of its states."""
+    source = model.source
+    length = source.max_length
+    matrices = _FLOPS_PER_PARAMETER * (_counts(source).matmul + _source_projections(model))
+    each = matrices + attention_flops_per_token(source, length, attention)
+    return length * each + _flops_of_some(source, length)
 
 
 def training_flops_per_token(
@@ -264,11 +311,14 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the keys and values of `batch` sequences: 2·L·K·(h·bytes + scale)·S·B; local layers keep all as well.
 
+    With an encoder, those of a source of model.source.max_length tokens come on top.
+
     `scale_bytes` are those beside the elements of each head's key or value: 4 for a quantised cache's float32 scale.
 
     Source: Pope et al. 2022 (arXiv:2211.05102), with key-value heads in place of heads.
     """
-    vectors = 2 * model.num_layers * model.num_kv_heads * sequence_tokens * batch
+    tokens = sequence_tokens + (model.source.max_length if model.encoder.num_layers else 0)
+    vectors = 2 * model.num_layers * model.num_kv_heads * tokens * batch
     return math.ceil(vectors * (model.head_dim * bytes_per_element + scale_bytes))
 
 
@@ -327,12 +377,18 @@ def training_memory(
     trainable = parameters if trainable_parameters is None else trainable_parameters
     tokens = batch * sequence_tokens
     per_layer = activation_elements_per_token(model, sequence_tokens, stored_attention_matrix)
-    kept = {"none": model.num_layers * per_layer, "full": model.num_layers * model.width + per_layer}[remat]
+    kept = tokens * {"none": model.num_layers * per_layer, "full": model.num_layers * model.width + per_layer}[remat]
+    if model.encoder.num_layers:
+        source = model.source
+        per_layer = activation_elements_per_token(source, source.max_length, stored_attention_matrix)
+        keys = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+        read = {"none": source.num_layers * per_layer + keys, "full": source.num_layers * source.width + per_layer}
+        kept += batch * source.max_length * read[remat]
     return MemoryEstimate(
         weights_bytes=math.ceil(parameters * bytes_per_weight),
         gradients_bytes=math.ceil(trainable * bytes_per_gradient),
         optimizer_bytes=math.ceil(trainable * optimizer_bytes_per_parameter),
-        activations_bytes=math.ceil(tokens * (kept * bytes_per_activation + _logits_bytes_per_token(model))),
+        activations_bytes=math.ceil(kept * bytes_per_activation + tokens * _logits_bytes_per_token(model)),
     )
 
 
@@ -348,7 +404,8 @@ def activation_elements_per_token(
 
     Inputs and outputs of both norms (4·D), query, key, value and attention output ((2·H + 2·K)·h), scores and
     weights of attention if stored (2·H·S, on average over local and global layers), and the MLP's inner tensors (4·F
-    gated, 2·F plain), those of experts for each that a token meets, with their input and output (2·D). Source: the
+    gated, 2·F plain), those of experts for each that a token meets, with their input and output (2·D). With an encoder,
+    another norm, query and attention output, and the scores and weights over the source. Source: the
     counting of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for this block, without dropout.
     """
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
@@ -359,7 +416,11 @@ def activation_elements_per_token(
     mlp = inner * model.mlp_width
     if model.experts:
         mlp = model.experts_per_token * (mlp + 2 * model.width) + inner * model.shared_width
-    return 4 * model.width + heads + matrix + mlp
+    cross = 0
+    if model.encoder.num_layers:
+        cross = 2 * model.width + 2 * model.num_heads * model.head_dim
+        cross += 2 * model.num_heads * model.source.max_length if stored_attention_matrix else 0
+    return 4 * model.width + heads + matrix + mlp + cross
 
 
 def decode_step_bound(

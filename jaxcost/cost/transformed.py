@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 
 from jaxcost import weights
-from jaxcost.cost.closed_form import Attention, answers_per_sequence, attention_flops_per_token
+from jaxcost.cost.closed_form import (
+    Attention,
+    answers_per_sequence,
+    attention_flops_per_token,
+    cross_attention_flops_per_token,
+)
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
@@ -41,12 +47,13 @@ def training_step_flops(
 ) -> int:
     """FLOPs of one training step: 2·(2·entries + trained) a token, attention three times, and what is made once.
 
-    The stack `frozen_layers` costs its forward pass only, unless something in it or below it trains. Masked weights,
-    and those that train quantised, are made dense first, so they cost what dense ones do; so does a quantised weight,
-    whose products this does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the
-    unembedding. Experts with a capacity multiply as many rows of each sequence, full or not; those without one multiply
-    the tokens sent to them with dense matrices, the making of which is left out. An image's pixels get no gradient.
-    Unrolled, a compiler drops the gradient of the lowest layer's inputs where nothing below it trains.
+    A stack costs its forward pass only, unless something in it or below it trains. Masked weights, and those that train
+    quantised, are made dense first, so they cost what dense ones do; so does a quantised weight, whose products this
+    does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the unembedding. Experts with a
+    capacity multiply as many rows of each sequence, full or not; those without one multiply the tokens sent to them
+    with dense matrices, the making of which is left out. An encoder reads a source of model.source.max_length tokens
+    for each sequence. An image's pixels get no gradient. Unrolled, a compiler drops the gradient of the lowest layer's
+    inputs where nothing below it trains.
 
     Args:
       model: what the weights are of, whatever sizes they have left.
@@ -58,28 +65,78 @@ def training_step_flops(
     model = resized(model, params)
     prompt = optional.prompt_tokens(params)
     tokens, seen = sequence_tokens + prompt, sequence_tokens + prompt + optional.prefix_tokens(params)
-    below = any(jax.tree.leaves(weights.trainable_tree({k: params[k] for k in params if k not in _ABOVE})))
+    below = _trains({name: tree for name, tree in params.items() if name not in _ABOVE})
+    total, learns = 0, False
+    if model.encoder.num_layers:
+        read, encoder, embed = model.source.max_length, params["encoder"], {"embed": params["embed"]}
+        under = _trains(embed | {name: tree for name, tree in encoder.items() if name not in _ABOVE})
+        learns = _trains(embed | {"encoder": encoder})
+        total += _blocks(model.source, encoder, batch, read, read, under, attention)
+        total += sum(_flops(one, batch * read, learns) for one in _of_sources(params))
+        total += _of_patches(model.source, encoder, batch)
+    total += _of_patches(model, params, batch)
+    total += _blocks(model, params, batch, tokens, seen, below, attention, learns)
+    answered = batch * answers_per_sequence(model, sequence_tokens)
+    return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(model, params))
+
+
+def _blocks(
+    model: ModelConfig,
+    params: weights.Params,
+    batch: int,
+    tokens: int,
+    seen: int,
+    below: bool,
+    attention: Attention,
+    learns: bool = False,
+) -> int:
+    """FLOPs of the stacks of a tree, but for the keys and values of a source.
+
+    `below`: something under the stacks trains. `learns`: something trains in what reads the source.
+    """
     total = 0
-    for stack in STACKS:
-        if stack not in params:
-            continue
-        below |= stack == "layers" or any(jax.tree.leaves(weights.trainable_tree(params[stack])))
+    for stack in filter(params.__contains__, STACKS):
+        below |= _trains(params[stack])
         depth = jax.tree.leaves(params[stack])[0].shape[0]
         every, routed = _of_kernels(params[stack], model)
-        passes = 2 if below else 1
-        scores = attention_flops_per_token(dataclasses.replace(model, num_layers=depth), seen, attention)
+        own = dataclasses.replace(model, num_layers=depth)
+        scores = attention_flops_per_token(own, seen, attention)
         for one, rows in ((every, tokens), (routed, _rows_of_an_expert(model, tokens))):
-            total += round(batch * rows * 2 * (passes * one.entries + one.trained)) + one.once
+            total += _flops(one, batch * rows, below)
         total += batch * seen * scores * (3 if below else 1)
-    answered = batch * answers_per_sequence(model, sequence_tokens)
-    for one in map(multiplied, _of_the_head(model, params)):
-        total += answered * 2 * (2 * one.entries + one.trained) + one.once
-    if model.images.patch:
-        one = multiplied(params["images"]["patches"]["kernel"])
-        total += batch * model.images.patches * 2 * (one.entries + one.trained) + one.once
+        if model.encoder.num_layers:
+            # The queries' gradient takes as much as the scores; that of keys and values again.
+            keys = learns or any(_trains(params[stack]["cross_attention"][name]) for name in _FROM_SOURCE)
+            factor = 1 + below + (below and keys)
+            total += batch * tokens * cross_attention_flops_per_token(own) * factor
     return total
 
 
+def _of_patches(model: ModelConfig, params: weights.Params, batch: int) -> int:
+    """FLOPs of making tokens of the patches of images, whose pixels get no gradient; 0 of a model of tokens."""
+    if model.has_vocabulary:
+        return 0
+    return _flops(multiplied(params["images"]["patches"]["kernel"]), batch * model.images.patches, False)
+
+
+def _of_sources(params: weights.Params) -> list[Multiplied]:
+    """What each token of a source is multiplied with to make the keys and values of the layers."""
+    stacks = [params[stack]["cross_attention"] for stack in STACKS if stack in params]
+    return [multiplied(stack[name]["kernel"]) for stack in stacks for name in _FROM_SOURCE]
+
+
+def _flops(one: Multiplied, rows: float, below: bool) -> int:
+    """Of so many rows, with a gradient for what is below if that trains."""
+    return round(rows * 2 * ((2 if below else 1) * one.entries + one.trained)) + one.once
+
+
+def _trains(tree: Any) -> bool:
+    return any(jax.tree.leaves(weights.trainable_tree(tree)))
+
+
+_FROM_SOURCE = ("key", "value")
+"""The parts of attention to a source that meet its tokens and no others."""
+_SOURCE = re.compile(f"cross_attention/({'|'.join(_FROM_SOURCE)})/")
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
 
 
@@ -130,7 +187,7 @@ def _of_kernels(params: weights.Params, model: ModelConfig) -> tuple[Multiplied,
     def one(path, w):
         if model.experts and KERNELS.search(path):
             routed.append(multiplied(w) if model.capacity_factor else _made_dense(w))
-        elif path.endswith("kernel"):
+        elif path.endswith("kernel") and not _SOURCE.search(path):
             every.append(multiplied(w))
 
     weights.map_weights(one, params)

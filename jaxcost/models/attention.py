@@ -1,4 +1,5 @@
-"""Attention of a sequence to itself, causal or not, global or in a window, by the kernel that a platform would choose.
+"""Attention of a sequence to itself, causal or not, global or in a window, by the kernel that a platform would choose,
+and to another sequence.
 
 `reference` is `jax.nn.dot_product_attention` and runs everywhere; `splash` is JAX's Pallas kernel for TPUs and `cudnn`
 NVIDIA's; both never store the (T, T) scores. All give the same numbers to the arithmetic's tolerance. Where the mesh
@@ -68,11 +69,13 @@ def self_attention(
     scores: Scores = Scores(),
     method: context.Method = "auto",
     valid_BT: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Each token attends to those that it sees: (B, T, H, h) in the queries' dtype.
 
     Nobody sees tokens that are not valid; all are if it is not said. `method` says how, where the mesh splits the
     sequence; one that is shorter than the axis, such as the one token that parameters are made with, is not split.
+    A bias (1, H, T, T), which only the reference takes, is added to the scores.
 
     Raises:
         ValueError: the kernel that was asked for does not take these shapes or scores.
@@ -80,6 +83,9 @@ def self_attention(
     mesh, length = jax.sharding.get_abstract_mesh(), q_BTHh.shape[1]
     if scores.window >= length:
         scores = dataclasses.replace(scores, window=0)
+    if bias is not None:
+        _check_biased(implementation, length)
+        return _reference(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT, bias)
     whole = functools.partial(_on_one_device, implementation, scores)
     ways = context_ways(length)
     if ways > 1:
@@ -126,18 +132,55 @@ def _on_one_device(implementation: Implementation, scores: Scores, q_BTHh, k_BTK
         )  # fmt: skip
     if 0 < (2 if scores.causal else 3) * scores.window < length:
         return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
-    positions_1T = jnp.arange(length)[None]
+    return _reference(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
+
+
+def _check_biased(implementation: Implementation, length: int) -> None:
+    if implementation not in ("auto", "reference"):
+        raise ValueError(
+            f"execution.attention is {implementation!r}, which adds no relative positions to scores; use 'auto' or "
+            "'reference'."
+        )
+    if context_ways(length) > 1:
+        raise ValueError("mesh.context splits sequences without relative positions alone; set it to 1.")
+
+
+def _reference(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT, bias=None) -> jax.Array:
+    positions_1T = jnp.arange(q_BTHh.shape[1])[None]
     seen_BTS = _seen(positions_1T, positions_1T, scores)
     seen_BTS = seen_BTS if valid_BT is None else seen_BTS & valid_BT[:, None]
-    return _attend(q_BTHh, k_BTKh, v_BTKh, seen_BTS, scores)
+    return _attend(q_BTHh, k_BTKh, v_BTKh, seen_BTS, scores, bias)
+
+
+def cross_attention(
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    implementation: Implementation = "auto",
+    scores: Scores = Scores(causal=False),
+    valid_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Each token attends to all valid tokens of another sequence: (B, T, H, h) in the queries' dtype.
+
+    `splash` is for attention within a sequence; where it is asked for, the reference takes its place here.
+    """
+    mask = None if valid_BS is None else valid_BS[:, None, None]
+    kernel = "cudnn" if _implementation(implementation, scores, q_BTHh) == "cudnn" else "xla"
+    factor = scores.factor(q_BTHh.shape[-1])
+    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, scale=factor, implementation=kernel)
 
 
 def cached_attention(
-    q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, positions_BT: jax.Array, scores: Scores = Scores()
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    positions_BT: jax.Array,
+    scores: Scores = Scores(),
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of T neighbouring tokens at `positions_BT` to a cache that holds them and what came before them.
 
-    A local layer reads no more of the cache than its tokens see.
+    A local layer reads no more of the cache than its tokens see. A bias (B, H, T, S) is added to the scores.
     """
     length, slots = q_BTHh.shape[1], k_BSKh.shape[1]
     slots_BS = jnp.arange(slots)[None]
@@ -147,7 +190,7 @@ def cached_attention(
         cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, span))
         k_BSKh, v_BSKh = cut(k_BSKh, start_B), cut(v_BSKh, start_B)
         slots_BS = start_B[:, None] + jnp.arange(span)
-    return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores), scores)
+    return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores), scores, bias)
 
 
 def log_probabilities(
@@ -171,10 +214,10 @@ def _seen(queries_BT: jax.Array, keys_BS: jax.Array, scores: Scores) -> jax.Arra
     return seen & (jnp.abs(distance) < scores.window) if scores.window else seen
 
 
-def _attend(q_BTHh, k_BSKh, v_BSKh, seen_BTS, scores: Scores) -> jax.Array:
+def _attend(q_BTHh, k_BSKh, v_BSKh, seen_BTS, scores: Scores, bias=None) -> jax.Array:
     if not scores.soft_cap:
         factor = scores.factor(q_BTHh.shape[-1])
-        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=seen_BTS[:, None], scale=factor)
+        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, bias, mask=seen_BTS[:, None], scale=factor)
     products = _products(q_BTHh, k_BSKh, scores)
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], products, _HIDDEN), axis=-1).astype(v_BSKh.dtype)
     return jnp.einsum("BKGTS,BSKh->BTKGh", weights, v_BSKh).reshape(q_BTHh.shape)

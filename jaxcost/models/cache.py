@@ -44,6 +44,11 @@ def write(old: Any, new_BTKh: jax.Array, positions_BT: jax.Array) -> Any:
     return jax.tree.map(lambda cache, part: jax.vmap(row)(cache, part, positions_BT[:, 0]), old, new)
 
 
+def held(x: jax.Array, dtype) -> Any:
+    """Keys or values (..., B, S, K, h) as a cache of that dtype holds them: `Codes` where it is int8."""
+    return _quantized(x) if jnp.dtype(dtype) == jnp.int8 else x.astype(dtype)
+
+
 def read(held: Any, dtype) -> jax.Array:
     """The keys or values (..., B, S, K, h) in a dtype."""
     if not isinstance(held, Codes):

@@ -146,8 +146,31 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder that reads a source, whose states every block of the decoder attends to. What is not said here is as
+    in the decoder. Sources: Vaswani et al. 2017, arXiv:1706.03762; Raffel et al. 2019 (T5), arXiv:1910.10683."""
+
+    num_layers: int = 0
+    """Blocks of the encoder; 0 is a model without one."""
+    num_heads: int = 0
+    """Query heads; 0 is as many as in the decoder."""
+    num_kv_heads: int = 0
+    """Key and value heads; 0 is as many as query heads, or as in the decoder where those are."""
+    mlp_width: int = 0
+    """Hidden size of the feed-forward block; 0 is the decoder's."""
+    max_length: int = 0
+    """Longest source in tokens; 0 is the decoder's bound."""
+
+    def __post_init__(self):
+        _check_kinds(self, "model.encoder")
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"model.encoder.{field.name} is {getattr(self, field.name)}; it cannot be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A transformer: a decoder, or an encoder if it is not causal."""
+    """A transformer: a decoder, an encoder if it is not causal, or a decoder of what an encoder of its own reads."""
 
     # ---- Shape ----
     vocab_size: int = 512
@@ -174,8 +197,14 @@ class ModelConfig:
     """LayerNorm has its bias."""
     norm_epsilon: float = 1e-6
     """Added to the variance in the norm."""
-    position: Literal["rope", "learned"] = "rope"
-    """Rotary positions, or a learned table of `max_length` rows."""
+    position: Literal["rope", "learned", "relative"] = "rope"
+    """Rotary positions, a learned table of `max_length` rows, or a learned number for each head and distance that is
+    added to the scores of attention."""
+    relative_buckets: int = 32
+    """Numbers of relative positions for each head: half of them for one distance each, the rest for ever wider ranges,
+    and half of all for either side where the model is not causal."""
+    relative_distance: int = 128
+    """Tokens from which on all relative positions are one."""
     position_offset: int = 0
     """Rows of the learned table before the one of the first token, which no token meets."""
     layer_positions: bool = False
@@ -243,10 +272,14 @@ class ModelConfig:
     """RMSNorm multiplies by 1 + scale, and scales start at 0."""
     scale_embeddings: bool = False
     """Multiply embeddings by width**0.5."""
+    scale_outputs: bool = False
+    """Multiply the last hidden states by width**-0.5."""
     logit_soft_cap: float = 0.0
     """Logits are bent to stay within ± this; 0 leaves them."""
 
     # ---- Input and output ----
+    encoder: EncoderConfig = EncoderConfig()
+    """The encoder of what the model answers to; none by default."""
     images: ImageConfig = ImageConfig()
     """Images in the place of tokens; none by default."""
     head: HeadConfig = HeadConfig()
@@ -295,15 +328,45 @@ class ModelConfig:
             )
         if self.position_offset and self.position != "learned":
             raise ValueError("model.position_offset is for learned positions; set it to 0.")
-        if self.layer_positions and self.position != "learned":
-            raise ValueError("model.layer_positions is for learned positions; turn it off.")
         if self.tie_embeddings and not self.head.of_vocabulary:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
-        if self.head.boxes and not (self.images.patch and self.images.detection_tokens):
+        if self.head.boxes and (self.has_vocabulary or not self.images.detection_tokens):
             raise ValueError("model.head.boxes is on, which needs model.images with detection_tokens.")
-        if self.images.patch:
+        if self.layer_positions and self.position != "learned":
+            raise ValueError("model.layer_positions is for learned positions; turn it off.")
+        if self.position == "relative":
+            self._check_relative()
+        if not self.has_vocabulary:
             self._check_images()
+        if self.encoder.num_layers:
+            self._check_encoder()
         self._check_experts()
+
+    def _check_relative(self):
+        sides = 1 if self.causal and not self.encoder.num_layers else 2
+        if self.relative_buckets < 2 * sides or self.relative_buckets % (2 * sides):
+            raise ValueError(
+                f"model.relative_buckets is {self.relative_buckets}; it must be a positive multiple of {2 * sides}."
+            )
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"model.relative_distance is {self.relative_distance}; it must be above half of "
+                f"model.relative_buckets ({self.relative_buckets})."
+            )
+        if self.window or self.attention_soft_cap:
+            raise ValueError("model.position is 'relative', which knows no windows and no soft cap; set both to 0.")
+
+    def _check_encoder(self):
+        if not self.causal:
+            raise ValueError(
+                "model.encoder is on, which only a causal decoder has; turn model.causal on or leave it out."
+            )
+        if self.experts:
+            raise ValueError("model.encoder and model.experts are both on; a model has one of them, so leave one out.")
+        if self.token_types or self.window:
+            raise ValueError("model.encoder is on, which knows no windows and no token types; set both to 0.")
+        # Whatever the encoder cannot be is said now.
+        _ = self.source
 
     def _check_images(self):
         if self.vocab_size or self.head.of_vocabulary:
@@ -332,9 +395,40 @@ class ModelConfig:
             raise ValueError("model.mlp_bias is on; experts have no biases, so turn it off.")
 
     @property
-    def language_model(self) -> bool:
+    def has_vocabulary(self) -> bool:
+        """Whether tokens go in, if only as the answer to what an encoder reads, and not images."""
+        return self.encoder.num_layers > 0 or not self.images.patch
+
+    @property
+    def generates(self) -> bool:
         """Whether the model gives logits of the next token."""
         return self.causal and self.head.of_vocabulary
+
+    @property
+    def language_model(self) -> bool:
+        """Whether the model gives logits of the next token to a text alone."""
+        return self.generates and not self.encoder.num_layers
+
+    @property
+    def source(self) -> ModelConfig:
+        """The config of the encoder: a model of embeddings, or images, that gives its hidden states."""
+        e = self.encoder
+        heads = e.num_heads or self.num_heads
+        return dataclasses.replace(
+            self,
+            vocab_size=0,
+            num_layers=e.num_layers,
+            num_heads=heads,
+            num_kv_heads=e.num_kv_heads or (e.num_heads or self.num_kv_heads),
+            mlp_width=e.mlp_width or self.mlp_width,
+            max_length=e.max_length or self.max_length,
+            causal=False,
+            tie_embeddings=False,
+            scale_outputs=False,
+            logit_soft_cap=0.0,
+            encoder=EncoderConfig(),
+            head=HeadConfig(embed=True),
+        )
 
     @property
     def rotary_dim(self) -> int:

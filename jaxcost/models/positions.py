@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies of each kind of layer, and the rotation itself."""
+"""Positions within attention: rotary ones, of each kind of layer, and relative ones, which scores take as a bias."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from jaxcost import weights
 from jaxcost.models.config import LayerKind, ModelConfig, RopeScaling
 
 
@@ -49,3 +51,38 @@ def rotate(x_BTHh: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) 
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BTHh.dtype), rest], axis=-1)
+
+
+class RelativePositions(nn.Module):
+    """The bias that each head adds to the score of a query and a key for their distance: float32 (..., H, T, S).
+
+    One table (buckets, H) serves all layers. Source: Raffel et al. 2019 (T5), arXiv:1910.10683, section 2.1.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
+        """For tokens at these positions; B may be 1."""
+        c = self.config
+        if self.has_variable("params", "table"):
+            table = weights.materialize(self.get_variable("params", "table"))
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("position", "heads"))
+            table = self.param("table", init, (c.relative_buckets, c.num_heads))
+        bias_BTSH = jnp.take(table, relative_buckets(c, keys_BS[:, None] - queries_BT[..., None]), axis=0)
+        return jnp.moveaxis(bias_BTSH, -1, -3).astype(jnp.float32)
+
+
+def relative_buckets(config: ModelConfig, ahead: jax.Array) -> jax.Array:
+    """The row of the table for keys so many tokens ahead of their queries, int32 of the same shape.
+
+    The first half of the rows of a side is of one distance each; in the second their ranges grow by a constant factor.
+    """
+    rows = config.relative_buckets if config.causal else config.relative_buckets // 2
+    side = 0 if config.causal else jnp.where(ahead > 0, rows, 0)
+    distance = jnp.maximum(-ahead, 0) if config.causal else jnp.abs(ahead)
+    single = rows // 2
+    share = jnp.log(jnp.maximum(distance, 1) / single) / math.log(config.relative_distance / single)
+    ranged = single + (share * (rows - single)).astype(jnp.int32)
+    return (side + jnp.where(distance < single, distance, jnp.minimum(ranged, rows - 1))).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""A transformer in Flax Linen, a decoder or an encoder, put together from a frozen config.
+"""A transformer in Flax Linen, a decoder, an encoder or both, put together from a frozen config.
 
 Parameters (D width, V vocabulary, H and K query and key heads, h head size, F MLP width, E experts), blocks stacked
 over L; what a config does not ask for is not there:
@@ -7,6 +7,7 @@ over L; what a config does not ask for is not there:
     images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
     positions/table                         (max_length + offset, D), learned positions only
     layer_positions/table                   (L - 1, max_length + offset, D)
+    relative/table                          (buckets, H), relative positions only
     token_types/table                       (types, D)
     embedding_norm/scale                    (D,)
     layers/attention_norm/scale             (L, D), and `bias` with LayerNorm
@@ -14,6 +15,7 @@ over L; what a config does not ask for is not there:
     layers/attention/{query,key}_norm/scale (L, h), or (L, H·h) and (L, K·h)
     layers/attention/output/kernel          (L, H·h, D), and `bias`
     layers/attention_post_norm/scale        (L, D)
+    layers/cross_attention/...              as layers/attention, with an encoder, and its norms like those of attention
     layers/mlp_norm/scale                   (L, D)
     layers/mlp/{gate,up,down}/kernel        (L, D, F), (L, D, F), (L, F, D), and `bias`; experts (L, E, D, F), ...
     layers/mlp/router/kernel                (L, D, E)
@@ -24,6 +26,7 @@ over L; what a config does not ask for is not there:
     head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
     head/boxes/{hidden,output}/kernel       (D, D), (D, 4), and `bias`, further ones as those of the head
     unembed/kernel                          (D, V), untied only, and `bias` (V,)
+    encoder/...                             all of these again but for tables of tokens and heads: an encoder
 
 A tree may also hold `frozen_layers`, a stack that runs before `layers` (the `freeze` transform makes it), and what
 `optional` names. Any leaf may be a kind of weight. Shapes in names: B batch, T tokens, S cache slots, D H K h F V as
@@ -52,7 +55,7 @@ from jaxcost.models.heads import Head, Output, Unembedding, embeddings
 from jaxcost.models.images import Images
 from jaxcost.models.layers import Linear, Norm, Table, activation
 from jaxcost.models.mlp import Mlp
-from jaxcost.models.positions import frequencies, rotate
+from jaxcost.models.positions import RelativePositions, frequencies, rotate
 from jaxcost.sharding import constrain
 
 STACKS = ("frozen_layers", "layers")
@@ -66,6 +69,20 @@ FOUND, BOXES = "found", "boxes"
 
 
 @struct.dataclass
+class Source:
+    """What attention to a source meets: keys and values, which are `states` until a layer has made them."""
+
+    key: Any = None
+    """(L, B, S, K, h), or (B, S, K, h) of one layer: compute dtype, or `Codes`; None while there are states."""
+    value: Any = None
+    """As the keys."""
+    states: jax.Array | None = None
+    """(B, S, D): what the encoder gave; None once there are keys."""
+    valid: jax.Array | None = None
+    """(B, S) bool: the tokens that are no padding; None if all are valid."""
+
+
+@struct.dataclass
 class Cache:
     """Keys and values of the tokens seen so far, for every layer and row."""
 
@@ -75,6 +92,8 @@ class Cache:
     """As the keys."""
     length: jax.Array
     """(B,) int32: tokens in each row, virtual ones included."""
+    source: Source | None = None
+    """What the encoder has read, as keys and values of every layer; None without an encoder."""
     virtual: int = struct.field(pytree_node=False, default=0)
     """Virtual tokens that it was started with."""
 
@@ -94,7 +113,7 @@ class Attention(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, seen_BTD=None):
+    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, bias, seen_BTD=None):
         """What is added to the stream, and the cache. Keys and values are of `seen_BTD`, or of x if it is None."""
         c = self.config
         seen_BTD = x_BTD if seen_BTD is None else seen_BTD
@@ -122,19 +141,50 @@ class Attention(nn.Module):
             length = q_BTHh.shape[1]
             q_BTHh, k_BTKh, v_BTKh, valid_BT = optional.with_prefix(self, q_BTHh, k_BTKh, v_BTKh, valid_BT)
             how = (self.implementation, scores, self.method)
-            out_BTHh = attention.self_attention(q_BTHh, k_BTKh, v_BTKh, *how, valid_BT)
+            out_BTHh = attention.self_attention(q_BTHh, k_BTKh, v_BTKh, *how, valid_BT, bias)
             out_BTHh = out_BTHh[:, -length:]
         else:
             new = (k_BTKh, v_BTKh)
             cache = tuple(caches.write(held, one, positions_BT) for held, one in zip(cache, new, strict=True))
             keys_BSKh, values_BSKh = (caches.read(held, q_BTHh.dtype) for held in cache)
-            out_BTHh = attention.cached_attention(q_BTHh, keys_BSKh, values_BSKh, positions_BT, scores)
+            out_BTHh = attention.cached_attention(q_BTHh, keys_BSKh, values_BSKh, positions_BT, scores, bias)
         out = named(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
         return Linear(c.width, ("heads", "embed"), c.output_bias, name="output")(out, keys[3]), cache
 
 
+class CrossAttention(nn.Module):
+    """Grouped-query attention to what an encoder has read; each token sees all of it."""
+
+    config: ModelConfig
+    implementation: attention.Implementation = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD, source: Source, key):
+        c = self.config
+        key_query, key_source, key_output = weights.split_keys(key, 3)
+        q = Linear(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias, name="query")(x_BTD, key_query)
+        q_BTHh = named(constrain(_heads(q, c.head_dim), "batch", "length", "heads", "head_dim"), "query")
+        if source.states is None:
+            k_BSKh, v_BSKh = (caches.read(held, q_BTHh.dtype) for held in (source.key, source.value))
+        else:
+            made = [layer(source.states, key_source) for layer in self.of_source(c)]
+            k_BSKh, v_BSKh = (constrain(_heads(x, c.head_dim), "batch", None, "kv_heads", "head_dim") for x in made)
+            k_BSKh, v_BSKh = named(k_BSKh, "key"), named(v_BSKh, "value")
+        scores = attention.Scores(scale=c.attention_scale, causal=False)
+        out_BTHh = attention.cross_attention(q_BTHh, k_BSKh, v_BSKh, self.implementation, scores, source.valid)
+        out = named(out_BTHh.reshape(*x_BTD.shape[:2], -1), "attention_output")
+        return Linear(c.width, ("heads", "embed"), c.output_bias, name="output")(out, key_output)
+
+    @staticmethod
+    def of_source(c: ModelConfig) -> tuple[Linear, Linear]:
+        """The layers that make keys and values of the source's states."""
+        size, axes = c.num_kv_heads * c.head_dim, ("embed", "kv_heads")
+        return Linear(size, axes, c.qkv_bias, name="key"), Linear(size, axes, c.qkv_bias, name="value")
+
+
 class Block(nn.Module):
-    """One transformer block of one kind: attention, then an MLP or experts, each added to the residual stream."""
+    """One transformer block of one kind: attention, with an encoder also to its states, then an MLP or experts, each
+    added to the residual stream."""
 
     config: ModelConfig
     kind: LayerKind = "global"
@@ -142,19 +192,24 @@ class Block(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache=None, key=None, valid_BT=None, first=False):
+    def __call__(self, x_BTD, positions_BT, cache=None, key=None, valid_BT=None, first=False, bias=None, source=None):
         """The residual stream (B, T, D), the cache, and the router's losses by name (none without experts)."""
         c = self.config
-        key_attention, key_mlp = weights.split_keys(key, 2)
+        key_attention, key_mlp, *key_cross = weights.split_keys(key, 2 if source is None else 3)
         x_BTD = named(x_BTD, "layer_input")
         act = activation(c.activation)
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
         normed = self._before(x_BTD, "attention")
         normed = normed if c.first_norm else jnp.where(first, x_BTD, normed)
         stream = c.norm_placement == "stream"
-        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT, x_BTD if stream else None)
+        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT, bias, x_BTD if stream else None)
         update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), act)
         x_BTD = self._added(normed if stream else x_BTD, update, "attention")
+        if source is not None:
+            attend = CrossAttention(c, self.implementation, name="cross_attention")
+            normed = self._before(x_BTD, "cross_attention")
+            update = named(attend(normed, source, *key_cross), "attention_projection")
+            x_BTD = self._added(normed if stream else x_BTD, update, "cross_attention")
         normed, losses = self._before(x_BTD, "mlp"), {}
         if c.experts:
             # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
@@ -193,10 +248,20 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT, cache: Cache | None = None, key=None, valid_BT=None, types_BT=None
+        self,
+        tokens_BT,
+        cache: Cache | None = None,
+        key=None,
+        valid_BT=None,
+        types_BT=None,
+        source_BS=None,
+        source_valid_BS=None,
     ) -> tuple[jax.Array, Cache | None]:
         """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels). With a cache, row b's tokens
         start at cache.length[b].
+
+        An encoder reads the source, which is all that tokens may be, and which of it is valid; with a cache it has read
+        it already (see `start_cache`).
 
         Tokens that are not valid (bool, all are if not given) are padding behind a row's end: no other sees them, and
         heads that pool leave them out. Types (int32, all 0 if not given) say which kind each token is of.
@@ -204,12 +269,21 @@ class Transformer(nn.Module):
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
         `key` feeds weights whose arithmetic is random. Raises ValueError where virtual tokens leave too little of
-        `max_length`, or where the cache was started without them.
+        `max_length`, or where the cache was started without them, or where a source is missing.
         """
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
-        length = c.images.tokens if c.images.patch else tokens_BT.shape[1]
+        encodes = c.encoder.num_layers > 0
+        length = tokens_BT.shape[1] if c.has_vocabulary else c.images.tokens
         _check_cache(c, params, length, cache)
+        source = None if cache is None else cache.source
+        if encodes and self.is_initializing():
+            encoder = Transformer(c.source, self.execution, parent=None)
+            self.param("encoder", lambda rng: _boxed(encoder, rng))
+            source = Source(states=jnp.zeros((1, 1, c.width), self.execution.dtype))
+        elif encodes and cache is None:
+            key, source_key = weights.split_keys(key)
+            source = encode(self, params, source_BS, source_valid_BS, source_key)
         x_BTD = self._embedded(c, tokens_BT, key).astype(self.execution.dtype)
         if cache is None:
             x_BTD = optional.with_prompt(params, x_BTD)
@@ -233,14 +307,22 @@ class Transformer(nn.Module):
         if c.embedding_norm:
             x_BTD = Norm(c, name="embedding_norm")(x_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
+        bias = None
+        if c.position == "relative":
+            # Without a cache the sequence attends to itself, behind what a prefix adds.
+            seen = x_BTD.shape[1] + optional.prefix_tokens(params) if cache is None else _slots(cache)
+            queries_BT = jnp.arange(seen)[None] if cache is None else positions_BT
+            bias = RelativePositions(c, name="relative")(queries_BT, jnp.arange(seen)[None])
         kv = None if cache is None else (cache.key, cache.value)
-        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT, further)
+        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT, bias, source, further)
         if watched is not None:
             # What virtual tokens stand before the text is nobody else's.
             _sow(self, WATCHED, HEADS, {name: heads_BTNh[:, -length:] for name, heads_BTNh in watched.items()})
         hidden_BTD = x_BTD[:, -length:]
         if c.norm_placement != "sum":
             hidden_BTD = Norm(c, name="final_norm")(hidden_BTD)
+        if c.scale_outputs:
+            hidden_BTD = hidden_BTD * jnp.asarray(c.width**-0.5, hidden_BTD.dtype)
         valid_BT = None if valid_BT is None else valid_BT[:, -length:]
         hidden_BTD, boxes = Head(c, name="head")(hidden_BTD, valid_BT, key)
         if boxes is not None:
@@ -252,17 +334,18 @@ class Transformer(nn.Module):
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
     def _embedded(self, c: ModelConfig, tokens_BT, key):
-        if c.images.patch:
+        if not c.has_vocabulary:
             return Images(c, name="images")(tokens_BT.astype(self.execution.dtype), key)
-        table = Table(c.vocab_size, c.width, "vocab", name="embed")()
+        table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
-    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, further):
+    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, bias, source: Source | None, further):
         if self.is_initializing():
             # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
             # kernel takes so few.
             block = Block(c, c.pattern[0], "reference", parent=None)
-            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, c.num_layers))
+            options = {"bias": bias, "source": source}
+            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, c.num_layers, **options))
             return x_BTD, kv, None
         e = self.execution
         blocks = {kind: Block(c, kind, e.attention, e.context, parent=None) for kind in set(c.pattern)}
@@ -272,9 +355,10 @@ class Transformer(nn.Module):
 
         def step(kinds, kept, x, group):
             made = []
-            for kind, (params, cache, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
+            for kind, (params, cache, held, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0)
+                met = source if held is None else held.replace(valid=source.valid)
+                inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0, bias, met)
                 (x, *rest), sown = blocks[kind].apply({"params": params}, *inputs, mutable=kept)
                 x = x if table is None else _placed(c, x, table, positions_BT)
                 made.append((*rest, sown))
@@ -285,8 +369,11 @@ class Transformer(nn.Module):
         start, made, watched = 0, [], None
         for stack in stacks:
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
-            cache, tables = jax.tree.map(lambda a: a[start : start + depth], (kv, further))  # noqa: B023
-            layers = (stack, cache, jnp.arange(start, start + depth), tables)
+            # The source's keys and values are read, not written, so that a step makes no copy of them.
+            held = None if source is None or source.key is None else Source(source.key, source.value)
+            parts = jax.tree.map(lambda a: a[start : start + depth], (kv, held, further))  # noqa: B023
+            cache, held, tables = parts
+            layers = (stack, cache, held, jnp.arange(start, start + depth), tables)
             runs = [(*run, ()) for run in c.groups(start, depth)]
             if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
                 # The last layer runs by itself, so that what is seen of it is kept of no other.
@@ -309,11 +396,32 @@ class Transformer(nn.Module):
 
 def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weights.Params]:
     """The parameters (in the execution's dtype of weights) and a tree of their logical axis names."""
-    images = model.config.images
-    shape = (1, images.height, images.width, images.channels) if images.patch else (1, 1)
-    boxed = model.init(key, jnp.zeros(shape, jnp.int32))["params"]
+    boxed = _boxed(model, key)
     params = jax.tree.map(lambda a: a.astype(model.execution.weights), nn.meta.unbox(boxed))
     return params, nn.get_partition_spec(boxed)
+
+
+def _boxed(model: Transformer, key: jax.Array) -> weights.Params:
+    """The parameters with the names of their axes, which one token of an input, or an image, is enough to make."""
+    c = model.config
+    if not c.has_vocabulary:
+        return model.init(key, jnp.zeros((1, c.images.height, c.images.width, c.images.channels)))["params"]
+    token = jnp.zeros((1, 1), jnp.int32) if c.vocab_size else jnp.zeros((1, 1, c.width))
+    return model.init(key, token)["params"]
+
+
+def encode(
+    model: Transformer, params: weights.Params, source_BS: jax.Array, valid_BS=None, key: jax.Array | None = None
+) -> Source:
+    """What a model's encoder makes of a source: tokens, embeddings (B, S, D) or images; ValueError if it is None."""
+    c = model.config.source
+    if source_BS is None:
+        raise ValueError("model.encoder is on, which reads a source; give one beside the tokens.")
+    if c.has_vocabulary and source_BS.ndim == 2:
+        source_BS = jnp.take(weights.materialize(params["embed"]["table"]), source_BS, axis=0)
+    encoder = Transformer(c, model.execution, parent=None)
+    states_BSD, _ = encoder.apply({"params": params["encoder"]}, source_BS, key=key, valid_BT=valid_BS)
+    return Source(states=states_BSD, valid=valid_BS)
 
 
 def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
@@ -331,6 +439,7 @@ def abstract(model: Transformer) -> tuple[weights.Params, weights.Params]:
 def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
     """The logical axis names of the dense weight behind every weight of `params`, whatever transforms made it."""
     known = dict(optional.AXES)
+    known |= {f"encoder/{path}": names for path, names in known.items()}
     weights.map_weights(lambda path, names: known.update({path: names}), abstract(model)[1])
     return weights.map_weights(lambda path, _: known[path.removeprefix("frozen_")], params)
 
@@ -367,7 +476,13 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
         sizes["experts"] = up[1]
     if config.shared_width:
         sizes["shared_width"] = _shape(mlp["shared"]["up"]["kernel"])[-1]
-    return dataclasses.replace(config, **sizes)
+    made = dataclasses.replace(config, **sizes)
+    if "encoder" in params:
+        encoder = resized(config.source, params["encoder"])
+        if encoder != made.source:
+            own = {name: getattr(encoder, name) for name in ("num_layers", "num_heads", "num_kv_heads", "mlp_width")}
+            made = dataclasses.replace(made, encoder=dataclasses.replace(config.encoder, **own))
+    return made
 
 
 def unembedding(params: weights.Params) -> Any:
@@ -413,34 +528,60 @@ def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache
     return Cache(caches.empty(shape, dtype), caches.empty(shape, dtype), jnp.zeros((batch_size,), jnp.int32))
 
 
-def start_cache(model: Transformer, params: weights.Params, batch_size: int, slots: int) -> Cache:
-    """A cache for `slots` tokens a row that holds the virtual tokens of `params` already, in slots of their own."""
+def start_cache(
+    model: Transformer, params: weights.Params, batch_size: int, slots: int, source_BS=None, source_valid_BS=None
+) -> Cache:
+    """A cache for `slots` tokens a row that holds the virtual tokens of `params` already, in slots of their own, and
+    what the encoder, if there is one, made of the source.
+
+    Raises:
+      ValueError: there is an encoder and no source.
+    """
     prefix, prompt = optional.prefix_tokens(params), optional.prompt_tokens(params)
     c = resized(model.config, params)
-    if prefix + prompt == 0:
-        return init_cache(c, batch_size, slots, model.execution.cache_dtype)
-    cache = init_cache(c, 1, prefix + prompt + slots, model.execution.cache_dtype)
+    source = _read_source(model, params, source_BS, source_valid_BS) if c.encoder.num_layers else None
+    # Virtual tokens are the same in all rows, unless they have seen a source.
+    rows = 1 if prefix + prompt and source is None else batch_size
+    cache = init_cache(c, rows, prefix + prompt + slots, model.execution.cache_dtype).replace(source=source)
     if prefix:
         stacks = [params[name]["attention"]["prefix"] for name in STACKS if name in params]
 
         def filled(held, name):
             tables_LPN = jnp.concatenate([weights.materialize(stack[name]) for stack in stacks])
             new_L1PKh = _heads(tables_LPN, c.head_dim)[:, None]
-            return jax.vmap(caches.write, (0, 0, None))(held, new_L1PKh, jnp.zeros((1, 1), jnp.int32))
+            new_LBPKh = jnp.broadcast_to(new_L1PKh, (c.num_layers, rows, *new_L1PKh.shape[2:]))
+            return jax.vmap(caches.write, (0, 0, None))(held, new_LBPKh, jnp.zeros((rows, 1), jnp.int32))
 
-        cache = Cache(filled(cache.key, "key"), filled(cache.value, "value"), cache.length + prefix, prefix)
+        held = (filled(cache.key, "key"), filled(cache.value, "value"))
+        cache = cache.replace(key=held[0], value=held[1], length=cache.length + prefix, virtual=prefix)
     if prompt:
         rest = {name: tree for name, tree in params.items() if name != "prompt"}
-        table_1PD = weights.materialize(params["prompt"]["table"])[None]
-        _, cache = model.apply({"params": rest}, table_1PD, cache)
-
+        table_PD = weights.materialize(params["prompt"]["table"])
+        _, cache = model.apply({"params": rest}, jnp.broadcast_to(table_PD, (rows, *table_PD.shape)), cache)
+    if rows == batch_size:
+        return cache.replace(virtual=prefix + prompt)
     key, value = jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=1), (cache.key, cache.value))
-    return Cache(key, value, jnp.repeat(cache.length, batch_size), prefix + prompt)
+    return Cache(key, value, jnp.repeat(cache.length, batch_size), virtual=prefix + prompt)
+
+
+def _read_source(model: Transformer, params: weights.Params, source_BS, valid_BS) -> Source:
+    """A source as the keys and values that every layer's attention to it would make."""
+    source, c = encode(model, params, source_BS, valid_BS), model.config
+    linear = dict(zip(("key", "value"), CrossAttention.of_source(c), strict=True))
+
+    def of_layer(layer):
+        made = {name: one.apply({"params": layer[name]}, source.states) for name, one in linear.items()}
+        return {name: caches.held(_heads(x, c.head_dim), model.execution.cache_dtype) for name, x in made.items()}
+
+    parts = [lax.map(of_layer, params[name]["cross_attention"]) for name in STACKS if name in params]
+    return Source(**jax.tree.map(lambda *a: jnp.concatenate(a), *parts), valid=valid_BS)
 
 
 def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
     if cache is not None and not config.causal:
         raise ValueError("model.causal is off, and a cache holds what came before a token; run the whole sequence.")
+    if cache is not None and config.encoder.num_layers and cache.source is None:
+        raise ValueError("The cache holds no source, which model.encoder asks for; make it with start_cache and one.")
     virtual = optional.virtual_tokens(params)
     if cache is None and config.position == "learned" and length > config.max_length:
         raise ValueError(
@@ -470,13 +611,18 @@ def _placed(config: ModelConfig, x_BTD, table, positions_BT):
     return x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
 
 
-def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int):
-    stacked = jax.vmap(lambda key: block.init(key, x_BTD, positions_BT)["params"])(jax.random.split(rng, depth))
+def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int, **options):
+    one = lambda key: block.init(key, x_BTD, positions_BT, **options)["params"]  # noqa: E731
+    stacked = jax.vmap(one)(jax.random.split(rng, depth))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
 
 
 def _shape(w: Any) -> tuple[int, ...]:
     return jax.eval_shape(weights.materialize, w).shape
+
+
+def _slots(cache: Cache) -> int:
+    return jax.tree.leaves(cache.key)[0].shape[2]
 
 
 def _heads(x_BTN, head_dim: int):

@@ -114,7 +114,7 @@ def vocabulary_of(experiment: Experiment) -> int:
 
     ValueError for a model of images, of which no plan is made.
     """
-    if experiment.model.images.patch:
+    if not experiment.model.has_vocabulary:
         raise ValueError("model.images is on, and plans are of batches of tokens; set model.images.patch to 0.")
     return experiment.model.vocab_size or -(-build_tokenizer(experiment.data).vocab_size // 128) * 128
 

@@ -123,7 +123,12 @@ class Slice:
 
 
 def sizes_of(experiment: Experiment, vocab_size: int) -> Sizes:
-    """Sizes of the transformed weights, and of what each rematerialisation keeps, from traces alone."""
+    """Sizes of the transformed weights, and of what each rematerialisation keeps, from traces alone.
+
+    ValueError for a model with an encoder, of which no layouts are ranked.
+    """
+    if experiment.model.encoder.num_layers:
+        raise ValueError("model.encoder is on, and a search is over layouts of decoders; plan a mesh of your choice.")
     config = dataclasses.replace(experiment.model, vocab_size=vocab_size)
     transform = chain(*experiment.transforms)
     model = Transformer(config, experiment.execution)

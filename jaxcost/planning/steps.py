@@ -81,6 +81,7 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     answers = shape if experiment.model.head.pooling == "none" else (shape[0], 1)
     shapes_of = {"inputs": shape, "targets": answers, "mask": answers}
     batch = {name: jax.ShapeDtypeStruct(shapes_of[name], dtype) for name, dtype in dtypes.items()}
+    batch |= {"source": _source(model, shape[0])} if model.config.encoder.num_layers else {}
     batch |= distiller.stored(*shape) if distiller else {}
     batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)
@@ -124,10 +125,10 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     shapes = _shapes(experiment, model, mesh.size)
     params = _on_mesh(model, shapes, mesh)
     rows = _place(mesh, "batch")
-    empty = jax.eval_shape(lambda params: start_cache(model, params, batch, length), shapes)
+    source = _source(model, batch) if model.config.encoder.num_layers else None
+    empty = jax.eval_shape(lambda params, source: start_cache(model, params, batch, length, source), shapes, source)
     kv = _place(mesh, None, "batch", None, "kv_heads", None)
-    key, value = jax.tree.map(lambda a: _shaped(a, kv), (empty.key, empty.value))
-    cache = empty.replace(key=key, value=value, length=_shaped(empty.length, rows))
+    cache = jax.tree.map(lambda a: _shaped(a, kv if a.ndim == 5 else rows), empty)
     engine = Engine(model)
     categories = {"weights": _device_bytes(params), "cache": _device_bytes(cache)}
     if name == "prefill":
@@ -140,6 +141,14 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
     drawn = jax.eval_shape(lambda: rows_of(sampling, unwritten, vocab_size))
     arguments = (params, logits, cache, jax.tree.map(lambda a: _shaped(a, rows), drawn))
     return TracedStep(engine.decode, arguments, {"steps": 1}, categories, batch)
+
+
+def _source(model: Transformer, rows: int) -> jax.ShapeDtypeStruct:
+    """What an encoder reads at its longest."""
+    c = model.config.source
+    if c.has_vocabulary:
+        return jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)
+    return jax.ShapeDtypeStruct((rows, c.images.height, c.images.width, c.images.channels), jnp.float32)
 
 
 def _on_mesh(model: Transformer, shapes: weights.Params, mesh: Mesh) -> weights.Params:

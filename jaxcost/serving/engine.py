@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,15 +21,19 @@ class Engine:
 
     def __init__(self, model: Transformer):
         """ValueError if the model gives anything but the next token."""
-        if not model.config.language_model:
+        if not model.config.generates:
             raise ValueError(
                 "Generation takes a causal model with logits of the vocabulary, and this one is an encoder or gives "
                 "labels or embeddings; name another."
             )
         self.model = model
-        self.start = jax.jit(functools.partial(start_cache, model), static_argnames=("batch_size", "slots"))
+        self.start = jax.jit(self._start, static_argnames=("batch_size", "slots"))
         self.prefill = jax.jit(self._prefill)
         self.decode = jax.jit(self._decode, static_argnames="steps", donate_argnames="cache")
+
+    def _start(self, params: weights.Params, source_BS=None, valid_BS=None, *, batch_size: int, slots: int) -> Cache:
+        """An empty cache, or one that holds the source; see `start_cache`."""
+        return start_cache(self.model, params, batch_size, slots, source_BS, valid_BS)
 
     def _prefill(self, params: weights.Params, prompts_BT, lengths_B, cache: Cache):
         """Logits (B, V) after each row's last prompt token, and the cache. Prompts are padded on the right."""
@@ -62,8 +65,9 @@ class Engine:
         stop: Stop = NEVER,
         tokens_per_dispatch: int = 16,
         on_tokens: Callable[[np.ndarray], None] | None = None,
+        sources: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Continues each prompt.
+        """Continues each prompt, in answer to its source where the model has an encoder.
 
         Args:
           params: weights of any kinds.
@@ -73,13 +77,15 @@ class Engine:
           stop: what ends a row before that.
           tokens_per_dispatch: tokens decoded between two looks by the host, at least 1.
           on_tokens: called with each new piece (B, n) as it comes.
+          sources: what the encoder reads, one for each prompt: int arrays (S,), or what stands in the place of tokens,
+            all of one shape.
 
         Returns:
           The new tokens of each prompt, int32.
 
         Raises:
           ValueError: an empty prompt or ids outside the vocabulary, a number of tokens or of settings that makes no
-            sense, or prompt and output longer than the model's `max_length`.
+            sense, prompt and output longer than the model's `max_length`, or sources that are missing or of no use.
         """
         if tokens_per_dispatch < 1:
             raise ValueError(f"tokens_per_dispatch is {tokens_per_dispatch}; it must be at least 1.")
@@ -87,7 +93,8 @@ class Engine:
         rows = rows_for(sampling, prompts, self.model.config.vocab_size)
         # Whole dispatches may write past the last token asked for.
         slots = padded.shape[1] + -(-max_new_tokens // tokens_per_dispatch) * tokens_per_dispatch
-        cache = self.start(params, batch_size=len(prompts), slots=slots)
+        read = padded_sources(self.model, sources, len(prompts))
+        cache = self.start(params, *read, batch_size=len(prompts), slots=slots)
         logits_BV, cache = self.prefill(params, padded, lengths, cache)
         new = np.zeros((len(prompts), 0), np.int32)
         while new.shape[1] < max_new_tokens:
@@ -124,6 +131,31 @@ def padded_prompts(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return padded, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def padded_sources(
+    model: Transformer, sources: Sequence[np.ndarray] | None, rows: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The sources, tokens padded on the right, and which of them are valid (B, S); ValueError as `Engine.generate`."""
+    if not model.config.encoder.num_layers:
+        if sources is not None:
+            raise ValueError("The model has no encoder to read sources; leave them out.")
+        return None, None
+    if sources is None or len(sources) != rows:
+        raise ValueError(f"model.encoder is on, which reads a source for each of the {rows} prompts; give as many.")
+    if np.ndim(sources[0]) > 1:
+        return np.stack(sources), None
+    longest, limit = max(map(len, sources)), model.config.source.max_length
+    if min(map(len, sources)) < 1:
+        raise ValueError("A source is empty; give at least one token.")
+    if not all(np.min(source) >= 0 and np.max(source) < model.config.vocab_size for source in sources):
+        raise ValueError(f"A source has ids outside 0 to {model.config.vocab_size - 1}; encode it with the tokenizer.")
+    if longest > limit:
+        raise ValueError(f"A source of {longest} tokens is longer than the encoder's max_length ({limit}); shorten it.")
+    padded, valid = np.zeros((rows, longest), np.int32), np.zeros((rows, longest), bool)
+    for i, source in enumerate(sources):
+        padded[i, : len(source)], valid[i, : len(source)] = source, True
+    return padded, valid
 
 
 def rows_for(sampling: Sampling | Sequence[Sampling], prompts: Sequence[np.ndarray], vocab_size: int) -> Rows:

@@ -43,6 +43,7 @@ from jaxcost.models.transformer import (
     output_of,
     resized,
 )
+from jaxcost.training.batch import beside_inputs
 
 PROJECTION = "distillation/projection"
 """Name of the learned projection among the arrays that train."""
@@ -170,7 +171,9 @@ class Distiller:
         if teacher is None:
             source = StoredTeacher(batch[_LOG_PROBS], batch[_INDICES])
         else:
-            (hidden_BSE, _), taught = self.model.apply({"params": teacher}, batch["inputs"], mutable=self.watched)
+            (hidden_BSE, _), taught = self.model.apply(
+                {"params": teacher}, batch["inputs"], **beside_inputs(batch), mutable=self.watched
+            )
             hidden_BSE = jax.lax.stop_gradient(hidden_BSE)
             source = HiddenTeacher(hidden_BSE, output_of(self.model.config, teacher))
         head = (hidden_BSD, output_of(student.config, params))
@@ -220,6 +223,13 @@ def check_pair(student: Transformer, teacher: Transformer, config: DistillConfig
         raise ValueError(
             f"The teacher's vocabulary has {theirs.vocab_size} tokens and the student's {ours.vocab_size}; "
             "distillation needs one tokeniser for both: give the teacher's data.tokenizer and model.vocab_size."
+        )
+    if bool(ours.encoder.num_layers) != bool(theirs.encoder.num_layers):
+        raise ValueError("Only one of teacher and student has an encoder; give both one, or neither.")
+    if config.attention and "relative" in (ours.position, theirs.position):
+        raise ValueError(
+            "distill.attention compares products of queries and keys, to which relative positions are added; set it to "
+            "0 and use distill.values."
         )
     if config.from_layers:
         alike = dataclasses.replace(theirs, num_layers=ours.num_layers, max_length=ours.max_length)

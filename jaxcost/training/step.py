@@ -18,12 +18,9 @@ from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain
+from jaxcost.training.batch import Batch, beside_inputs
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
-
-Batch = dict[str, jax.Array]
-"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S). Of detection, `inputs` are images, `targets` the labels
-(B, M) of what is on them, `boxes` (B, M, 4) where it is, and `mask` (B, M) 0 where there are fewer than M."""
 
 
 @struct.dataclass
@@ -90,7 +87,7 @@ def make_train_step(
         model_key, head_key = jax.random.split(key)
         kept = ("losses", FOUND, *(distiller.watched if distiller else ()))
         (hidden_BSD, _), sown = model.apply(
-            {"params": params}, batch["inputs"], key=model_key, valid_BT=batch.get("valid"), mutable=kept
+            {"params": params}, batch["inputs"], key=model_key, **beside_inputs(batch), mutable=kept
         )
         how = {"chunks": loss_chunks, "key": head_key}
         if model.config.head.boxes:

@@ -17,7 +17,8 @@ from jaxcost.transforms.base import Covered, Rule, Stage, Transform
 from jaxcost.weights import Params
 
 STACKS = ("frozen_layers", "layers")
-"""The stacks of blocks that a tree may hold; what is added to the blocks is added to both."""
+"""The stacks of blocks that a tree may hold; what is added to the blocks is added to both, and virtual tokens to no
+encoder."""
 
 Maker = Callable[[jax.Array], jax.Array]
 """A random key → the initial values of a parameter, float32."""
@@ -137,7 +138,9 @@ class bottleneck(Addition):
 
     def additions(self, params):
         makers = {}
-        for stack in filter(params.__contains__, STACKS):
+        stacks = [name for name in STACKS if name in params]
+        stacks += [f"encoder/{name}" for name in STACKS if name in params.get("encoder", {})]
+        for stack in stacks:
             layers, _, outward = _shape("bottleneck", params, f"{stack}/attention/output/kernel")
             for place in self.after:
                 makers[f"{stack}/{place}_adapter/down/kernel"] = _normal(outward**-0.5, layers, outward, self.width)

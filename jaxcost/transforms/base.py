@@ -383,6 +383,6 @@ def freeze_weight(w: Any) -> Any:
 def matrix_shape(path: str, w: Any) -> tuple[int, ...]:
     """Shape (..., in, out) of the matrix that a weight means; ValueError where it is a vector or a scalar."""
     shape = jax.eval_shape(weights.materialize, w).shape
-    if len(shape) - bool(re.match(r"(frozen_)?layers/", path)) < 2:
+    if len(shape) - bool(re.match(r"(encoder/)?(frozen_)?layers/", path)) < 2:
         raise ValueError(f"{path} has shape {tuple(shape)}, which is no matrix; skip it with a rule.")
     return tuple(shape)

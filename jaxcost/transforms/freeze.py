@@ -20,7 +20,7 @@ class freeze(Transform):
     and the gradient pass. A rule with `skip` freezes what it names, in the top blocks too.
     """
 
-    rules: tuple[Rule, ...] = (Rule("final_norm/|head/|unembed/"),)
+    rules: tuple[Rule, ...] = (Rule("^(final_norm|head|unembed)/"),)
     """What trains besides the top blocks."""
     top_layers: int | None = 1
     """Blocks, counted from the output, that train; None cuts nothing, so that only what the rules name trains."""

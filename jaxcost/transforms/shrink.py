@@ -32,6 +32,8 @@ class shrink(Transform):
     together: it goes where it changes the stream least, as in Men et al. 2024, arXiv:2403.03853, who measure the
     change by its angle instead of its size.
 
+    With an encoder, both stacks get smaller, each by its own parts; attention to the source keeps its heads.
+
     Dropped channels, heads and experts that no token would choose leave exactly the model in which their rows of
     `output` and `down` are zeros, but for norms over all queries (`query_key_norm` of `projection`), which then are
     over fewer. On a mesh, what stays moves between devices, but no matrix is gathered.
@@ -78,8 +80,16 @@ class shrink(Transform):
           ValueError: a weight of the blocks is not dense, there is no such part, or too few or too many would stay.
         """
         self._check(params)
-        rows = self._rows(params, calibration)
-        tree = dict(params["layers"])
+        made = params | {"layers": self._smaller(params["layers"], self._rows(params, calibration, ""))}
+        if "encoder" in params:
+            rows = self._rows(params, calibration, "encoder/")
+            encoder = params["encoder"]
+            made["encoder"] = encoder | {"layers": self._smaller(encoder["layers"], rows)}
+        return made
+
+    def _smaller(self, tree: Any, rows: Rows) -> Any:
+        """The blocks of a stack with fewer parts."""
+        tree = dict(tree)
         if self.layers is not None:
             tree, rows = self._fewer_layers(tree, rows)
         if self.experts is not None:
@@ -91,22 +101,21 @@ class shrink(Transform):
             if "shared" in tree["mlp"]:
                 shared = self._narrower(tree["mlp"]["shared"], rows[_SHARED], "the shared mlp")
                 tree["mlp"] = tree["mlp"] | {"shared": shared}
-        return params | {"layers": tree}
+        return tree
 
     def statistics(self):
         return "norms" if self.importance == "activations" else "none"
 
     def picked(self, params):
         """The weights whose rows say what the parts are worth; the others go along."""
-        measured = [f"layers/{name}/kernel" for name in (_OUTPUT, _DOWN, _SHARED)]
+        parts = [f"layers/{name}/kernel" for name in (_OUTPUT, _DOWN, _SHARED)]
+        measured = [*parts, *(f"encoder/{part}" for part in parts)]
         return {path: one for path, one in super().picked(params).items() if path in measured}
 
     def coverage(self, params):
         rows = super().coverage(params)
-        after = self.abstract(params)["layers"]
-        shapes = {
-            f"layers/{weights.path_name(path)}": a.shape for path, a in jax.tree_util.tree_leaves_with_path(after)
-        }
+        after = self.abstract(params)
+        shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(after)}
         same = [row.path not in shapes or shapes[row.path] == row.shape for row in rows]
         return [dataclasses.replace(row, action="-") if s else row for row, s in zip(rows, same, strict=True)]
 
@@ -117,12 +126,13 @@ class shrink(Transform):
 
     # ---- The parts ----
 
-    def _rows(self, params: Any, calibration: Calibration | None) -> Rows:
+    def _rows(self, params: Any, calibration: Calibration | None, root: str) -> Rows:
+        """The importance of the rows of the stack under a path such as `encoder/`."""
         rows: Rows = {}
         picked = self.picked(params)
 
         def one(path, w):
-            if path not in picked:
+            if path not in picked or not path.startswith(f"{root}layers/"):
                 return
             inputs = (calibration or {}).get(path) if self.importance == "activations" else None
             if inputs is None and self.importance == "activations":
@@ -130,7 +140,7 @@ class shrink(Transform):
                     f"shrink: nothing is known of the inputs of {path}, which importance='activations' needs; "
                     "calibrate on some data first."
                 )
-            rows[path.removeprefix("layers/").removesuffix("/kernel")] = _importance(w, inputs)
+            rows[path.removeprefix(f"{root}layers/").removesuffix("/kernel")] = _importance(w, inputs)
 
         weights.map_weights(one, params)
         return rows
@@ -189,11 +199,15 @@ class shrink(Transform):
     def _check(self, params: Any) -> None:
         if not {"attention", "mlp"} <= set(params.get("layers", ())):
             raise ValueError("shrink: the tree has no `layers` of attention and mlp; shrink works on a transformer's.")
+        if self.heads is not None and "relative" in params:
+            raise ValueError(
+                "shrink: all layers share the relative positions of their heads, so none can go; leave heads out."
+            )
         if "frozen_layers" in params:
             raise ValueError("shrink: the blocks are two stacks (freeze made them); put shrink before freeze.")
 
         def one(path, w):
-            if path.startswith("layers/") and weights.is_weight(w):
+            if path.removeprefix("encoder/").startswith("layers/") and weights.is_weight(w):
                 raise ValueError(f"shrink: {path} is {type(w).__name__} already; put shrink before other transforms.")
 
         weights.map_weights(one, params)

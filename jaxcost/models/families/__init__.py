@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.families.base import TOKENS, Family, Fields, Head, Tensors, UnsupportedModel, shortest_pattern
 from jaxcost.models.families.decoders import DECODERS
+from jaxcost.models.families.encoder_decoders import ENCODER_DECODERS
 from jaxcost.models.families.encoders import ENCODERS
 from jaxcost.models.families.vision import VISION
 
@@ -30,7 +31,7 @@ __all__ = [
     "shortest_pattern",
 ]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **VISION}
+FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS, **VISION}
 """A checkpoint's `model_type` → its family."""
 
 

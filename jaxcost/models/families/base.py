@@ -61,6 +61,8 @@ class Family:
     """What the names of its classes start with."""
     stored: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
     """Tensor → the shape that checkpoints hold it in, where that is of more axes than a matrix has."""
+    absent: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
+    """Names of the table that a config's checkpoints do not have, although the model has their parameters."""
     transposed: bool = True
     """Matrices of the blocks are (out, in), as torch's linear layers keep them; ours are (in, out)."""
 

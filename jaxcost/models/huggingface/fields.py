@@ -75,10 +75,14 @@ def _effective(c: ModelConfig) -> ModelConfig:
     unused += [] if c.position == "rope" else ["rope_theta", "rope_scaling", "rotary_fraction", "local_rope_theta"]
     unused += [] if c.experts else ["experts_per_token", "normalize_experts"]
     unused += [] if c.norm == "layer" else ["norm_bias"]
+    unused += [] if c.position == "relative" else ["relative_buckets", "relative_distance"]
     changes = {name: getattr(default, name) for name in unused}
     changes["pattern"] = families.shortest_pattern(c.layer_kinds)
     scale = c.attention_scale or c.head_dim**-0.5
     changes["attention_scale"] = float(f"{scale:.12g}")
+    if c.encoder.num_layers:
+        sizes = {f.name: getattr(c.source, f.name) for f in dataclasses.fields(c.encoder)}
+        changes["encoder"] = dataclasses.replace(c.encoder, **sizes)
     if c.rope_scaling.kind != "llama3":
         changes.setdefault("rope_scaling", RopeScaling(c.rope_scaling.kind, c.rope_scaling.factor))
     return dataclasses.replace(c, **changes)
@@ -226,6 +230,30 @@ def _modernbert(c: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _t5(c: ModelConfig) -> dict[str, Any]:
+    activation = "gelu_new" if c.activation == "gelu" else _ACTIVATIONS[c.activation]
+    return {
+        "vocab_size": c.vocab_size,
+        "d_model": c.width,
+        "d_kv": c.head_dim,
+        "d_ff": c.mlp_width,
+        "num_layers": c.encoder.num_layers or None,
+        "num_decoder_layers": c.num_layers,
+        "num_heads": c.num_heads,
+        "feed_forward_proj": f"gated-{activation}" if c.gated else activation,
+        "relative_attention_num_buckets": c.relative_buckets,
+        "relative_attention_max_distance": c.relative_distance,
+        "layer_norm_epsilon": c.norm_epsilon,
+        "n_positions": c.max_length,
+        "tie_word_embeddings": c.tie_embeddings,
+        "scale_decoder_outputs": c.scale_outputs,
+        "is_encoder_decoder": True,
+        # Texts of both begin their answers with the padding's token.
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+
+
 def _vision(c: ModelConfig) -> dict[str, Any]:
     images = c.images
     return {
@@ -276,6 +304,8 @@ _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "bert": _bert,
     "roberta": _roberta,
     "modernbert": _modernbert,
+    "t5": _t5,
+    "mt5": _t5,
     "vit": _vision,
     "deit": _vision,
     "yolos": _yolos,

@@ -55,18 +55,17 @@ class Place:
 
 def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The place of every tensor that a model of the config has, by name; `shapes` are those of its dense parameters."""
-    found, folded = {}, family.stored(config)
-    stacks = {"layer": range(config.num_layers), "expert": range(config.experts), "token": TOKENS}
-    sizes = {"layer": config.num_layers, "expert": config.experts, "token": config.images.class_tokens}
+    found, folded, absent = {}, family.stored(config), family.absent(config)
     for template, paths in {**family.tensors, **head.tensors}.items():
-        if not set(paths) <= set(shapes):
+        if template in absent or not set(paths) <= set(shapes):
             continue
         transposed = paths[0].endswith("/kernel") and (family.transposed or template in head.tensors)
-        axes = [axis for axis in sizes if f"{{{axis}}}" in template]
-        for index in itertools.product(*(range(sizes[axis]) for axis in axes)):
+        axes = [axis for axis in ("layer", "expert", "token") if f"{{{axis}}}" in template]
+        for index in itertools.product(*map(range, shapes[paths[0]][: len(axes)])):
             if not config.first_norm and "layers/attention_norm" in paths[0] and index == (0,):
                 continue
-            name = template.format(**{axis: stacks[axis][i] for axis, i in zip(axes, index, strict=True)})
+            named = {axis: TOKENS[i] if axis == "token" else i for axis, i in zip(axes, index, strict=True)}
+            name = template.format(**named)
             parts = tuple(tuple(shapes[path][len(index) :]) for path in paths)
             found[name] = Place(name, paths, index, parts, transposed, folded.get(name, ()))
     return found

@@ -2,12 +2,14 @@
 
 Every tensor is checked against the config before any is read. A parameter is an array on the devices from the start,
 sharded as the mesh asks, into which each layer's tensor is written in place: the host holds no stack and no copy of the
-model, at most the tensor that is read and, while it is turned round, a second one.
+model, at most the piece of a tensor that is read and, while it is turned round, a second one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +52,7 @@ def load(
     folder = Path(folder)
     config, family, head = read_config(folder)
     stored = read_headers(folder, family, head)
+    config = _untied(config, family, head, stored)
     params, axes = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
     places = layout.places(family, head, config, shapes)
@@ -113,6 +116,21 @@ def read_headers(folder: Path, family: families.Family, head: families.Head) -> 
     return {name if name in head.tensors else prefix + name: tensor for name, tensor in found.items()}
 
 
+def _untied(
+    config: ModelConfig, family: families.Family, head: families.Head, stored: Mapping[str, safetensors.Stored]
+) -> ModelConfig:
+    """The config, without tied embeddings where the checkpoint holds an unembedding that is another matrix."""
+    [embedding] = [name for name, paths in family.tensors.items() if paths == ("embed/table",)] or [""]
+    for name in set(head.tied) & set(stored) if config.tie_embeddings and embedding in stored else ():
+        pair = stored[name], stored[embedding]
+        same = pair[0].shape == pair[1].shape and all(
+            np.array_equal(one, other) for one, other in zip(*(each.read() for each in pair), strict=True)
+        )
+        if head.tensors.get(name) == ("unembed/kernel",) and not same:
+            return dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
 def _check(
     places: Mapping[str, Place],
     stored: Mapping[str, safetensors.Stored],
@@ -140,6 +158,10 @@ def _check(
 
 # ---- Arrays ----
 
+_PIECE_BYTES = 16 * 2**20
+"""Of a tensor that is on its way at a time, where it can be cut. Large pieces of several devices would stay behind in
+the host's allocator, which keeps what each of its threads has freed."""
+
 
 def _fill(
     made: dict[str, jax.Array], place: Place, stored: safetensors.Stored, homes: Mapping[str, NamedSharding]
@@ -149,17 +171,35 @@ def _fill(
     for path, shape, end in zip(place.paths, place.shapes, ends, strict=True):
         home = homes[path]
         spec = (*home.spec, *(None,) * (made[path].ndim - len(home.spec)))[len(place.index) :]
-        here = NamedSharding(home.mesh, PartitionSpec(*(spec[::-1] if place.transposed else spec)))
-        moved = _moved(stored, 0 if place.transposed else -1, slice(end - shape[-1], end), here, place.shape)
-        made[path] = _writer(home, place.transposed)(made[path], moved, place.index)
-        # The next tensor is read only when this one has left the host.
-        made[path].block_until_ready()
+        turn = slice(None, None, -1 if place.transposed else 1)
+        here = NamedSharding(home.mesh, PartitionSpec(*spec[turn]))
+        # Of a tensor that joins several parameters, this one's are along their last axis.
+        own = (*(slice(0, size) for size in shape[:-1]), slice(end - shape[-1], end))[turn]
+        for cut in _pieces(own, here, stored.dtype.itemsize):
+            start = [piece.start - first.start for piece, first in zip(cut, own, strict=True)][turn]
+            moved = _moved(stored, cut, here, place.shape)
+            made[path] = _writer(home, place.transposed)(made[path], moved, (*place.index, *start))
+            # The next piece is read only when this one has left the host.
+            made[path].block_until_ready()
 
 
-def _moved(stored: safetensors.Stored, axis: int, cut: slice, here: NamedSharding, shape: tuple[int, ...]) -> jax.Array:
+def _pieces(own: tuple[slice, ...], here: NamedSharding, itemsize: int) -> list[tuple[slice, ...]]:
+    """Parts of a tensor that are moved one by one, cut along the first axis that is whole on every device, if any."""
+    shape = tuple(part.stop - part.start for part in own)
+    whole = (size == on_device for size, on_device in zip(shape, here.shard_shape(shape), strict=True))
+    axis = next((i for i, uncut in enumerate(whole) if uncut), None)
+    if axis is None or not math.prod(shape):
+        return [own]
+    step = max(1, _PIECE_BYTES * shape[axis] // (math.prod(shape) * itemsize))
+    starts = range(own[axis].start, own[axis].stop, step)
+    return [(*own[:axis], slice(i, min(i + step, own[axis].stop)), *own[axis + 1 :]) for i in starts]
+
+
+def _moved(
+    stored: safetensors.Stored, cut: tuple[slice, ...], here: NamedSharding, shape: tuple[int, ...]
+) -> jax.Array:
     """A part of a tensor on the devices, of which each asks for its own part of the mapped file."""
-    value = stored.read().reshape(shape)
-    part = value[cut] if axis == 0 else value[..., cut]
+    part = stored.read().reshape(shape)[cut]
 
     def on_host(index):
         # JAX has no doubles.
@@ -170,13 +210,12 @@ def _moved(stored: safetensors.Stored, axis: int, cut: slice, here: NamedShardin
 
 @functools.cache
 def _writer(home: NamedSharding, transposed: bool):
-    """A jitted (array, tensor, index) → the array with the tensor at the index, in the memory of the first."""
+    """A jitted (array, tensor, start) → the array with the tensor from there on, in the memory of the first."""
 
-    def write(held, part, index):
+    def write(held, part, start):
         # Turned round on its way into place, a matrix takes twice the time on a CPU.
         part = lax.optimization_barrier(part.T) if transposed else part
         part = part.astype(held.dtype)
-        start = (*index, *(0,) * part.ndim)
-        return lax.dynamic_update_slice(held, part.reshape(*(1,) * len(index), *part.shape), start)
+        return lax.dynamic_update_slice(held, part.reshape(*(1,) * (held.ndim - part.ndim), *part.shape), start)
 
     return jax.jit(write, donate_argnums=0, out_shardings=home)

@@ -1,0 +1,106 @@
+"""The families of encoder-decoders: a decoder that answers to what an encoder has read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxcost.models.config import EncoderConfig, HeadConfig, ModelConfig
+from jaxcost.models.families.base import (
+    Family,
+    Fields,
+    Head,
+    Tensors,
+    activation,
+    hidden_states,
+    needed,
+    positive,
+)
+
+# ---- Configs ----
+
+
+def _t5(fields: Fields) -> ModelConfig:
+    encoder_layers = needed(fields, "num_layers")
+    tied = fields.get("tie_word_embeddings", True)
+    # The first gated checkpoints name the exact gelu and were trained with its tanh approximation.
+    gate, _, name = str(fields.get("feed_forward_proj", "relu")).rpartition("-")
+    name = "gelu_new" if (gate, name) == ("gated", "gelu") else name
+    return ModelConfig(
+        vocab_size=needed(fields, "vocab_size"),
+        width=needed(fields, "d_model"),
+        num_layers=fields.get("num_decoder_layers") or encoder_layers,
+        num_heads=needed(fields, "num_heads"),
+        num_kv_heads=needed(fields, "num_heads"),
+        head_dim=needed(fields, "d_kv"),
+        mlp_width=needed(fields, "d_ff"),
+        gated=gate == "gated",
+        activation=activation(name),
+        norm_epsilon=fields.get("layer_norm_epsilon", 1e-6),
+        position="relative",
+        relative_buckets=positive("relative_attention_num_buckets", fields.get("relative_attention_num_buckets", 32)),
+        relative_distance=positive(
+            "relative_attention_max_distance", fields.get("relative_attention_max_distance", 128)
+        ),
+        # Relative positions know no bound; this is the length of the first training.
+        max_length=positive("n_positions", fields.get("n_positions", 512)),
+        attention_scale=1.0,
+        tie_embeddings=tied,
+        scale_outputs=fields.get("scale_decoder_outputs", tied),
+        encoder=EncoderConfig(num_layers=encoder_layers),
+    )
+
+
+def _mt5(fields: Fields) -> ModelConfig:
+    """As T5 in its second release, whose outputs are not scaled."""
+    return _t5({"feed_forward_proj": "gated-gelu"} | dict(fields) | {"scale_decoder_outputs": False})
+
+
+# ---- Tensors ----
+
+
+def _t5_stack(theirs: str, ours: str, cross: bool) -> dict[str, tuple[str, ...]]:
+    """A stack of blocks, each a list of layers: attention, that to the source if there is one, and the MLP."""
+    parts = {"SelfAttention": "attention"} | ({"EncDecAttention": "cross_attention"} if cross else {})
+    table: dict[str, tuple[str, ...]] = {}
+    for i, (name, part) in enumerate(parts.items()):
+        layer = f"{theirs}.block.{{layer}}.layer.{i}"
+        for short, projection in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
+            table[f"{layer}.{name}.{short}.weight"] = (f"{ours}layers/{part}/{projection}/kernel",)
+        table[f"{layer}.layer_norm.weight"] = (f"{ours}layers/{part}_norm/scale",)
+    bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    table[bias] = (f"{ours}relative/table",)
+    mlp = f"{theirs}.block.{{layer}}.layer.{len(parts)}"
+    for short, matrix in (("wi", "up"), ("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+        table[f"{mlp}.DenseReluDense.{short}.weight"] = (f"{ours}layers/mlp/{matrix}/kernel",)
+    table[f"{mlp}.layer_norm.weight"] = (f"{ours}layers/mlp_norm/scale",)
+    table[f"{theirs}.final_layer_norm.weight"] = (f"{ours}final_norm/scale",)
+    return table
+
+
+_T5: Tensors = {
+    "shared.weight": ("embed/table",),
+    **_t5_stack("encoder", "encoder/", cross=False),
+    **_t5_stack("decoder", "", cross=True),
+}
+_T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_T5_HEADS = {
+    "ForConditionalGeneration": Head(
+        lambda fields: HeadConfig(),
+        {"lm_head.weight": ("unembed/kernel",)},
+        tied=("lm_head.weight",),
+        unused=_T5_COPIES,
+    ),
+    **hidden_states(*_T5_COPIES),
+}
+
+
+def _t5_absent(config: ModelConfig) -> tuple[str, ...]:
+    """The first matrix of an MLP has one name where there is a gate, and another where there is none."""
+    return tuple(name for name in _T5 if name.endswith(".wi.weight" if config.gated else ".wi_1.weight"))
+
+
+ENCODER_DECODERS: Mapping[str, Family] = {
+    "t5": Family(_t5, _T5, _T5_HEADS, "T5", absent=_t5_absent),
+    "mt5": Family(_mt5, _T5, _T5_HEADS, "MT5", absent=_t5_absent),
+}
+"""A checkpoint's `model_type` → its family."""

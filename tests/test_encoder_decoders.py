@@ -1,0 +1,279 @@
+"""Encoder-decoders against transformers: small random models that it saves give the same logits, tokens and beams here.
+
+Run with `pytest -m oracles`, with torch and transformers installed. Without them, what an encoder-decoder promises by
+itself.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import QUICK
+
+from jaxcost.models import huggingface
+from jaxcost.models.config import EncoderConfig, ModelConfig
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.huggingface import fields
+from jaxcost.models.positions import relative_buckets
+from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, resized, start_cache
+from jaxcost.serving.beam import BeamEngine
+from jaxcost.serving.engine import Engine
+from jaxcost.transforms import freeze, prefix_tuning, prompt_tuning, shrink
+
+oracles = pytest.mark.oracles
+
+rng = np.random.default_rng(0)
+SOURCES, TARGETS = rng.integers(2, 96, (3, 40)), rng.integers(2, 96, (3, 30))
+LENGTHS = np.array([40, 17, 1])
+VALID = np.arange(40) < LENGTHS[:, None]
+SIZES = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+}
+CASES = {
+    "t5": ("T5", {}),
+    "t5, odd": ("T5", {"d_model": 42, "d_kv": 7, "num_heads": 3, "vocab_size": 97, "num_decoder_layers": 2}),
+    "t5, gated": ("T5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5, untied": ("T5", {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False, "untied": True}),
+    "mt5": ("MT5", {"untied": True, "num_decoder_layers": 1}),
+}
+
+
+@functools.cache
+def hugging_model(name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(len(name))
+    kind, changes = CASES[name]
+    options = SIZES | changes
+    untied = options.pop("untied", False)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        if untied:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model) * 0.1)
+        model.shared.weight.mul_(0.3 if kind == "MT5" else 1.0)
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.4, 0.4))
+            if "relative" in path:
+                parameter.normal_()
+    return model.eval()
+
+
+def theirs(model):
+    import torch
+
+    with torch.no_grad():
+        tokens, valid, targets = map(torch.as_tensor, (SOURCES, VALID.astype(int), TARGETS))
+        return model(input_ids=tokens, attention_mask=valid, decoder_input_ids=targets).logits.numpy()
+
+
+def ours(config, params, **options):
+    hidden, _ = Transformer(config, **options).apply(
+        {"params": params}, jnp.asarray(TARGETS), source_BS=jnp.asarray(SOURCES), source_valid_BS=jnp.asarray(VALID)
+    )
+    return logits(config, params, hidden)
+
+
+@oracles
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers_and_ours_are_theirs(name, tmp_path):
+    import torch
+    import transformers
+
+    model = hugging_model(name)
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+    want = theirs(model)
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(ours(config, params), want, atol=2e-4)
+
+    cache = start_cache(Transformer(config), params, 3, 30, jnp.asarray(SOURCES), jnp.asarray(VALID))
+    first, cache = Transformer(config).apply({"params": params}, jnp.asarray(TARGETS[:, :7]), cache)
+    rest, _ = Transformer(config).apply({"params": params}, jnp.asarray(TARGETS[:, 7:]), cache)
+    np.testing.assert_allclose(logits(config, params, jnp.concatenate([first, rest], 1)), want, atol=2e-4)
+
+    huggingface.save(tmp_path / "out", config, params, model_type=model.config.model_type)
+    again, problems = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(again) is type(model) and not any(problems.values()), problems
+    np.testing.assert_allclose(theirs(again.eval()), want, atol=1e-5)
+    back, same = huggingface.load(tmp_path / "out")
+    assert fields._effective(back) == fields._effective(config)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@oracles
+@pytest.mark.parametrize("name", ["t5", "t5, untied"])
+def test_generation_gives_the_tokens_of_transformers(name, tmp_path):
+    import torch
+
+    model = hugging_model(name)
+    model.save_pretrained(tmp_path)
+    config, params = huggingface.load(tmp_path)
+    prompts, sources = [np.array([0])] * 3, [row[:n] for row, n in zip(SOURCES, LENGTHS, strict=True)]
+
+    def generated(**options):
+        inputs = {"input_ids": torch.as_tensor(SOURCES), "attention_mask": torch.as_tensor(VALID.astype(int))}
+        with torch.no_grad():
+            return model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
+
+    want = generated(max_new_tokens=64, do_sample=False, num_beams=1, eos_token_id=None).sequences[:, 1:].numpy()
+    got = Engine(Transformer(config)).generate(params, prompts, max_new_tokens=64, sources=sources)
+    np.testing.assert_array_equal(got, want)
+
+    # Ids that occur, so that hypotheses end at different lengths.
+    ends = sorted({int(row[i]) for row, i in zip(want, (3, 9, 5), strict=True)})
+    for beams, penalty in ((2, 1.0), (4, 0.0), (4, 2.0), (5, 1.0)):
+        options = {"num_beams": beams, "length_penalty": penalty, "eos_token_id": ends, "pad_token_id": 0}
+        found = generated(max_new_tokens=24, do_sample=False, **options)
+        engine = BeamEngine(Transformer(config), beams, penalty)
+        tokens, scores = engine.generate(params, prompts, max_new_tokens=24, end_ids=ends, sources=sources)
+        for row, their in zip(tokens, found.sequences[:, 1:].numpy(), strict=True):
+            np.testing.assert_array_equal(row, their[: len(row)])
+            assert len(row) == len(their) or their[len(row)] in ends
+        np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=1e-4)
+
+
+# ---- By itself ----
+
+SMALL = ModelConfig(
+    vocab_size=96,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    max_length=64,
+    position="relative",
+    relative_buckets=8,
+    relative_distance=16,
+    encoder=EncoderConfig(num_layers=2, num_heads=2, mlp_width=40),
+)
+
+
+@functools.cache
+def made(config=SMALL):
+    return jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)(jax.random.key(0))
+
+
+def in_pieces(config, params, **options):
+    """The logits of two calls with a cache."""
+    model = Transformer(config, **options)
+    cache = start_cache(model, params, 3, 30, jnp.asarray(SOURCES), jnp.asarray(VALID))
+    first, cache = model.apply({"params": params}, jnp.asarray(TARGETS[:, :5]), cache)
+    rest, _ = model.apply({"params": params}, jnp.asarray(TARGETS[:, 5:]), cache)
+    return logits(config, params, jnp.concatenate([first, rest], 1))
+
+
+@pytest.mark.parametrize("position", ["relative", "rope", "learned"])
+def test_a_cache_gives_what_the_whole_sequence_gives(position):
+    config = dataclasses.replace(SMALL, position=position)
+    params = made(config)
+    np.testing.assert_allclose(in_pieces(config, params), ours(config, params), atol=1e-5)
+    approximate = in_pieces(config, params, execution=ExecutionConfig(cache="int8"))
+    assert 0 < np.max(np.abs(approximate - ours(config, params))) < 0.1
+
+
+@pytest.mark.parametrize("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)])
+def test_a_cache_holds_what_transforms_put_before_the_text_and_under_it(transform):
+    params = transform(made(), jax.random.key(1))
+    np.testing.assert_allclose(in_pieces(SMALL, params), ours(SMALL, params), atol=1e-5)
+
+
+def test_padding_of_a_source_is_seen_by_nobody():
+    params, valid = made(), jnp.asarray(VALID)
+
+    def outputs(sources):
+        return Transformer(SMALL).apply(
+            {"params": params}, jnp.asarray(TARGETS), source_BS=sources, source_valid_BS=valid
+        )[0]
+
+    other = jnp.where(valid, jnp.asarray(SOURCES), 95 - jnp.asarray(SOURCES))
+    np.testing.assert_array_equal(outputs(jnp.asarray(SOURCES)), outputs(other))
+
+
+def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
+    params = made()
+    want = ours(SMALL, params)
+    half = ours(SMALL, params, execution=ExecutionConfig(compute="bfloat16"))
+    np.testing.assert_allclose(half, want, atol=0.1)
+    np.testing.assert_array_equal(ours(SMALL, params, execution=ExecutionConfig(remat="full", unroll="always")), want)
+
+
+def test_buckets_are_single_distances_and_then_ranges():
+    decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
+    behind = relative_buckets(decoder, -jnp.arange(20))
+    np.testing.assert_array_equal(behind, [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7])
+    np.testing.assert_array_equal(relative_buckets(decoder, jnp.arange(5)), 0)
+    both = relative_buckets(SMALL.source, jnp.array([-9, -2, -1, 0, 1, 2, 9]))
+    np.testing.assert_array_equal(both, [3, 2, 1, 0, 5, 6, 7])
+
+
+def test_both_stacks_get_smaller():
+    rotary = dataclasses.replace(SMALL, position="rope")
+    params = shrink(mlp=0.5, heads=0.5, head_dim=8, layers=1)(made(rotary))
+    small = resized(rotary, params)
+    assert (small.num_layers, small.num_heads, small.mlp_width) == (1, 2, 24)
+    assert (small.source.num_layers, small.source.num_heads, small.source.mlp_width) == (1, 1, 20)
+    assert ours(rotary, params).shape == (3, 30, 96)
+    assert resized(rotary, made(rotary)) == rotary
+
+
+def test_what_cannot_be_is_said_in_one_sentence():
+    model, params = Transformer(SMALL), made()
+    with pytest.raises(ValueError, match="reads a source; give one beside the tokens"):
+        model.apply({"params": params}, jnp.asarray(TARGETS))
+    with pytest.raises(ValueError, match="holds no source"):
+        model.apply({"params": params}, jnp.asarray(TARGETS), init_cache(SMALL, 3, 30, jnp.float32))
+    with pytest.raises(ValueError, match="give one to start|give one beside"):
+        start_cache(model, params, 3, 30)
+    engine, prompt = Engine(model), [np.array([0])]
+    for sources, said in (
+        (None, "a source for each of the 1 prompts"),
+        ([np.zeros(3, int)] * 2, "a source for each of the 1 prompts"),
+        ([np.zeros(0, int)], "A source is empty"),
+        ([np.array([96])], "A source has ids outside 0 to 95"),
+        ([np.zeros(65, int)], "longer than the encoder's max_length"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            engine.generate(params, prompt, max_new_tokens=2, sources=sources)
+    decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
+    with pytest.raises(ValueError, match="no encoder to read sources"):
+        Engine(Transformer(decoder)).generate(made(decoder), prompt, max_new_tokens=2, sources=[np.zeros(3, int)])
+    for beams, said in ((0, "ask for at least 1"), (49, "more than half of the vocabulary")):
+        with pytest.raises(ValueError, match=said):
+            BeamEngine(model, beams).generate(params, prompt, max_new_tokens=2, end_ids=[1], sources=[np.zeros(3, int)])
+    for changes, said in (
+        ({"causal": False}, "only a causal decoder has"),
+        ({"relative_buckets": 6}, "multiple of 4"),
+        ({"relative_distance": 4}, "must be above half"),
+        ({"encoder": {"num_layers": 2, "num_heads": 3, "num_kv_heads": 2}}, "must be a multiple of"),
+        ({"experts": 4}, "are both on"),
+    ):
+        encoder = changes.pop("encoder", None)
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(SMALL, **changes, **({"encoder": EncoderConfig(**encoder)} if encoder else {}))
+
+
+def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
+    params, prompts = made(), [np.array([0]), np.array([0, 5, 7]), np.array([3])]
+    sources = [row[:n] for row, n in zip(SOURCES, LENGTHS, strict=True)]
+    options = {"sources": sources, "max_new_tokens": 12}
+    greedy = Engine(Transformer(SMALL)).generate(params, prompts, **options)
+    one, low = BeamEngine(Transformer(SMALL), 1, 0.0).generate(params, prompts, end_ids=[], **options)
+    np.testing.assert_array_equal(one, greedy)
+    _, high = BeamEngine(Transformer(SMALL), 6, 0.0).generate(params, prompts, end_ids=[], **options)
+    assert np.all(high >= low - 1e-5)
