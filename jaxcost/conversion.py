@@ -40,7 +40,7 @@ KEPT = "huggingface"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 _LABELS = ("id2label", "label2id", "problem_type")
 _IMAGES = "preprocessor_config.json"
-"""How images are made ready, which comes with a checkpoint of vision."""
+"""How images or audio are made ready, which comes with a checkpoint of theirs."""
 
 
 def import_checkpoint(
@@ -55,7 +55,8 @@ def import_checkpoint(
     """Makes a training's folder of a checkpoint, and of an adapter of peft on it; returns its experiment.
 
     Args:
-      source: a folder, or a name on the hub. A model of images needs no tokenizer; its training has that of bytes.
+      source: a folder, or a name on the hub. A model of images or audio needs no tokenizer; its training has that of
+        bytes.
       directory: the folder to make.
       dtype: of weights and arithmetic.
       adapter: folder, or name on the hub, of an adapter.
@@ -69,7 +70,7 @@ def import_checkpoint(
     """
     folder = hub.locate(source)
     config, *_ = reading.read_config(folder)
-    tokenizer = ByteTokenizer() if not config.has_vocabulary else read_tokenizer(folder)
+    tokenizer = ByteTokenizer() if not config.of_tokens else read_tokenizer(folder)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1), jax.devices()[: math.gcd(config.width, len(jax.devices()))])
     config, params = huggingface.load(folder, dtype, mesh, quiet)
     transforms = ()
@@ -138,7 +139,7 @@ def export_run(
         huggingface.save_adapter(folder, config, params, model_type)
         return model_type
     with tempfile.TemporaryDirectory() as made:
-        if isinstance(session.tokenizer, PretrainedTokenizer) or not config.has_vocabulary:
+        if isinstance(session.tokenizer, PretrainedTokenizer) or not config.of_tokens:
             files = [path for name in (_IMAGES, *FILES) if (path := kept / name).is_file()]
         else:
             extra = write_tokenizer(session.tokenizer, Path(made))

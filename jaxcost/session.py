@@ -66,9 +66,9 @@ class Session:
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
         config = experiment.model
-        if config.vocab_size == 0 and config.has_vocabulary:
+        if config.vocab_size == 0 and config.of_tokens:
             config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
-        if config.vocab_size < self.tokenizer.vocab_size and config.has_vocabulary:
+        if config.vocab_size < self.tokenizer.vocab_size and config.of_tokens:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."

@@ -77,12 +77,16 @@ ENCODER = SMALL | {
 IMAGES = {name: value for name, value in ENCODER.items() if name != "vocab_size"}
 IMAGES |= {"model_type": "vit", "image_size": 8, "patch_size": 4, "architectures": ["ViTForImageClassification"]}
 
+AUDIO = ENCODER | {"model_type": "hubert", "architectures": ["HubertForSequenceClassification"], "conv_dim": [8, 8]}
+AUDIO |= {"conv_kernel": [10, 3], "conv_stride": [5, 2], "num_conv_pos_embeddings": 4}
+AUDIO |= {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 12, "hidden_act": "gelu"}
 
-@pytest.mark.parametrize("name", ["encoder", "images"])
+
+@pytest.mark.parametrize("name", ["encoder", "images", "audio"])
 def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_path):
-    fields = ENCODER if name == "encoder" else IMAGES
+    fields = {"encoder": ENCODER, "images": IMAGES, "audio": AUDIO}[name]
     write(checkpoint, fields, tensors_of(fields))
-    if name == "images":
+    if name != "encoder":
         (checkpoint / "tokenizer.json").unlink()
         (checkpoint / "tokenizer_config.json").unlink()
         (checkpoint / "preprocessor_config.json").write_text('{"size": 8}')

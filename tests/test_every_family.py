@@ -52,6 +52,10 @@ FIELDS = {
 IMAGES = FIELDS | {"image_size": 8, "patch_size": 4, "num_labels": 5}
 ENCODED = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4, "relative_attention_num_buckets": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 6}
+AUDIO = {"conv_dim": (16, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 6}
+AUDIO |= {"num_conv_pos_embedding_groups": 4}
+WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
     "mixtral": EXPERTS,
@@ -67,6 +71,9 @@ OPTIONS = {
     "siglip": {"vision_config": IMAGES},
     "t5": ENCODED,
     "mt5": ENCODED | {"num_decoder_layers": 3},
+    "whisper": WHISPER,
+    "wav2vec2": AUDIO,
+    "hubert": AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
 SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)
 BESIDE = {"sasrec": dataclasses.replace(SASREC, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8)}
@@ -115,15 +122,21 @@ def model_of(family):
 
 def inputs_of(config, seed=0, rows=2):
     rng = np.random.default_rng(seed)
-    images = config.images
-    if not config.has_vocabulary:
+    images, audio = config.images, config.audio
+    if config.encoder.num_layers:
+        read = {} if config.source.of_tokens else inputs_of(config.source, seed + 1, rows)
+        made = {"inputs": jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12))), "source": read.get("inputs")}
+        if config.source.of_tokens:
+            made["source"] = jnp.asarray(rng.integers(0, config.vocab_size, (rows, 10)))
+            made["source_valid"] = jnp.arange(10) < jnp.asarray(rng.integers(1, 11, (rows, 1)))
+        return made
+    if audio.channels:
+        channels = [audio.channels] if audio.channels > 1 else []
+        return {"inputs": jnp.asarray(rng.normal(size=(rows, audio.length(9), *channels)), jnp.float32)}
+    if images.patch:
         pictures = rng.normal(size=(rows, images.height, images.width, images.channels))
         return {"inputs": jnp.asarray(pictures, jnp.float32)}
-    made = {"inputs": jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))}
-    if config.encoder.num_layers:
-        made["source"] = jnp.asarray(rng.integers(0, config.vocab_size, (rows, 10)))
-        made["source_valid"] = jnp.arange(10) < jnp.asarray(rng.integers(1, 11, (rows, 1)))
-    return made
+    return {"inputs": jnp.asarray(rng.integers(0, config.vocab_size, (rows, 12)))}
 
 
 def outputs(model, params, batch):
@@ -138,12 +151,13 @@ TRAINED = [family for family in FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 UNBIASED |= {"t5", "mt5"}
 IMAGED = {"vit", "deit", "yolos", "siglip", "siglip_vision_model"}
+HEARD = {"whisper", "wav2vec2", "hubert"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
     "shrink": ({"t5", "mt5"}, "all layers share the relative positions"),
-    # A model of images has a position for each patch and none for virtual tokens.
-    "prompt": (IMAGED, "the model has no embed/table"),
-    "prefix": (IMAGED, "virtual tokens and .* tokens are longer than model.max_length"),
+    # A model of images has a position for each patch and none for virtual tokens, and Whisper for each frame.
+    "prompt": (IMAGED | HEARD, "the model has no embed/table"),
+    "prefix": (IMAGED | {"whisper"}, "virtual tokens and .* tokens are longer than model.max_length"),
 }
 """Transform → the families that it does not apply to, and what it says of them."""
 

@@ -27,9 +27,9 @@ class ParameterCounts:
     """Parameters of a model."""
 
     by_part: dict[str, int]
-    """`embedding` (with that of token types, or of images), `positions`, `attention` (also to a source), `mlp` (of
-    experts those that all tokens share), `experts`, `router`, `biases`, `norms`, `head` (its further layers),
-    `unembedding` (or the head's outputs); a tied one counts 0 here. An encoder's are among them."""
+    """`embedding` (with that of token types, or what images or audio meet in its place), `positions`, `attention` (also
+    to a source), `mlp` (of experts those that all tokens share), `experts`, `router`, `biases`, `norms`, `head` (its
+    further layers), `unembedding` (or the head's outputs); a tied one counts 0 here. An encoder's are among them."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
     head with the unembedding, tied or not, unless it answers for fewer than all. Those that meet a source alone are not
@@ -54,7 +54,7 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     Raises:
         ValueError: the vocabulary's size is still 0.
     """
-    if model.vocab_size == 0 and model.has_vocabulary:
+    if model.vocab_size == 0 and model.of_tokens:
         raise ValueError("model.vocab_size is 0; set it to the tokenizer's size before counting parameters.")
     counts = _counts(model)
     if not model.encoder.num_layers:
@@ -74,7 +74,7 @@ def _counts(model: model_config.ModelConfig) -> ParameterCounts:
     mlp, expert = (shared, one) if model.experts else (one, 0)
     router = layers * model.width * model.experts
     by_part = {
-        "embedding": table + model.token_types * model.width + _image_parameters(model),
+        "embedding": table + model.token_types * model.width + _image_parameters(model) + _audio_parameters(model),
         "positions": _position_parameters(model),
         "attention": attention + cross,
         "mlp": mlp,
@@ -82,8 +82,8 @@ def _counts(model: model_config.ModelConfig) -> ParameterCounts:
         "router": router,
         "biases": layers * _biases_per_layer(model) + _head_biases(model),
         "norms": _norm_parameters(model),
-        "head": _further_layers(model) * model.width**2,
-        "unembedding": 0 if model.tie_embeddings else outputs * model.width,
+        "head": _further_matrices(model),
+        "unembedding": 0 if model.tie_embeddings else outputs * _head_width(model),
     }
     active = mlp + model.experts_per_token * expert
     met = attention + cross - _source_projections(model) + active + router
@@ -121,7 +121,8 @@ def _attention_parameters_per_layer(model: model_config.ModelConfig) -> int:
 
 
 def _biases_per_layer(model: model_config.ModelConfig) -> int:
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.qkv_bias
+    kv = (1 + model.key_bias) * model.num_kv_heads
+    qkv = (model.num_heads + kv) * model.head_dim * model.qkv_bias
     mlp = ((_matrices(model) - 1) * model.mlp_width + model.width) * model.mlp_bias
     attentions = 2 if model.encoder.num_layers else 1
     return attentions * (qkv + model.width * model.output_bias) + mlp
@@ -129,12 +130,17 @@ def _biases_per_layer(model: model_config.ModelConfig) -> int:
 
 def _head_biases(model: model_config.ModelConfig) -> int:
     head = model.head
-    hidden = model.width * _further_layers(model) if head.hidden_bias else 0
+    hidden = _further_layers(model) * _head_width(model) if head.hidden_bias else 0
     return hidden + (_outputs(model) if head.bias else 0)
 
 
 def _head_matrices(model: model_config.ModelConfig) -> int:
-    return _further_layers(model) * model.width**2 + _outputs(model) * model.width
+    return _further_matrices(model) + _outputs(model) * _head_width(model)
+
+
+def _outputs(model: model_config.ModelConfig) -> int:
+    """Numbers of an answer, with the four of a box."""
+    return model.vocab_size if model.head.of_vocabulary else model.head.outputs + 4 * model.head.boxes
 
 
 def _further_layers(model: model_config.ModelConfig) -> int:
@@ -143,28 +149,56 @@ def _further_layers(model: model_config.ModelConfig) -> int:
     return head.hidden_layers * (1 + head.boxes) if head.hidden != "none" else 0
 
 
-def _outputs(model: model_config.ModelConfig) -> int:
-    """Numbers of an answer, with the four of a box."""
-    return model.vocab_size if model.head.of_vocabulary else model.head.outputs + 4 * model.head.boxes
+def _further_matrices(model: model_config.ModelConfig) -> int:
+    """Entries of the further layers' matrices, of which the first of each row meets the hidden states."""
+    layers, width = _further_layers(model), _head_width(model)
+    first = min(layers, 1 + model.head.boxes)
+    return first * model.width * width + (layers - first) * width**2
+
+
+def _head_width(model: model_config.ModelConfig) -> int:
+    """Numbers that the head's output meets."""
+    return model.head.hidden_width or model.width
 
 
 def _image_parameters(model: model_config.ModelConfig) -> int:
     images = model.images
-    learned = 1 + images.class_tokens + images.detection_tokens
-    return 0 if model.has_vocabulary else _patch_matrix(model) + learned * model.width
+    vectors = images.patch**2 * images.channels + 1 + images.class_tokens + images.detection_tokens
+    return 0 if model.of_tokens or not images.patch else vectors * model.width
 
 
-def _patch_matrix(model: model_config.ModelConfig) -> int:
-    return model.images.patch**2 * model.images.channels * model.width
+def _audio_parameters(model: model_config.ModelConfig) -> int:
+    audio = model.audio
+    if model.of_tokens or not audio.channels:
+        return 0
+    last, times = audio.widths[-1], audio.position_kernel
+    matrices = sum(_convolution_entries(audio))
+    biases = sum(audio.widths) if audio.bias else 0
+    norms = 2 * {"none": 0, "first": audio.widths[0], "each": sum(audio.widths)}[audio.norm]
+    projection = (last + 1) * model.width if audio.projection != "none" else 0
+    projection += last * _norm_vectors(model) if audio.projection == "normed" else 0
+    positions = model.width**2 // audio.position_groups * times + times + model.width if times else 0
+    return matrices + biases + norms + projection + positions
+
+
+def _convolution_entries(audio: model_config.AudioConfig) -> list[int]:
+    """Entries of each convolution's kernel."""
+    return [
+        math.prod(sizes) for sizes in zip((audio.channels, *audio.widths), audio.kernels, audio.widths, strict=False)
+    ]
+
+
+def _norm_vectors(model: model_config.ModelConfig) -> int:
+    return 2 if model.norm == "layer" and model.norm_bias else 1
 
 
 def _norm_parameters(model: model_config.ModelConfig) -> int:
-    vectors = 2 if model.norm == "layer" and model.norm_bias else 1
     blocks = (3 if model.encoder.num_layers else 2) * (2 if model.norm_placement == "both" else 1)
     heads = {"none": 0, "head": 2, "projection": model.num_heads + model.num_kv_heads}[model.query_key_norm]
     per_layer = blocks * model.width + heads * model.head_dim
-    single = (model.norm_placement != "sum") + model.embedding_norm + model.head.hidden_norm
-    return (model.num_layers * per_layer + single * model.width) * vectors
+    single = (model.norm_placement != "sum") + model.embedding_norm
+    head = _head_width(model) * model.head.hidden_norm
+    return (model.num_layers * per_layer + single * model.width + head) * _norm_vectors(model)
 
 
 def attention_flops_per_token(model: model_config.ModelConfig, sequence_tokens: int, attention: Attention) -> int:
@@ -195,31 +229,63 @@ def _scores_per_sequence(
     return -(-tokens // window) * window * blocks * window
 
 
+def frontend_rows(model: model_config.ModelConfig, sequence_tokens: int) -> dict[str, float]:
+    """Path of each kernel that makes tokens of an image or of audio, from the first on → rows that it is multiplied
+    with for a sequence of so many; none for a model of tokens.
+
+    Of audio they are the frames that each convolution makes of the shortest one that gives so many, and the convolution
+    of positions has a part of a row for each time of its kernel that meets a frame and no zero.
+    """
+    images, audio = model.images, model.audio
+    if model.of_tokens:
+        return {}
+    if images.patch:
+        return {"images/patches": images.patches}
+    made = audio.layer_frames(audio.length(sequence_tokens))
+    rows = {f"audio/convolution_{i}": frames for i, frames in enumerate(made)}
+    if audio.projection != "none":
+        rows["audio/projection"] = sequence_tokens
+    if audio.position_kernel:
+        times = audio.position_kernel
+        met = sum(max(0, sequence_tokens - abs(i - times // 2)) for i in range(times))
+        rows["audio/positions"] = met / times
+    return rows
+
+
+def _frontend_flops(model: model_config.ModelConfig, sequence_tokens: int) -> list[float]:
+    """Forward FLOPs of each product that makes tokens of an image or of audio, for a sequence."""
+    rows = frontend_rows(model, sequence_tokens)
+    images, audio = model.images, model.audio
+    entries = {f"audio/convolution_{i}": count for i, count in enumerate(_convolution_entries(audio))}
+    entries["images/patches"] = images.patch**2 * images.channels * model.width
+    entries["audio/projection"] = (audio.widths or (0,))[-1] * model.width
+    entries["audio/positions"] = model.width**2 // audio.position_groups * audio.position_kernel
+    return [_FLOPS_PER_PARAMETER * count * entries[path] for path, count in rows.items()]
+
+
 def forward_flops_per_token(
     model: model_config.ModelConfig, sequence_tokens: int, attention: Attention = "causal"
 ) -> int:
-    """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention.
+    """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention, and its share of what makes
+    tokens of an image or of audio.
 
-    The unembedding counts, the embedding's look-up does not. What some tokens alone meet, the matrix of an image's
-    patches and a head that answers for fewer than all, is shared out over the sequence. With an encoder, a token
-    attends to a source of model.source.max_length tokens, 4·L·H·h FLOPs each, and bears its share of `source_flops`.
-    Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the unembedding added and attention in the named
-    convention.
+    The unembedding counts, the embedding's look-up does not; a head that answers for fewer than all tokens is shared
+    out over them. With an encoder, a token attends to a source of model.source.max_length tokens, 4·L·H·h FLOPs each,
+    and bears its share of `source_flops`. Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the
+    unembedding added and attention in the named convention.
     """
     matmul = _FLOPS_PER_PARAMETER * parameter_counts(model).matmul
     own = matmul + attention_flops_per_token(model, sequence_tokens, attention)
-    own += _flops_of_some(model, sequence_tokens) // sequence_tokens
+    own += round(_few_answers_flops(model, sequence_tokens) / sequence_tokens)
     if not model.encoder.num_layers:
-        return own
+        return own + round(sum(_frontend_flops(model, sequence_tokens)) / sequence_tokens)
     return own + cross_attention_flops_per_token(model) + source_flops(model, attention) // sequence_tokens
 
 
-def _flops_of_some(model: model_config.ModelConfig, sequence_tokens: int) -> int:
-    """Forward FLOPs of a sequence in the matrices that some of its tokens alone meet."""
-    met = 0 if model.has_vocabulary else model.images.patches * _patch_matrix(model)
+def _few_answers_flops(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """Forward FLOPs a sequence of a head that answers for fewer than all of its tokens."""
     answers = answers_per_sequence(model, sequence_tokens)
-    met += answers * _head_matrices(model) if answers != sequence_tokens else 0
-    return _FLOPS_PER_PARAMETER * met
+    return 0 if answers == sequence_tokens else _FLOPS_PER_PARAMETER * answers * _head_matrices(model)
 
 
 def cross_attention_flops_per_token(model: model_config.ModelConfig) -> int:
@@ -231,10 +297,9 @@ def source_flops(model: model_config.ModelConfig, attention: Attention = "causal
     """Model FLOPs of reading one source of model.source.max_length tokens: the encoder, and each layer's keys and
     values of its states."""
     source = model.source
-    length = source.max_length
     matrices = _FLOPS_PER_PARAMETER * (_counts(source).matmul + _source_projections(model))
-    each = matrices + attention_flops_per_token(source, length, attention)
-    return length * each + _flops_of_some(source, length)
+    scores = attention_flops_per_token(source, source.max_length, attention)
+    return source.max_length * (matrices + scores) + round(sum(_frontend_flops(source, source.max_length)))
 
 
 def training_flops_per_token(
@@ -243,9 +308,11 @@ def training_flops_per_token(
     """Model FLOPs of training on one token: three forward passes' worth.
 
     6 · matmul parameters + 6·L·S·H·h if causal, + 12·L·S·H·h if full. Source: as `forward_flops_per_token`; the
-    backward pass multiplies each weight twice, for the input's gradient and for the weight's.
+    backward pass multiplies each weight twice, for the input's gradient and for the weight's. Nobody asks for the
+    gradient of an image or of audio.
     """
-    return 3 * forward_flops_per_token(model, sequence_tokens, attention)
+    inputs = round(next(iter(_frontend_flops(model, sequence_tokens)), 0) / sequence_tokens)
+    return 3 * forward_flops_per_token(model, sequence_tokens, attention) - inputs
 
 
 def hardware_training_flops_per_token_bound(
@@ -294,7 +361,8 @@ def adapter_training_flops_per_token(
         raise ValueError(f"trained_layers is {trained_layers}; the model has {model.num_layers} layers.")
     forward = forward_flops_per_token(model, sequence_tokens, attention)
     unembedding = _FLOPS_PER_PARAMETER * model.vocab_size * model.width
-    forward_of_layers = forward - unembedding
+    frontend = round(sum(_frontend_flops(model, sequence_tokens)) / sequence_tokens)
+    forward_of_layers = forward - unembedding - frontend
     attention_flops = attention_flops_per_token(model, sequence_tokens, attention)
     # Attention has no weight to freeze: both of its factors get gradients, twice its forward FLOPs.
     backward_of_layers = (forward_of_layers + attention_flops) * trained_layers // model.num_layers

@@ -19,6 +19,7 @@ from jaxcost.cost.closed_form import (
     answers_per_sequence,
     attention_flops_per_token,
     cross_attention_flops_per_token,
+    frontend_rows,
 )
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
@@ -52,8 +53,11 @@ def training_step_flops(
     does not tell apart by operand type. Virtual tokens are tokens of the layers, not of the unembedding. Experts with a
     capacity multiply as many rows of each sequence, full or not; those without one multiply the tokens sent to them
     with dense matrices, the making of which is left out. An encoder reads a source of model.source.max_length tokens
-    for each sequence. An image's pixels get no gradient. Unrolled, a compiler drops the gradient of the lowest layer's
-    inputs where nothing below it trains.
+    for each sequence. Unrolled, a compiler drops the gradient of the lowest layer's inputs where nothing below it
+    trains.
+
+    What makes tokens of an image or of audio costs as much as for the shortest audio that gives so many, without the
+    gradient of what nothing below it trains.
 
     Args:
       model: what the weights are of, whatever sizes they have left.
@@ -68,13 +72,15 @@ def training_step_flops(
     below = _trains({name: tree for name, tree in params.items() if name not in _ABOVE})
     total, learns = 0, False
     if model.encoder.num_layers:
-        read, encoder, embed = model.source.max_length, params["encoder"], {"embed": params["embed"]}
+        read, encoder = model.source.max_length, params["encoder"]
+        embed = {"embed": params["embed"]} if model.source.of_tokens else {}
         under = _trains(embed | {name: tree for name, tree in encoder.items() if name not in _ABOVE})
         learns = _trains(embed | {"encoder": encoder})
+        total += batch * _frontend_flops(model.source, encoder, read)
         total += _blocks(model.source, encoder, batch, read, read, under, attention)
         total += sum(_flops(one, batch * read, learns) for one in _of_sources(params))
-        total += _of_patches(model.source, encoder, batch)
-    total += _of_patches(model, params, batch)
+    else:
+        total += batch * _frontend_flops(model, params, sequence_tokens)
     total += _blocks(model, params, batch, tokens, seen, below, attention, learns)
     answered = batch * answers_per_sequence(model, sequence_tokens)
     return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(model, params))
@@ -112,13 +118,6 @@ def _blocks(
     return total
 
 
-def _of_patches(model: ModelConfig, params: weights.Params, batch: int) -> int:
-    """FLOPs of making tokens of the patches of images, whose pixels get no gradient; 0 of a model of tokens."""
-    if model.has_vocabulary:
-        return 0
-    return _flops(multiplied(params["images"]["patches"]["kernel"]), batch * model.images.patches, False)
-
-
 def _of_sources(params: weights.Params) -> list[Multiplied]:
     """What each token of a source is multiplied with to make the keys and values of the layers."""
     stacks = [params[stack]["cross_attention"] for stack in STACKS if stack in params]
@@ -138,6 +137,25 @@ _FROM_SOURCE = ("key", "value")
 """The parts of attention to a source that meet its tokens and no others."""
 _SOURCE = re.compile(f"cross_attention/({'|'.join(_FROM_SOURCE)})/")
 _ABOVE = ("frozen_layers", "layers", "final_norm", "head", "unembed")
+
+
+def _frontend_flops(model: ModelConfig, params: weights.Params, sequence_tokens: int) -> int:
+    """FLOPs a sequence of what makes its tokens of an image or of audio, and of its gradients."""
+    total, below = 0, False
+    for path, rows in frontend_rows(model, sequence_tokens).items():
+        room, name = path.split("/")
+        w = params[room][name]["kernel"]
+        one = _made_dense(w) if name == "positions" else multiplied(w)
+        total += rows * 2 * (one.entries + (one.entries if below else _second_factor(w)) + one.trained)
+        below |= any(jax.tree.leaves(weights.trainable_tree(params[room][name])))
+        norm = params[room].get(f"{name}_norm", params[room].get(name.replace("convolution", "norm"), {}))
+        below |= any(jax.tree.leaves(weights.trainable_tree(norm)))
+    return round(total)
+
+
+def _second_factor(w: Any) -> int:
+    """Entries of what the first of a weight's two factors is multiplied with, which asks for that one's gradient."""
+    return multiplied(w.v if isinstance(w, LowRank) else w.b).entries if isinstance(w, LowRank | Lora) else 0
 
 
 def _of_the_head(model: ModelConfig, params: weights.Params) -> list[Any]:

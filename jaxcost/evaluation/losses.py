@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxcost import weights
 from jaxcost.models.heads import Output
@@ -130,6 +131,49 @@ def pairwise_logistic(
     better_QCC = relevance_QC[:, :, None] > relevance_QC[:, None, :]
     pairs_QCC = better_QCC * mask_QC[:, :, None] * mask_QC[:, None, :]
     return jnp.sum(pairs_QCC * jax.nn.softplus(scores_QC[:, None, :] - scores_QC[:, :, None])), jnp.sum(pairs_QCC)
+
+
+def ctc_loss(
+    hidden_BTD: jax.Array,
+    output: Output,
+    labels_BN: jax.Array,
+    mask_BN: jax.Array,
+    valid_BT: jax.Array | None = None,
+    *,
+    blank: int = 0,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The summed negative log-likelihood in nats of labels over all their alignments with the frames, and the number of
+    labels that counted; both float32 scalars.
+
+    Labels that do not fit into a row's frames, with a blank between two that are the same, have no alignment: they cost
+    nothing and get no gradient, but count. Source: Graves et al. 2006, Connectionist temporal classification, ICML.
+
+    Args:
+      hidden_BTD: final hidden states of the frames in the compute dtype.
+      output: what makes logits of them, the blank's among them.
+      labels_BN: int32 labels, none of which is the blank.
+      mask_BN: 1 where a label counts and 0 where it is padding, which stands behind the labels.
+      valid_BT: frames of no padding; all if not given.
+      blank: id of the blank.
+      key: random key for an output whose arithmetic is random.
+
+    Raises:
+      ValueError: the blank is none of the outputs, or there is not a row of labels for each row of frames.
+    """
+    logits_BTV = output(hidden_BTD, key)
+    if not 0 <= blank < logits_BTV.shape[-1]:
+        raise ValueError(f"The blank is {blank}, which is none of the model's {logits_BTV.shape[-1]} outputs.")
+    if len(labels_BN) != len(logits_BTV):
+        raise ValueError(f"There are {len(labels_BN)} rows of labels for {len(logits_BTV)} rows of frames.")
+    valid_BT = jnp.ones(logits_BTV.shape[:2], bool) if valid_BT is None else valid_BT
+    repeated_BN = (labels_BN[:, 1:] == labels_BN[:, :-1]) * mask_BN[:, 1:]
+    needed_B = jnp.sum(mask_BN, axis=1) + jnp.sum(repeated_BN, axis=1)
+    fits_B = needed_B <= jnp.sum(valid_BT, axis=1)
+    # It picks the labels' log-probabilities by a product, which TPUs round to bfloat16 unless told otherwise.
+    with jax.default_matmul_precision("float32"):
+        nats_B = optax.ctc_loss(logits_BTV, 1.0 - valid_BT, labels_BN, 1.0 - mask_BN, blank_id=blank)
+    return jnp.sum(jnp.where(fits_B, nats_B, 0.0)), jnp.sum(mask_BN).astype(jnp.float32)
 
 
 def over_chunks(

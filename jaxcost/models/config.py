@@ -57,10 +57,12 @@ class HeadConfig:
     vocabulary."""
     pooling: Literal["none", "first", "last", "mean"] = "none"
     """What is answered for: every token, or the sequence by its first or last token or by the mean of all."""
-    hidden: Literal["none", "tanh", "silu", "gelu", "gelu_exact", "relu"] = "none"
-    """A further layer (D, D) with this activation before the output."""
+    hidden: Literal["none", "linear", "tanh", "silu", "gelu", "gelu_exact", "relu"] = "none"
+    """A further layer with this activation, or a linear one, before the output."""
     hidden_layers: int = 1
     """Further layers of this kind, one behind the other."""
+    hidden_width: int = 0
+    """Numbers that the further layer makes; 0 is as many as the model is wide (D)."""
     hidden_bias: bool = True
     """The further layer has a bias."""
     hidden_norm: bool = False
@@ -86,8 +88,14 @@ class HeadConfig:
             raise ValueError("model.head.embed is on, which has no outputs and no bias; turn it off or leave them out.")
         if self.outputs < 0:
             raise ValueError(f"model.head.outputs is {self.outputs}; it cannot be negative.")
-        if self.hidden_norm and self.hidden == "none":
-            raise ValueError("model.head.hidden_norm is on without a further layer; set model.head.hidden.")
+        if (self.hidden_norm or self.hidden_width) and self.hidden == "none":
+            name = "hidden_norm is on" if self.hidden_norm else f"hidden_width is {self.hidden_width}"
+            raise ValueError(f"model.head.{name} without a further layer; set model.head.hidden.")
+        if self.hidden_width < 0 or (self.hidden_width and self.of_vocabulary):
+            raise ValueError(
+                f"model.head.hidden_width is {self.hidden_width}; it cannot be negative, and must be 0 where the "
+                "outputs are those of the vocabulary."
+            )
         if self.pooling != "none" and self.of_vocabulary:
             raise ValueError(
                 f"model.head.pooling is {self.pooling!r}, which answers for a sequence; set model.head.outputs to the "
@@ -146,6 +154,86 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AudioConfig:
+    """Audio in the place of tokens: a waveform, or frames of a spectrogram, through convolutions over time.
+
+    Sources: Baevski et al. 2020 (wav2vec 2.0, arXiv:2006.11477); Radford et al. 2022 (Whisper, arXiv:2212.04356).
+    """
+
+    channels: int = 0
+    """Numbers at each time: 1 of a waveform, or the mels of a spectrogram; 0 is a model of tokens."""
+    widths: tuple[int, ...] = ()
+    """Numbers that each convolution makes of what it sees, from the first on."""
+    kernels: tuple[int, ...] = ()
+    """Times that each convolution sees at once."""
+    strides: tuple[int, ...] = ()
+    """Times that each convolution goes on by."""
+    padded: bool = False
+    """Zeros stand before the first and behind the last time, half a kernel of them on each side; off, a convolution
+    sees what is there alone."""
+    bias: bool = True
+    """The convolutions have biases."""
+    activation: Literal["silu", "gelu", "gelu_exact", "relu"] = "gelu_exact"
+    """Non-linearity behind each convolution, that of positions too."""
+    norm: Literal["none", "first", "each"] = "none"
+    """Norms between a convolution and its non-linearity: of the first one's channels over time, padding included
+    (GroupNorm of one channel a group), or of each one's frames (LayerNorm)."""
+    projection: Literal["none", "linear", "normed"] = "none"
+    """What takes frames to the model's width: the last convolution, a linear layer, or a norm and a linear layer."""
+    position_kernel: int = 0
+    """Frames that a further convolution sees to tell positions by, whose output is added to the frames; 0 is none."""
+    position_groups: int = 1
+    """Groups of channels that the convolution of positions keeps apart."""
+
+    def __post_init__(self):
+        _check_kinds(self, "model.audio")
+        layers = (self.widths, self.kernels, self.strides)
+        if any(type(size) is not int or size < 1 for sizes in layers for size in sizes):
+            raise ValueError("model.audio.widths, kernels and strides must be whole numbers of at least 1.")
+        if len({len(sizes) for sizes in layers}) > 1:
+            raise ValueError(
+                f"model.audio has {len(self.widths)} widths, {len(self.kernels)} kernels and {len(self.strides)} "
+                "strides; give one of each for every convolution."
+            )
+        if self.channels < 0 or self.position_kernel < 0 or self.position_groups < 1:
+            raise ValueError("model.audio has a size that is negative, or no position_groups; change it.")
+        if bool(self.channels) != bool(self.widths):
+            raise ValueError(
+                f"model.audio.channels is {self.channels} and there are {len(self.widths)} convolutions; set both, or "
+                "neither for a model of tokens."
+            )
+        if self.padded and any(kernel % 2 == 0 for kernel in self.kernels):
+            raise ValueError("model.audio.padded is on, which needs odd kernels; change model.audio.kernels.")
+
+    def frames(self, length):
+        """Frames that the convolutions make of a length of audio, a number or an array; below 1 if it is too short.
+
+        Of a waveform's samples, or a spectrogram's frames, that are followed by padding, as many frames are valid.
+        """
+        for made in self.layer_frames(length):
+            length = made
+        return length
+
+    def layer_frames(self, length) -> list:
+        """What each convolution makes of a length of audio, in frames."""
+        found = []
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            length = (length + 2 * self.padding(kernel) - kernel) // stride + 1
+            found.append(length)
+        return found
+
+    def length(self, frames: int) -> int:
+        """The shortest audio that makes so many frames, in samples of a waveform or frames of a spectrogram."""
+        for kernel, stride in zip(self.kernels[::-1], self.strides[::-1], strict=True):
+            frames = (frames - 1) * stride + kernel - 2 * self.padding(kernel)
+        return frames
+
+    def padding(self, kernel: int) -> int:
+        """Zeros on each side of what a convolution with this kernel sees."""
+        return kernel // 2 if self.padded else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """An encoder that reads a source, whose states every block of the decoder attends to. What is not said here is as
     in the decoder. Sources: Vaswani et al. 2017, arXiv:1706.03762; Raffel et al. 2019 (T5), arXiv:1910.10683."""
@@ -197,9 +285,9 @@ class ModelConfig:
     """LayerNorm has its bias."""
     norm_epsilon: float = 1e-6
     """Added to the variance in the norm."""
-    position: Literal["rope", "learned", "relative"] = "rope"
+    position: Literal["rope", "learned", "relative", "none"] = "rope"
     """Rotary positions, a learned table of `max_length` rows, or a learned number for each head and distance that is
-    added to the scores of attention."""
+    added to the scores of attention; or none but those that `audio` tells."""
     relative_buckets: int = 32
     """Numbers of relative positions for each head: half of them for one distance each, the rest for ever wider ranges,
     and half of all for either side where the model is not causal."""
@@ -235,6 +323,8 @@ class ModelConfig:
     """RMSNorm of queries and keys before they are rotated: of each head, or of the whole projection."""
     qkv_bias: bool = False
     """Biases in the projections to queries, keys and values."""
+    key_bias: bool = True
+    """With `qkv_bias`, the projection to keys has one too."""
     output_bias: bool = False
     """A bias in the projection out of the attention."""
     local_rope_theta: float = 0.0
@@ -282,6 +372,8 @@ class ModelConfig:
     """The encoder of what the model answers to; none by default."""
     images: ImageConfig = ImageConfig()
     """Images in the place of tokens; none by default."""
+    audio: AudioConfig = AudioConfig()
+    """Audio in the place of tokens; none by default."""
     head: HeadConfig = HeadConfig()
     """What is made of the hidden states."""
 
@@ -330,14 +422,14 @@ class ModelConfig:
             raise ValueError("model.position_offset is for learned positions; set it to 0.")
         if self.tie_embeddings and not self.head.of_vocabulary:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
-        if self.head.boxes and (self.has_vocabulary or not self.images.detection_tokens):
+        if self.head.boxes and (self.of_tokens or not self.images.detection_tokens):
             raise ValueError("model.head.boxes is on, which needs model.images with detection_tokens.")
         if self.layer_positions and self.position != "learned":
             raise ValueError("model.layer_positions is for learned positions; turn it off.")
         if self.position == "relative":
             self._check_relative()
-        if not self.has_vocabulary:
-            self._check_images()
+        if not self.of_tokens:
+            self._check_input()
         if self.encoder.num_layers:
             self._check_encoder()
         self._check_experts()
@@ -368,15 +460,31 @@ class ModelConfig:
         # Whatever the encoder cannot be is said now.
         _ = self.source
 
-    def _check_images(self):
+    def _check_input(self):
+        name = "images" if self.images.patch else "audio"
         if self.vocab_size or self.head.of_vocabulary:
             raise ValueError(
-                "model.images is on, which leaves no vocabulary; set model.vocab_size to 0 and model.head.outputs or "
+                f"model.{name} is on, which leaves no vocabulary; set model.vocab_size to 0 and model.head.outputs or "
                 "model.head.embed."
             )
         if self.images.tokens > self.max_length:
             raise ValueError(
                 f"An image makes {self.images.tokens} tokens, more than model.max_length ({self.max_length}); raise it."
+            )
+        audio = self.audio
+        if not audio.channels:
+            return
+        if self.images.patch:
+            raise ValueError("model.images and model.audio are both on; turn one of them off.")
+        if audio.projection == "none" and audio.widths[-1] != self.width:
+            raise ValueError(
+                f"model.audio.widths ends with {audio.widths[-1]}, which is not model.width ({self.width}); change it "
+                "or set model.audio.projection."
+            )
+        if audio.position_kernel and self.width % audio.position_groups:
+            raise ValueError(
+                f"model.audio.position_groups ({audio.position_groups}) does not divide model.width ({self.width}); "
+                "change either."
             )
 
     def _check_experts(self):
@@ -395,14 +503,14 @@ class ModelConfig:
             raise ValueError("model.mlp_bias is on; experts have no biases, so turn it off.")
 
     @property
-    def has_vocabulary(self) -> bool:
-        """Whether tokens go in, if only as the answer to what an encoder reads, and not images."""
-        return self.encoder.num_layers > 0 or not self.images.patch
-
-    @property
     def generates(self) -> bool:
         """Whether the model gives logits of the next token."""
         return self.causal and self.head.of_vocabulary
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the model reads tokens, not images or audio, which an encoder may read for it."""
+        return self.encoder.num_layers > 0 or not (self.images.patch or self.audio.channels)
 
     @property
     def language_model(self) -> bool:
@@ -411,7 +519,7 @@ class ModelConfig:
 
     @property
     def source(self) -> ModelConfig:
-        """The config of the encoder: a model of embeddings, or images, that gives its hidden states."""
+        """The config of the encoder: a model of embeddings, images or audio that gives its hidden states."""
         e = self.encoder
         heads = e.num_heads or self.num_heads
         return dataclasses.replace(

@@ -63,9 +63,10 @@ class Boxes(nn.Module):
 def _deepened(config: ModelConfig, hidden_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     """Hidden states behind the head's further layers, which become parameters of the module that calls."""
     head = config.head
+    width = head.hidden_width or config.width
     keys = weights.split_keys(key, head.hidden_layers if head.hidden != "none" else 0)
     for i, one in enumerate(keys):
-        layer = Linear(config.width, ("embed", None), head.hidden_bias, name=f"hidden_{i + 1}" if i else "hidden")
+        layer = Linear(width, ("embed", None), head.hidden_bias, name=f"hidden_{i + 1}" if i else "hidden")
         hidden_BTD = activation(head.hidden)(layer(hidden_BTD, one))
     return hidden_BTD
 

@@ -92,7 +92,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 _ACTIVATIONS = {
-    "none": lambda x: x,
+    "linear": lambda x: x,
     "tanh": jnp.tanh,
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,

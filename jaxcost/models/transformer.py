@@ -5,6 +5,10 @@ over L; what a config does not ask for is not there:
 
     embed/table                             (V, D), or, for images of patches of P numbers:
     images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
+    or, for audio:
+    audio/convolution_{i}/kernel            (channels · times, C), and `bias`; audio/norm_{i}/{scale,bias} (C,)
+    audio/projection/kernel                 (C, D), and `bias`; audio/projection_norm/scale (C,)
+    audio/positions/kernel                  (D / groups · times, D), and `bias`; audio/positions/scale (times,)
     positions/table                         (max_length + offset, D), learned positions only
     layer_positions/table                   (L - 1, max_length + offset, D)
     relative/table                          (buckets, H), relative positions only
@@ -22,7 +26,8 @@ over L; what a config does not ask for is not there:
     layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
     layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
-    head/hidden/kernel                      (D, D), and `bias`, further ones as `hidden_2`, ...; head/norm/scale (D,)
+    head/hidden/kernel                      (D, D) or (D, hidden width), and `bias`, further ones as `hidden_2`, ...
+    head/norm/scale                         (D,)
     head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
     head/boxes/{hidden,output}/kernel       (D, D), (D, 4), and `bias`, further ones as those of the head
     unembed/kernel                          (D, V), untied only, and `bias` (V,)
@@ -48,6 +53,7 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.models import attention, context, optional
 from jaxcost.models import cache as caches
+from jaxcost.models.audio import Audio, frames_of
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import ExecutionConfig, named
 from jaxcost.models.experts import Experts
@@ -120,7 +126,7 @@ class Attention(nn.Module):
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="key")(seen_BTD, keys[1])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key")(seen_BTD, keys[1])
         v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(seen_BTD, keys[2])
         if c.query_key_norm == "projection":
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
@@ -179,7 +185,8 @@ class CrossAttention(nn.Module):
     def of_source(c: ModelConfig) -> tuple[Linear, Linear]:
         """The layers that make keys and values of the source's states."""
         size, axes = c.num_kv_heads * c.head_dim, ("embed", "kv_heads")
-        return Linear(size, axes, c.qkv_bias, name="key"), Linear(size, axes, c.qkv_bias, name="value")
+        key_bias = c.qkv_bias and c.key_bias
+        return Linear(size, axes, key_bias, name="key"), Linear(size, axes, c.qkv_bias, name="value")
 
 
 class Block(nn.Module):
@@ -257,14 +264,15 @@ class Transformer(nn.Module):
         source_BS=None,
         source_valid_BS=None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels). With a cache, row b's tokens
-        start at cache.length[b].
+        """Tokens may be embeddings (B, T, D) too, or images (B, height, width, channels), a waveform (B, samples) or a
+        spectrogram (B, frames, mels). With a cache, row b's tokens start at cache.length[b].
 
         An encoder reads the source, which is all that tokens may be, and which of it is valid; with a cache it has read
         it already (see `start_cache`).
 
-        Tokens that are not valid (bool, all are if not given) are padding behind a row's end: no other sees them, and
-        heads that pool leave them out. Types (int32, all 0 if not given) say which kind each token is of.
+        Tokens that are not valid (bool, all are if not given; see `audio.valid_frames`) are padding behind a row's end:
+        no other sees them, and heads that pool leave them out. Types (int32, all 0 if not given) say which kind each
+        token is of.
 
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
@@ -274,7 +282,7 @@ class Transformer(nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
         encodes = c.encoder.num_layers > 0
-        length = tokens_BT.shape[1] if c.has_vocabulary else c.images.tokens
+        length = _length(c, tokens_BT)
         _check_cache(c, params, length, cache)
         source = None if cache is None else cache.source
         if encodes and self.is_initializing():
@@ -284,7 +292,7 @@ class Transformer(nn.Module):
         elif encodes and cache is None:
             key, source_key = weights.split_keys(key)
             source = encode(self, params, source_BS, source_valid_BS, source_key)
-        x_BTD = self._embedded(c, tokens_BT, key).astype(self.execution.dtype)
+        x_BTD = self._embedded(c, tokens_BT, key, valid_BT).astype(self.execution.dtype)
         if cache is None:
             x_BTD = optional.with_prompt(params, x_BTD)
             valid_BT = optional.with_virtual(valid_BT, optional.prompt_tokens(params))
@@ -333,9 +341,12 @@ class Transformer(nn.Module):
             return hidden_BTD, None
         return hidden_BTD, cache.replace(key=kv[0], value=kv[1], length=cache.length + length)
 
-    def _embedded(self, c: ModelConfig, tokens_BT, key):
-        if not c.has_vocabulary:
-            return Images(c, name="images")(tokens_BT.astype(self.execution.dtype), key)
+    def _embedded(self, c: ModelConfig, tokens_BT, key, valid_BT):
+        if not c.of_tokens:
+            inputs = tokens_BT.astype(self.execution.dtype)
+            if c.images.patch:
+                return Images(c, name="images")(inputs, key)
+            return Audio(c, name="audio")(inputs, key, valid_BT)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
@@ -402,22 +413,19 @@ def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weig
 
 
 def _boxed(model: Transformer, key: jax.Array) -> weights.Params:
-    """The parameters with the names of their axes, which one token of an input, or an image, is enough to make."""
-    c = model.config
-    if not c.has_vocabulary:
-        return model.init(key, jnp.zeros((1, c.images.height, c.images.width, c.images.channels)))["params"]
-    token = jnp.zeros((1, 1), jnp.int32) if c.vocab_size else jnp.zeros((1, 1, c.width))
-    return model.init(key, token)["params"]
+    """The parameters with the names of their axes."""
+    return model.init(key, jnp.zeros(_smallest_input(model.config), jnp.int32))["params"]
 
 
 def encode(
     model: Transformer, params: weights.Params, source_BS: jax.Array, valid_BS=None, key: jax.Array | None = None
 ) -> Source:
-    """What a model's encoder makes of a source: tokens, embeddings (B, S, D) or images; ValueError if it is None."""
+    """What a model's encoder makes of a source: tokens, embeddings (B, S, D), images or audio, of which `valid_BS` are
+    the frames; ValueError if it is None."""
     c = model.config.source
     if source_BS is None:
         raise ValueError("model.encoder is on, which reads a source; give one beside the tokens.")
-    if c.has_vocabulary and source_BS.ndim == 2:
+    if source_BS.ndim == 2 and c.of_tokens:
         source_BS = jnp.take(weights.materialize(params["embed"]["table"]), source_BS, axis=0)
     encoder = Transformer(c, model.execution, parent=None)
     states_BSD, _ = encoder.apply({"params": params["encoder"]}, source_BS, key=key, valid_BT=valid_BS)
@@ -597,6 +605,33 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
             f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
             "start_cache and the same weights."
         )
+
+
+def _length(c: ModelConfig, tokens_BT: jax.Array) -> int:
+    """Tokens of a sequence, or what stands in their place."""
+    if c.of_tokens:
+        return tokens_BT.shape[1]
+    return c.images.tokens if c.images.patch else frames_of(c.audio, tokens_BT.shape[1])
+
+
+def _smallest_input(c: ModelConfig) -> tuple[int, ...]:
+    """Shape of the least that a model takes."""
+    if not c.of_tokens:
+        return _of_length(c, 1, c.audio.length(1))
+    return (1, 1) if c.vocab_size else (1, 1, c.width)
+
+
+def largest_input(c: ModelConfig, rows: int) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Shape and dtype of the most that a model takes: so many rows of tokens, images or audio."""
+    if not c.of_tokens:
+        return _of_length(c, rows, c.audio.length(c.max_length)), jnp.float32
+    return (rows, c.max_length), jnp.int32
+
+
+def _of_length(c: ModelConfig, rows: int, length: int) -> tuple[int, ...]:
+    if c.images.patch:
+        return (rows, c.images.height, c.images.width, c.images.channels)
+    return (rows, length, *((c.audio.channels,) if c.audio.channels > 1 else ()))
 
 
 def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:

@@ -112,10 +112,12 @@ def _exchange(collective: links.Collective, each: links.Exchange) -> dict[str, A
 def vocabulary_of(experiment: Experiment) -> int:
     """Rows of the embedding table: the model's, or those of the tokenizer that the data config names.
 
-    ValueError for a model of images, of which no plan is made.
+    ValueError for a model of images or of audio, of which no plan is made.
     """
-    if not experiment.model.has_vocabulary:
+    if experiment.model.images.patch:
         raise ValueError("model.images is on, and plans are of batches of tokens; set model.images.patch to 0.")
+    if experiment.model.audio.channels:
+        raise ValueError("model.audio is on, and plans are of batches of tokens; give a model without it.")
     return experiment.model.vocab_size or -(-build_tokenizer(experiment.data).vocab_size // 128) * 128
 
 

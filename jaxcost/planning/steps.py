@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
-from jaxcost.models.transformer import Transformer, abstract, axes_of, resized, start_cache
+from jaxcost.models.transformer import Transformer, abstract, axes_of, largest_input, resized, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, rows_of
 from jaxcost.session import read_experiment
@@ -145,10 +145,7 @@ def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) 
 
 def _source(model: Transformer, rows: int) -> jax.ShapeDtypeStruct:
     """What an encoder reads at its longest."""
-    c = model.config.source
-    if c.has_vocabulary:
-        return jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)
-    return jax.ShapeDtypeStruct((rows, c.images.height, c.images.width, c.images.channels), jnp.float32)
+    return jax.ShapeDtypeStruct(*largest_input(model.config.source, rows))
 
 
 def _on_mesh(model: Transformer, shapes: weights.Params, mesh: Mesh) -> weights.Params:

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.evaluation.detection import detection_loss
-from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.evaluation.losses import cross_entropy, ctc_loss
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain
@@ -63,6 +63,7 @@ def make_train_step(
     loss_chunks: int = 1,
     router_losses: Mapping[str, float] = MappingProxyType({}),
     distiller: Distiller | None = None,
+    ctc_blank: int | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
@@ -73,11 +74,17 @@ def make_train_step(
     `router_losses`.
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
-    function takes the teacher's weights as a third argument. ValueError if the head has boxes, of which no teacher
-    says anything.
+    function takes the teacher's weights as a third argument. With the id of a blank, the loss is that of CTC, in nats a
+    label.
     """
-    if distiller is not None and model.config.head.boxes:
-        raise ValueError("Distillation is of logits and states, and model.head.boxes is on; leave out the teacher.")
+    if distiller is not None and ctc_blank is not None:
+        raise ValueError("A distiller compares tokens one by one, which CTC does not; leave out either.")
+    if ctc_blank is not None and model.config.head.pooling != "none":
+        raise ValueError("CTC takes an answer for each frame; set model.head.pooling to 'none'.")
+    if model.config.head.boxes and not (distiller is ctc_blank is None):
+        raise ValueError(
+            "model.head.boxes is on, which is learned by the loss of a set; leave out the teacher and CTC."
+        )
 
     def loss_sums(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
@@ -93,6 +100,12 @@ def make_train_step(
         if model.config.head.boxes:
             found = (output_of(model.config, params)(hidden_BSD, head_key), sown[FOUND][BOXES])
             total, _ = detection_loss(*found, batch["targets"], batch["boxes"], batch["mask"])
+            objective = total
+        elif ctc_blank is not None:
+            output = output_of(model.config, params)
+            frames = batch.get("valid")
+            how = {"blank": ctc_blank, "key": head_key}
+            total, _ = ctc_loss(hidden_BSD, output, batch["targets"], batch["mask"], frames, **how)
             objective = total
         elif distiller is None:
             output = output_of(model.config, params)

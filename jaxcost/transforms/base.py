@@ -98,8 +98,9 @@ BLOCK_KERNELS = (Rule("layers/(?!.*router/).*kernel$"),)
 """The matrices of the blocks, which most transforms act on unless told otherwise; an experts' router is small and
 sensitive, and is left alone."""
 
-ALL_KERNELS = (Rule("^(?!.*router/).*kernel$"),)
-"""The matrices of the blocks and the unembedding."""
+ALL_KERNELS = (Rule("^(?!.*router/|audio/(convolution|positions)).*kernel$"),)
+"""The matrices of the blocks and the unembedding. Convolutions of audio are left alone: the ten samples of a waveform
+that the first one meets fill no group of a scale."""
 
 
 @dataclasses.dataclass(frozen=True)

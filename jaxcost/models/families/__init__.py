@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxcost.models.config import ModelConfig
+from jaxcost.models.families.audio import AUDIO
 from jaxcost.models.families.base import TOKENS, Family, Fields, Head, Tensors, UnsupportedModel, shortest_pattern
 from jaxcost.models.families.decoders import DECODERS
 from jaxcost.models.families.encoder_decoders import ENCODER_DECODERS
@@ -31,7 +32,7 @@ __all__ = [
     "shortest_pattern",
 ]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS, **VISION}
+FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS, **VISION, **AUDIO}
 """A checkpoint's `model_type` → its family."""
 
 

@@ -61,10 +61,12 @@ class Family:
     """What the names of its classes start with."""
     stored: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
     """Tensor → the shape that checkpoints hold it in, where that is of more axes than a matrix has."""
-    absent: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
-    """Names of the table that a config's checkpoints do not have, although the model has their parameters."""
     transposed: bool = True
     """Matrices of the blocks are (out, in), as torch's linear layers keep them; ours are (in, out)."""
+    further: Callable[[ModelConfig], Tensors] = lambda config: {}
+    """Tensors that depend on the config by their number, or by where they go."""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """End of a tensor's name in older checkpoints → its end in these."""
 
     def head_of(self, fields: Fields) -> Head:
         """The head of a checkpoint, by the class that its `config.json` names; UnsupportedModel if it is not ours."""

@@ -70,8 +70,7 @@ def _t5_stack(theirs: str, ours: str, cross: bool) -> dict[str, tuple[str, ...]]
     bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     table[bias] = (f"{ours}relative/table",)
     mlp = f"{theirs}.block.{{layer}}.layer.{len(parts)}"
-    for short, matrix in (("wi", "up"), ("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-        table[f"{mlp}.DenseReluDense.{short}.weight"] = (f"{ours}layers/mlp/{matrix}/kernel",)
+    table[f"{mlp}.DenseReluDense.wo.weight"] = (f"{ours}layers/mlp/down/kernel",)
     table[f"{mlp}.layer_norm.weight"] = (f"{ours}layers/mlp_norm/scale",)
     table[f"{theirs}.final_layer_norm.weight"] = (f"{ours}final_norm/scale",)
     return table
@@ -94,13 +93,21 @@ _T5_HEADS = {
 }
 
 
-def _t5_absent(config: ModelConfig) -> tuple[str, ...]:
-    """The first matrix of an MLP has one name where there is a gate, and another where there is none."""
-    return tuple(name for name in _T5 if name.endswith(".wi.weight" if config.gated else ".wi_1.weight"))
+def _t5_further(config: ModelConfig) -> Tensors:
+    """The first matrix of an MLP, which has another name where there is a gate."""
+    names = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
+    return {
+        f"{theirs}.DenseReluDense.{short}.weight": (f"{ours}layers/mlp/{matrix}/kernel",)
+        for theirs, ours in (
+            ("encoder.block.{layer}.layer.1", "encoder/"),
+            ("decoder.block.{layer}.layer.2", ""),
+        )
+        for short, matrix in names.items()
+    }
 
 
 ENCODER_DECODERS: Mapping[str, Family] = {
-    "t5": Family(_t5, _T5, _T5_HEADS, "T5", absent=_t5_absent),
-    "mt5": Family(_mt5, _T5, _T5_HEADS, "MT5", absent=_t5_absent),
+    "t5": Family(_t5, _T5, _T5_HEADS, "T5", further=_t5_further),
+    "mt5": Family(_mt5, _T5, _T5_HEADS, "MT5", further=_t5_further),
 }
 """A checkpoint's `model_type` → its family."""

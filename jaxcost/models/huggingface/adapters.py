@@ -112,7 +112,8 @@ def save_adapter(
     modules = {}
     for place in source.places.values():
         if adapted & set(place.paths):
-            if not place.paths[0].endswith("/kernel") or (config.experts and "/mlp/" in place.paths[0]):
+            plain = place.paths[0].endswith("/kernel") and not place.folded
+            if not plain or (config.experts and "/mlp/" in place.paths[0]):
                 raise families.UnsupportedModel(f"peft has no module for the adapter of {place.paths[0]}.")
             modules[place.module] = _module(source, place)
     ranks = {module: len(a) for module, (a, _, _, _) in modules.items()}

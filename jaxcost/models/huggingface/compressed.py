@@ -98,7 +98,7 @@ def tensors(source: Source, dtype: np.dtype) -> tuple[list[Tensor], dict[str, An
         if scheme is None:
             written.append(source.dense(place, dtype))
             ignored += [place.module] if place.transposed else []
-        elif not place.transposed:
+        elif not place.transposed or place.folded:
             raise UnsupportedModel(f"{place.name} is no linear layer of torch, which is all that the layout quantises.")
         else:
             written += _coded(source, place, scheme)

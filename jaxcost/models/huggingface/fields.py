@@ -75,8 +75,13 @@ def _effective(c: ModelConfig) -> ModelConfig:
     unused += [] if c.position == "rope" else ["rope_theta", "rope_scaling", "rotary_fraction", "local_rope_theta"]
     unused += [] if c.experts else ["experts_per_token", "normalize_experts"]
     unused += [] if c.norm == "layer" else ["norm_bias"]
+    unused += [] if c.qkv_bias else ["key_bias"]
     unused += [] if c.position == "relative" else ["relative_buckets", "relative_distance"]
+    # Without a table of positions, and without tokens to plan for, nothing depends on it.
+    unused += [] if c.of_tokens or c.position == "learned" else ["max_length"]
     changes = {name: getattr(default, name) for name in unused}
+    if c.head.hidden_width == c.width:
+        changes["head"] = dataclasses.replace(c.head, hidden_width=0)
     changes["pattern"] = families.shortest_pattern(c.layer_kinds)
     scale = c.attention_scale or c.head_dim**-0.5
     changes["attention_scale"] = float(f"{scale:.12g}")
@@ -284,6 +289,48 @@ def _siglip(c: ModelConfig) -> dict[str, Any]:
     return {"vision_config": _siglip_vision(c) | {"model_type": "siglip_vision_model"}}
 
 
+def _whisper(c: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_model": c.width,
+        "encoder_layers": c.num_layers,
+        "encoder_attention_heads": c.num_heads,
+        "encoder_ffn_dim": c.mlp_width,
+        "activation_function": _ACTIVATIONS[c.activation],
+        "num_mel_bins": c.audio.channels,
+        "max_source_positions": c.max_length,
+        "classifier_proj_size": c.head.hidden_width or c.width,
+    }
+
+
+def _wav2vec2(c: ModelConfig) -> dict[str, Any]:
+    audio = c.audio
+    return {
+        **_sizes(c),
+        "vocab_size": c.head.outputs or 32,
+        "hidden_act": _ACTIVATIONS[c.activation],
+        "layer_norm_eps": c.norm_epsilon,
+        "do_stable_layer_norm": c.norm_placement == "pre",
+        "conv_dim": list(audio.widths),
+        "conv_kernel": list(audio.kernels),
+        "conv_stride": list(audio.strides),
+        "conv_bias": audio.bias,
+        "feat_extract_activation": _ACTIVATIONS[audio.activation],
+        "feat_extract_norm": {"first": "group", "each": "layer"}.get(audio.norm),
+        "num_conv_pos_embeddings": audio.position_kernel,
+        "num_conv_pos_embedding_groups": audio.position_groups,
+        "classifier_proj_size": c.head.hidden_width or c.width,
+        # The blank, which transformers' loss looks up there.
+        "pad_token_id": 0,
+        # Without masks in training there is no vector of masked frames.
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+    }
+
+
+def _hubert(c: ModelConfig) -> dict[str, Any]:
+    return _wav2vec2(c) | {"feat_proj_layer_norm": c.audio.projection == "normed"}
+
+
 def _layer_types(c: ModelConfig) -> list[str]:
     return [_KINDS[kind] for kind in c.layer_kinds]
 
@@ -311,5 +358,8 @@ _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "yolos": _yolos,
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
+    "whisper": _whisper,
+    "wav2vec2": _wav2vec2,
+    "hubert": _hubert,
 }
 """A family's `model_type` → what writes its fields; in order of preference."""

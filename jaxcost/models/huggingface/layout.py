@@ -55,9 +55,9 @@ class Place:
 
 def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The place of every tensor that a model of the config has, by name; `shapes` are those of its dense parameters."""
-    found, folded, absent = {}, family.stored(config), family.absent(config)
-    for template, paths in {**family.tensors, **head.tensors}.items():
-        if template in absent or not set(paths) <= set(shapes):
+    found, folded = {}, family.stored(config)
+    for template, paths in {**family.tensors, **family.further(config), **head.tensors}.items():
+        if not set(paths) <= set(shapes):
             continue
         transposed = paths[0].endswith("/kernel") and (family.transposed or template in head.tensors)
         axes = [axis for axis in ("layer", "expert", "token") if f"{{{axis}}}" in template]

@@ -90,7 +90,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.He
 def read_headers(folder: Path, family: families.Family, head: families.Head) -> dict[str, safetensors.Stored]:
     """All tensors of a folder by the names of the family's table; raises as `load` does.
 
-    A checkpoint of a model without its head has names without the first part, which is put before them.
+    A checkpoint of a model without its head has names without the first part, which is put before them, and an older
+    one may have other ends of names.
     """
     if (folder / INDEX).exists():
         mapping = read_json(folder / INDEX).get("weight_map")
@@ -110,6 +111,8 @@ def read_headers(folder: Path, family: families.Family, head: families.Head) -> 
             found |= safetensors.read_header(path)
         except ValueError as error:
             raise BadCheckpoint(str(error)) from error
+    for old, new in family.renamed.items():
+        found = {name.removesuffix(old) + new if name.endswith(old) else name: one for name, one in found.items()}
     prefix = next(iter(family.tensors)).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in found):
         return found
