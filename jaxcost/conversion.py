@@ -132,7 +132,7 @@ def export_run(
     if kept.is_dir():
         before = json.loads((kept / "config.json").read_text())
         model_type = model_type or before["model_type"]
-        names = (*_SPECIAL, *(_LABELS if len(before.get("id2label") or ()) == config.head.outputs else ()))
+        names = (*_SPECIAL, *(_LABELS if len(before.get("id2label") or ()) == config.head.labels else ()))
         extra = {name: before[name] for name in names if name in before}
     model_type = fields_of(config, model_type)["model_type"]
     if adapter_only:

@@ -31,6 +31,7 @@ CONFIGS = {
     "windows that blocks do not divide": dataclasses.replace(
         SMALL, pattern=("local",), window=3, norm_placement="post", query_key_norm="projection"
     ),
+    "stream": dataclasses.replace(SMALL, norm="layer", norm_placement="stream"),
     # A row for every pair of a token and an expert, none of them empty.
     "experts": dataclasses.replace(SMALL, experts=4, experts_per_token=2, capacity_factor=1.0, shared_width=24),
     "plain experts": dataclasses.replace(SMALL, experts=8, experts_per_token=1, capacity_factor=1.0, gated=False),

@@ -77,6 +77,7 @@ VISION = {
     ),
     "vit, no head": ("ViTModel", {}),
     "deit": ("DeiTForImageClassification", {}),
+    "yolos, no head": ("YolosModel", {"image_size": (16, 24), "use_mid_position_embeddings": False}),
     "siglip": ("SiglipForImageClassification", {}),
     "siglip's tower": ("SiglipVisionModel", {}),
 }

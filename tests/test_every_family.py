@@ -1,4 +1,5 @@
-"""The table of family × transform: every transform applies to every family that can be read, or says why it does not.
+"""The table of family × transform: every transform applies to every family, or says why it does not. Families are those
+that can be read, and models beside them that no checkpoint of transformers holds.
 
 All pairs by their shapes, and a seventh of them by numbers: a model of weights of any kinds computes what the model of
 the dense matrices that they mean computes.
@@ -17,8 +18,9 @@ from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding, weights
+from jaxcost.config import load
 from jaxcost.models import families
-from jaxcost.models.transformer import Transformer, initialize, logits, output_of
+from jaxcost.models.transformer import Transformer, detections, initialize, logits, output_of
 from jaxcost.training.batch import beside_inputs
 from jaxcost.transforms import (
     bias_only,
@@ -66,6 +68,7 @@ OPTIONS = {
     "phi3": {"sliding_window": 4},
     "roberta": {"architectures": ["RobertaForSequenceClassification"], "type_vocab_size": 1},
     "modernbert": {"local_attention": 4},
+    "yolos": {"num_detection_tokens": 3},
     "siglip": {"vision_config": IMAGES},
     "t5": ENCODED,
     "mt5": ENCODED | {"num_decoder_layers": 3},
@@ -73,6 +76,10 @@ OPTIONS = {
     "wav2vec2": AUDIO,
     "hubert": AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
+SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)
+BESIDE = {"sasrec": dataclasses.replace(SASREC, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8)}
+"""Models of no checkpoint → their configs."""
+FAMILIES = [*families.FAMILIES, *BESIDE]
 TRANSFORMS = {
     "prune": prune(sparsity=0.5),
     "prune 2:4": prune(pattern="2:4"),
@@ -103,8 +110,8 @@ TRANSFORMS = {
 
 @functools.cache
 def model_of(family):
-    fields = (IMAGES if family in ("vit", "deit", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
-    config = families.config_of(fields | {"model_type": family})
+    fields = (IMAGES if family in ("vit", "deit", "yolos", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
+    config = BESIDE.get(family) or families.config_of(fields | {"model_type": family})
     model = Transformer(config)
     params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
     # Off 0 and 1, where a vector that is lost would not be missed.
@@ -134,15 +141,17 @@ def inputs_of(config, seed=0, rows=2):
 
 
 def outputs(model, params, batch):
+    if model.config.head.boxes:
+        return jnp.concatenate(detections(model, params, batch["inputs"]), axis=-1)
     hidden, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
     return logits(model.config, params, hidden)
 
 
 # A tower that only embeds has nothing to be trained on.
-TRAINED = [family for family in families.FAMILIES if family != "siglip_vision_model"]
+TRAINED = [family for family in FAMILIES if family != "siglip_vision_model"]
 UNBIASED = {"llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 UNBIASED |= {"t5", "mt5"}
-IMAGED = {"vit", "deit", "siglip", "siglip_vision_model"}
+IMAGED = {"vit", "deit", "yolos", "siglip", "siglip_vision_model"}
 HEARD = {"wav2vec2", "hubert"}
 REFUSED = {
     "biases": (UNBIASED, "matches no weight"),
@@ -154,7 +163,7 @@ REFUSED = {
 """Transform → the families that it does not apply to, and what it says of them."""
 
 
-@sweep("family", sorted(families.FAMILIES, key=("bert", "mixtral", "vit").__contains__, reverse=True), quick=1)
+@sweep("family", sorted(FAMILIES, key=("bert", "mixtral", "vit").__contains__, reverse=True), quick=1)
 def test_every_transform_applies_to_every_family(family):
     """By shapes alone, which is what planning goes by: nothing is computed."""
     model, params = model_of(family)
@@ -163,7 +172,8 @@ def test_every_transform_applies_to_every_family(family):
     plain = jax.eval_shape(outputs_of, params, inputs)
     if not model.config.head.embed:
         bias = output_of(model.config, params).bias
-        assert bias is None or bias.shape == plain.shape[-1:]
+        numbers = plain.shape[-1] - 4 * model.config.head.boxes
+        assert bias is None or bias.shape == (numbers,)
     for name, transform in TRANSFORMS.items():
         families_of, said = REFUSED.get(name, ((), ""))
         if family in families_of:
@@ -176,11 +186,13 @@ def test_every_transform_applies_to_every_family(family):
         assert jax.eval_shape(outputs_of, made, inputs) == plain, name
 
 
+def taking(transform):
+    """The families that a transform applies to."""
+    return [family for family in FAMILIES if family not in REFUSED.get(transform, ((), ""))[0]]
+
+
 PAIRS = [
-    (family, name)
-    for i, name in enumerate(TRANSFORMS)
-    for j, family in enumerate(families.FAMILIES)
-    if (i + j) % 7 == 0 and family not in REFUSED.get(name, ((), ""))[0]
+    (family, name) for i, name in enumerate(TRANSFORMS) for j, family in enumerate(taking(name)) if (i + j) % 7 == 0
 ]
 
 
@@ -204,9 +216,13 @@ def stepped(family, mesh_config):
     devices = jax.devices()[: math.prod(dataclasses.asdict(mesh_config).values())]
     mesh = sharding.make_mesh(mesh_config, devices)
     inputs = inputs_of(model.config, seed=3, rows=8)
-    shape = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
-    targets = np.random.default_rng(4).integers(0, shape[-1], shape[:2])
-    batch = inputs | {"targets": jnp.asarray(targets), "mask": jnp.ones(shape[:2])}
+    *answers, numbers = jax.eval_shape(functools.partial(outputs, model), params, inputs).shape
+    rng = np.random.default_rng(4)
+    batch = inputs | {"mask": jnp.ones(answers)}
+    if model.config.head.boxes:
+        numbers = model.config.head.labels
+        batch |= {"boxes": rng.uniform(0.1, 0.5, (*answers, 4)), "mask": rng.integers(0, 2, answers).astype(np.float32)}
+    batch["targets"] = rng.integers(0, numbers, answers)
     (metrics,), _ = small.trained(model, params, [batch], mesh)
     return [metrics[name] for name in ("loss", "gradient_norm")]
 
@@ -218,5 +234,5 @@ def test_every_family_trains_on_a_mesh_as_on_one_device(family):
 
 
 def test_the_pairs_reach_every_family_and_every_transform():
-    assert {family for family, _ in PAIRS} == set(families.FAMILIES)
+    assert {family for family, _ in PAIRS} == set(FAMILIES)
     assert {name for _, name in PAIRS} == set(TRANSFORMS)

@@ -29,11 +29,11 @@ class ParameterCounts:
     by_part: dict[str, int]
     """`embedding` (with that of token types, or what images or audio meet in its place), `positions`, `attention` (also
     to a source), `mlp` (of experts those that all tokens share), `experts`, `router`, `biases`, `norms`, `head` (its
-    further layer), `unembedding` (or the head's output); a tied one counts 0 here. An encoder's are among them."""
+    further layers), `unembedding` (or the head's outputs); a tied one counts 0 here. An encoder's are among them."""
     matmul: int
     """Parameters that every token is multiplied with: attention, the MLP or a token's own experts, the router and the
-    head with the unembedding, tied or not, unless it pools the tokens. Those that meet a source alone are not among
-    them."""
+    head with the unembedding, tied or not, unless it answers for fewer than all. Those that meet a source alone are not
+    among them."""
 
     @property
     def total(self) -> int:
@@ -47,8 +47,9 @@ def parameter_counts(model: model_config.ModelConfig) -> ParameterCounts:
     Per layer: D·H·h for the query, 2·D·K·h for key and value, H·h·D for the output, 3·D·F for a gated MLP (2·D·F for
     a plain one) or for each of E experts, D·E for their router, and two norms of D scales (and D biases if LayerNorm),
     four where a block has norms on both sides; besides them V·D for the embedding, V·D for an untied unembedding, a
-    final norm, and S·D for learned positions, or a number a bucket and head for relative ones. Biases and norms of
-    queries and keys come on top. With an encoder, its own, and each layer has attention and the norms of it twice.
+    final norm, and S·D for learned positions, L times that if they stand behind layers too, or a number a bucket and
+    head for relative ones. Biases and norms of queries and keys come on top. With an encoder, its own, and each layer
+    has attention and the norms of it twice.
 
     Raises:
         ValueError: the vocabulary's size is still 0.
@@ -81,19 +82,27 @@ def _counts(model: model_config.ModelConfig) -> ParameterCounts:
         "router": router,
         "biases": layers * _biases_per_layer(model) + _head_biases(model),
         "norms": _norm_parameters(model),
-        "head": model.width * _head_width(model) if model.head.hidden != "none" else 0,
+        "head": _further_matrices(model),
         "unembedding": 0 if model.tie_embeddings else outputs * _head_width(model),
     }
     active = mlp + model.experts_per_token * expert
-    head = by_part["head"] + outputs * _head_width(model)
     met = attention + cross - _source_projections(model) + active + router
-    return ParameterCounts(by_part, matmul=met + (head if model.head.pooling == "none" else 0))
+    every = model.head.pooling == "none" and not model.head.boxes
+    return ParameterCounts(by_part, matmul=met + (_head_matrices(model) if every else 0))
+
+
+def answers_per_sequence(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """Tokens of a sequence that the head answers for: one where it pools, or an image's detection tokens, or all."""
+    if model.head.boxes:
+        return model.images.detection_tokens
+    return sequence_tokens if model.head.pooling == "none" else 1
 
 
 def _position_parameters(model: model_config.ModelConfig) -> int:
     if model.position == "relative":
         return model.relative_buckets * model.num_heads
-    return (model.max_length + model.position_offset) * model.width if model.position == "learned" else 0
+    tables = (model.num_layers if model.layer_positions else 1) if model.position == "learned" else 0
+    return tables * (model.max_length + model.position_offset) * model.width
 
 
 def _source_projections(model: model_config.ModelConfig) -> int:
@@ -121,12 +130,30 @@ def _biases_per_layer(model: model_config.ModelConfig) -> int:
 
 def _head_biases(model: model_config.ModelConfig) -> int:
     head = model.head
-    hidden = _head_width(model) if head.hidden != "none" and head.hidden_bias else 0
+    hidden = _further_layers(model) * _head_width(model) if head.hidden_bias else 0
     return hidden + (_outputs(model) if head.bias else 0)
 
 
+def _head_matrices(model: model_config.ModelConfig) -> int:
+    return _further_matrices(model) + _outputs(model) * _head_width(model)
+
+
 def _outputs(model: model_config.ModelConfig) -> int:
-    return model.vocab_size if model.head.of_vocabulary else model.head.outputs
+    """Numbers of an answer, with the four of a box."""
+    return model.vocab_size if model.head.of_vocabulary else model.head.outputs + 4 * model.head.boxes
+
+
+def _further_layers(model: model_config.ModelConfig) -> int:
+    """Those before the outputs, and as many before the boxes."""
+    head = model.head
+    return head.hidden_layers * (1 + head.boxes) if head.hidden != "none" else 0
+
+
+def _further_matrices(model: model_config.ModelConfig) -> int:
+    """Entries of the further layers' matrices, of which the first of each row meets the hidden states."""
+    layers, width = _further_layers(model), _head_width(model)
+    first = min(layers, 1 + model.head.boxes)
+    return first * model.width * width + (layers - first) * width**2
 
 
 def _head_width(model: model_config.ModelConfig) -> int:
@@ -136,8 +163,8 @@ def _head_width(model: model_config.ModelConfig) -> int:
 
 def _image_parameters(model: model_config.ModelConfig) -> int:
     images = model.images
-    numbers = images.patch**2 * images.channels
-    return 0 if model.of_tokens or not images.patch else (numbers + 1 + images.class_tokens) * model.width
+    vectors = images.patch**2 * images.channels + 1 + images.class_tokens + images.detection_tokens
+    return 0 if model.of_tokens or not images.patch else vectors * model.width
 
 
 def _audio_parameters(model: model_config.ModelConfig) -> int:
@@ -213,7 +240,7 @@ def frontend_rows(model: model_config.ModelConfig, sequence_tokens: int) -> dict
     if model.of_tokens:
         return {}
     if images.patch:
-        return {"images/patches": images.tokens - images.class_tokens}
+        return {"images/patches": images.patches}
     made = audio.layer_frames(audio.length(sequence_tokens))
     rows = {f"audio/convolution_{i}": frames for i, frames in enumerate(made)}
     if audio.projection != "none":
@@ -242,15 +269,23 @@ def forward_flops_per_token(
     """Model FLOPs of a forward pass for one token: 2 · matmul parameters + attention, and its share of what makes
     tokens of an image or of audio.
 
-    The unembedding counts, the embedding's look-up does not. With an encoder, a token attends to a source of
-    model.source.max_length tokens, 4·L·H·h FLOPs each, and bears its share of `source_flops`. Source: Kaplan et al.
-    2020 (arXiv:2001.08361), section 2.1, with the unembedding added and attention in the named convention.
+    The unembedding counts, the embedding's look-up does not; a head that answers for fewer than all tokens is shared
+    out over them. With an encoder, a token attends to a source of model.source.max_length tokens, 4·L·H·h FLOPs each,
+    and bears its share of `source_flops`. Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, with the
+    unembedding added and attention in the named convention.
     """
     matmul = _FLOPS_PER_PARAMETER * parameter_counts(model).matmul
     own = matmul + attention_flops_per_token(model, sequence_tokens, attention)
+    own += round(_few_answers_flops(model, sequence_tokens) / sequence_tokens)
     if not model.encoder.num_layers:
         return own + round(sum(_frontend_flops(model, sequence_tokens)) / sequence_tokens)
     return own + cross_attention_flops_per_token(model) + source_flops(model, attention) // sequence_tokens
+
+
+def _few_answers_flops(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """Forward FLOPs a sequence of a head that answers for fewer than all of its tokens."""
+    answers = answers_per_sequence(model, sequence_tokens)
+    return 0 if answers == sequence_tokens else _FLOPS_PER_PARAMETER * answers * _head_matrices(model)
 
 
 def cross_attention_flops_per_token(model: model_config.ModelConfig) -> int:

@@ -16,6 +16,7 @@ import jax
 from jaxcost import weights
 from jaxcost.cost.closed_form import (
     Attention,
+    answers_per_sequence,
     attention_flops_per_token,
     cross_attention_flops_per_token,
     frontend_rows,
@@ -81,7 +82,7 @@ def training_step_flops(
     else:
         total += batch * _frontend_flops(model, params, sequence_tokens)
     total += _blocks(model, params, batch, tokens, seen, below, attention, learns)
-    answered = batch * (1 if model.head.pooling != "none" else sequence_tokens)
+    answered = batch * answers_per_sequence(model, sequence_tokens)
     return total + sum(_flops(multiplied(w), answered, True) for w in _of_the_head(model, params))
 
 
@@ -159,10 +160,14 @@ def _second_factor(w: Any) -> int:
 
 def _of_the_head(model: ModelConfig, params: weights.Params) -> list[Any]:
     """The matrices behind the last block."""
-    hidden, output = params.get("head", {}).get("hidden"), output_matrix(params)
-    found = [] if hidden is None else [hidden["kernel"]]
-    if not model.head.embed:
-        found.append(params["embed"]["table"] if output is None else output)
+    tied = model.head.of_vocabulary and output_matrix(params) is None
+    found = [params["embed"]["table"]] if tied else []
+
+    def one(path, w):
+        if path.endswith("kernel"):
+            found.append(w)
+
+    weights.map_weights(one, {name: params[name] for name in ("head", "unembed") if name in params})
     return found
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcost import weights
 from jaxcost.models.heads import Output
 from jaxcost.sharding import context_ways
 
@@ -53,6 +54,83 @@ def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax
     """Nats of each target (B, T), from float32 logits."""
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+
+
+def sampled_binary_cross_entropy(
+    hidden_BTD: jax.Array,
+    output: Output,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    key: jax.Array,
+    negatives: int = 1,
+    first: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """The summed nats of telling each target from items drawn at random, and the number of targets; float32 scalars.
+
+    -log σ(r_target) - Σ log(1 - σ(r_negative)), where negatives are drawn uniformly from all items but the target: the
+    logits of the whole catalogue never exist. Source: Kang and McAuley 2018 (SASRec), arXiv:1808.09781, section III-E,
+    which draws one, and none of the user's other items either.
+
+    Args:
+      hidden_BTD: final hidden states in the compute dtype.
+      output: what makes logits of them.
+      targets_BT: int32 item ids.
+      mask_BT: 1 where the target counts and 0 where it is padding.
+      key: random key of the negatives.
+      negatives: drawn for each target, at least 1.
+      first: the first id that is drawn, such as 1 where 0 is no item but padding.
+
+    Raises:
+      ValueError: there is no item but the target to draw, or nothing is drawn.
+    """
+    items = jax.eval_shape(weights.materialize, output.matrix).shape[-1] - first
+    if negatives < 1 or first < 0 or items < 2:
+        raise ValueError(
+            f"negatives is {negatives} and first is {first}, of {first + items} ids; draw at least 1 of at least 2."
+        )
+    drawn_BTn = first + jax.random.randint(key, (*targets_BT.shape, negatives), 0, items - 1)
+    # Those from the target on move up by one, so that it is left out and all others stay equally likely.
+    drawn_BTn += drawn_BTn >= targets_BT[..., None]
+    scores_BTn = output.of(hidden_BTD, jnp.concatenate([targets_BT[..., None], drawn_BTn], axis=-1))
+    nats_BT = jax.nn.softplus(-scores_BTn[..., 0]) + jnp.sum(jax.nn.softplus(scores_BTn[..., 1:]), axis=-1)
+    return jnp.sum(nats_BT * mask_BT), jnp.sum(mask_BT)
+
+
+def listwise_softmax(
+    scores_QC: jax.Array, relevance_QC: jax.Array, mask_QC: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The summed softmax cross-entropy of each query's candidates, and the number of queries that have a relevant one.
+
+    -Σ_i y_i log softmax(s)_i, in nats; both float32 scalars. Sources: Cao et al. 2007 (ListNet); in this form Zhuang et
+    al. 2022 (RankT5), arXiv:2210.10634.
+
+    Args:
+      scores_QC: a cross-encoder's scores of the candidates (C) of each query (Q): the outputs of a head with one.
+      relevance_QC: y, 0 of a candidate that is not relevant; 1, or a grade, of one that is.
+      mask_QC: 0 of padding among the candidates; all count if it is not given.
+    """
+    mask_QC = jnp.ones(scores_QC.shape) if mask_QC is None else mask_QC
+    relevance_QC = relevance_QC * mask_QC
+    log_share_QC = jax.nn.log_softmax(jnp.where(mask_QC > 0, scores_QC.astype(jnp.float32), -jnp.inf), axis=-1)
+    # A query without candidates has no shares, and padding none that is a number.
+    total = -jnp.sum(relevance_QC * jnp.where(relevance_QC > 0, log_share_QC, 0.0))
+    return total, jnp.sum(jnp.any(relevance_QC > 0, axis=-1), dtype=jnp.float32)
+
+
+def pairwise_logistic(
+    scores_QC: jax.Array, relevance_QC: jax.Array, mask_QC: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The summed log(1 + exp(s_j - s_i)) over pairs in which i is more relevant than j, and the number of pairs.
+
+    Both float32 scalars. Sources: Burges et al. 2005 (RankNet); in this form Zhuang et al. 2022 (RankT5),
+    arXiv:2210.10634. Arguments are those of `listwise_softmax`.
+    """
+    mask_QC = jnp.ones(scores_QC.shape) if mask_QC is None else mask_QC
+    scores_QC = scores_QC.astype(jnp.float32)
+    better_QCC = relevance_QC[:, :, None] > relevance_QC[:, None, :]
+    pairs_QCC = better_QCC * mask_QC[:, :, None] * mask_QC[:, None, :]
+    return jnp.sum(pairs_QCC * jax.nn.softplus(scores_QC[:, None, :] - scores_QC[:, :, None])), jnp.sum(pairs_QCC)
 
 
 def ctc_loss(

@@ -59,6 +59,8 @@ class HeadConfig:
     """What is answered for: every token, or the sequence by its first or last token or by the mean of all."""
     hidden: Literal["none", "linear", "tanh", "silu", "gelu", "gelu_exact", "relu"] = "none"
     """A further layer with this activation, or a linear one, before the output."""
+    hidden_layers: int = 1
+    """Further layers of this kind, one behind the other."""
     hidden_width: int = 0
     """Numbers that the further layer makes; 0 is as many as the model is wide (D)."""
     hidden_bias: bool = True
@@ -69,9 +71,19 @@ class HeadConfig:
     """The output has a bias."""
     embed: bool = False
     """The hidden states are the output, without a matrix, and at unit length where they are pooled: embeddings."""
+    boxes: bool = False
+    """Answers are for an image's detection tokens: labels, the last of them that of no object, and, by further layers
+    of their own, the box that each is about."""
 
     def __post_init__(self):
         _check_kinds(self, "model.head")
+        if self.hidden_layers < 1:
+            raise ValueError(f"model.head.hidden_layers is {self.hidden_layers}; it must be at least 1.")
+        if self.boxes and (self.outputs < 2 or self.pooling != "none" or self.hidden_norm):
+            raise ValueError(
+                "model.head.boxes is on, which needs model.head.outputs of at least 2, one of them for no object, and "
+                "neither pooling nor hidden_norm."
+            )
         if self.embed and (self.outputs or self.bias):
             raise ValueError("model.head.embed is on, which has no outputs and no bias; turn it off or leave them out.")
         if self.outputs < 0:
@@ -95,6 +107,11 @@ class HeadConfig:
         """Whether the outputs are logits of tokens."""
         return not (self.outputs or self.embed)
 
+    @property
+    def labels(self) -> int:
+        """Outputs that are labels: all but that of no object, where there are boxes."""
+        return self.outputs - self.boxes
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
@@ -110,10 +127,14 @@ class ImageConfig:
     """Numbers of a pixel."""
     class_tokens: int = 0
     """Learned vectors before the patches, the first of which a head may answer by."""
+    detection_tokens: int = 0
+    """Learned vectors behind the patches, each of which may find an object. Source: Fang et al. 2021 (YOLOS),
+    arXiv:2106.00666."""
 
     def __post_init__(self):
         _check_kinds(self, "model.images")
-        if self.patch < 0 or self.class_tokens < 0 or min(self.height, self.width, self.channels) < 1:
+        counts, sizes = (self.patch, self.class_tokens, self.detection_tokens), (self.height, self.width, self.channels)
+        if min(counts) < 0 or min(sizes) < 1:
             raise ValueError("model.images has a size below 1; give sizes of pixels, or 0 as patch for no images.")
         if self.patch and (self.height % self.patch or self.width % self.patch):
             raise ValueError(
@@ -123,10 +144,13 @@ class ImageConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches and class tokens of an image; 0 of a model of tokens."""
-        if not self.patch:
-            return 0
-        return self.class_tokens + (self.height // self.patch) * (self.width // self.patch)
+        """Patches, class and detection tokens of an image; 0 of a model of tokens."""
+        return self.class_tokens + self.patches + self.detection_tokens if self.patch else 0
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image; 0 of a model of tokens."""
+        return (self.height // self.patch) * (self.width // self.patch) if self.patch else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +295,8 @@ class ModelConfig:
     """Tokens from which on all relative positions are one."""
     position_offset: int = 0
     """Rows of the learned table before the one of the first token, which no token meets."""
+    layer_positions: bool = False
+    """Behind every layer but the last, positions of a learned table of its own are added too."""
     token_types: int = 0
     """Kinds of tokens, such as those of a first and of a second sentence, each with a learned vector; 0 is one kind
     without a vector."""
@@ -324,9 +350,10 @@ class ModelConfig:
     """Hidden size of a further MLP that all tokens meet beside their experts; 0 is none."""
 
     # ---- Residual stream ----
-    norm_placement: Literal["pre", "post", "both", "sum"] = "pre"
+    norm_placement: Literal["pre", "post", "both", "sum", "stream"] = "pre"
     """Norms on what goes into attention and MLP, on what comes out of them, on both, or of the sum of that and the
-    stream, of which the last is the final norm."""
+    stream, of which the last is the final norm; or of the stream itself, to which they are then added: queries are of
+    the normed stream, keys and values of what it was before, as in SASRec."""
     embedding_norm: bool = False
     """A norm of the embeddings, before the first block."""
     first_norm: bool = True
@@ -395,6 +422,10 @@ class ModelConfig:
             raise ValueError("model.position_offset is for learned positions; set it to 0.")
         if self.tie_embeddings and not self.head.of_vocabulary:
             raise ValueError("model.tie_embeddings is on, but what model.head gives is no vocabulary; turn it off.")
+        if self.head.boxes and (self.of_tokens or not self.images.detection_tokens):
+            raise ValueError("model.head.boxes is on, which needs model.images with detection_tokens.")
+        if self.layer_positions and self.position != "learned":
+            raise ValueError("model.layer_positions is for learned positions; turn it off.")
         if self.position == "relative":
             self._check_relative()
         if not self.of_tokens:

@@ -1,7 +1,8 @@
 """What is made of the last hidden states: logits of tokens, labels, numbers.
 
-A head may pool the hidden states to one of each sequence and put a further layer before its output. The output's
-matrix is the unembedding or the head's own; it is met last and by itself, so that a loss can meet it in pieces.
+A head may pool the hidden states to one of each sequence and put further layers before its output. The output's
+matrix is the unembedding or the head's own; it is met last and by itself, so that a loss can meet it in pieces. Boxes
+have layers of their own, and are made whole.
 """
 
 from __future__ import annotations
@@ -20,23 +21,54 @@ from jaxcost.models.layers import Linear, Norm, activation, kernel, soft_capped,
 
 
 class Head(nn.Module):
-    """Final hidden states (B, T, D) as the output's matrix meets them, (B, T, D) or, pooled, (B, 1, D)."""
+    """Final hidden states (B, T, D) as the output's matrix meets them, (B, T, D) or, pooled, (B, 1, D).
+
+    With boxes, those of the N detection tokens alone, (B, N, D); and the boxes (B, N, 4), None where there are none.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, hidden_BTD, valid_BT, key):
-        head = self.config.head
+        head, boxes = self.config.head, None
+        key, key_boxes = weights.split_keys(key, 2)
+        if head.boxes:
+            hidden_BTD = hidden_BTD[:, -self.config.images.detection_tokens :]
+            boxes = Boxes(self.config, name="boxes")(hidden_BTD, key_boxes)
         hidden_BTD = pooled(head.pooling, hidden_BTD, valid_BT)
-        if head.hidden != "none":
-            width = head.hidden_width or self.config.width
-            layer = Linear(width, ("embed", None), head.hidden_bias, name="hidden")
-            hidden_BTD = activation(head.hidden)(layer(hidden_BTD, key))
+        hidden_BTD = _deepened(self.config, hidden_BTD, key)
         if head.hidden_norm:
             hidden_BTD = Norm(self.config, name="norm")(hidden_BTD)
         if head.outputs and self.is_initializing():
             Linear(head.outputs, ("embed", None), head.bias, name="output")(hidden_BTD)
-        return hidden_BTD
+        return hidden_BTD, boxes
+
+
+class Boxes(nn.Module):
+    """Hidden states (B, N, D) to boxes (B, N, 4), float32: centre from the left and from the top, width and height.
+
+    All are shares of the image's, from 0 to 1. Source: Carion et al. 2020 (DETR), arXiv:2005.12872, section 3.2.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BND, key):
+        key, key_output = weights.split_keys(key, 2)
+        hidden_BND = _deepened(self.config, hidden_BND, key)
+        made_BN4 = Linear(4, ("embed", None), self.config.head.bias, name="output")(hidden_BND, key_output)
+        return jax.nn.sigmoid(made_BN4.astype(jnp.float32))
+
+
+def _deepened(config: ModelConfig, hidden_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Hidden states behind the head's further layers, which become parameters of the module that calls."""
+    head = config.head
+    width = head.hidden_width or config.width
+    keys = weights.split_keys(key, head.hidden_layers if head.hidden != "none" else 0)
+    for i, one in enumerate(keys):
+        layer = Linear(width, ("embed", None), head.hidden_bias, name=f"hidden_{i + 1}" if i else "hidden")
+        hidden_BTD = activation(head.hidden)(layer(hidden_BTD, one))
+    return hidden_BTD
 
 
 class Unembedding(nn.Module):
@@ -93,3 +125,10 @@ class Output:
         """The outputs of what the head made; the key is for a matrix whose arithmetic is random."""
         made = weights.contract(hidden, self.matrix, key).astype(jnp.float32)
         return soft_capped(made if self.bias is None else made + self.bias.astype(jnp.float32), self.soft_cap)
+
+    def of(self, hidden: jax.Array, chosen: jax.Array) -> jax.Array:
+        """The outputs (..., n) of chosen columns (int32, ..., n) alone, with the matrix that the weight means."""
+        columns = jnp.take(weights.materialize(self.matrix).T, chosen, axis=0)
+        made = jnp.einsum("...D,...nD->...n", hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        bias = 0.0 if self.bias is None else jnp.take(self.bias.astype(jnp.float32), chosen)
+        return soft_capped(made + bias, self.soft_cap)

@@ -1,4 +1,4 @@
-"""Images as sequences: patches, projected, behind learned class tokens."""
+"""Images as sequences: patches, projected, between learned class tokens and learned detection tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxcost.models.layers import Linear, Table
 
 
 class Images(nn.Module):
-    """Images (B, height, width, channels) to embeddings (B, T, D), class tokens first, then patches row by row.
+    """Images (B, height, width, channels) to embeddings (B, T, D): class tokens, patches row by row, detection tokens.
 
     A patch's numbers are in the order of channel, row, column, as a convolution's kernel has them, whose matrix
     `patches/kernel` is.
@@ -31,7 +31,13 @@ class Images(nn.Module):
         cut = images_BHWC.reshape(-1, rows, c.patch, columns, c.patch, c.channels)
         patches_BNP = jnp.transpose(cut, (0, 1, 3, 5, 2, 4)).reshape(len(images_BHWC), rows * columns, -1)
         x_BND = Linear(self.config.width, (None, "embed"), bias=True, name="patches")(patches_BNP, key)
-        if not c.class_tokens:
-            return x_BND
-        table_ND = Table(c.class_tokens, self.config.width, "position", name="class_tokens")().astype(x_BND.dtype)
-        return jnp.concatenate([jnp.broadcast_to(table_ND, (len(x_BND), *table_ND.shape)), x_BND], axis=1)
+        before, behind = (self._learned(name, x_BND) for name in ("class_tokens", "detection_tokens"))
+        return jnp.concatenate([*before, x_BND, *behind], axis=1)
+
+    def _learned(self, name: str, x_BND: jax.Array) -> list[jax.Array]:
+        """The vectors of that name for each image, (B, N, D), if there are any."""
+        rows = getattr(self.config.images, name)
+        if not rows:
+            return []
+        table_ND = Table(rows, self.config.width, "position", name=name)().astype(x_BND.dtype)
+        return [jnp.broadcast_to(table_ND, (len(x_BND), *table_ND.shape))]

@@ -53,18 +53,21 @@ class Norm(nn.Module):
 
 
 class Table(nn.Module):
-    """An embedding table (rows, D), read whole so that a lookup or a transpose can follow."""
+    """An embedding table (rows, D), read whole so that a lookup or a transpose can follow; or a stack of them."""
 
     rows: int
     width: int
     axis: str
+    stack: tuple[int, ...] = ()
+    """(layers,) of a table for each."""
 
     @nn.compact
     def __call__(self):
         if self.has_variable("params", "table"):
             return weights.materialize(self.get_variable("params", "table"))
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (self.axis, "embed"))
-        return self.param("table", init, (self.rows, self.width))
+        axes = ("layers", self.axis, "embed")[-2 - len(self.stack) :]
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+        return self.param("table", init, (*self.stack, self.rows, self.width))
 
 
 def kernel(module: nn.Module, shape: tuple[int, ...], axes: tuple[str, ...]):

@@ -4,11 +4,13 @@ Parameters (D width, V vocabulary, H and K query and key heads, h head size, F M
 over L; what a config does not ask for is not there:
 
     embed/table                             (V, D), or, for images of patches of P numbers:
-    images/patches/kernel                   (P, D), and `bias`; images/class_tokens/table (tokens, D); or, for audio
+    images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
+    or, for audio:
     audio/convolution_{i}/kernel            (channels · times, C), and `bias`; audio/norm_{i}/{scale,bias} (C,)
     audio/projection/kernel                 (C, D), and `bias`; audio/projection_norm/scale (C,)
     audio/positions/kernel                  (D / groups · times, D), and `bias`; audio/positions/scale (times,)
     positions/table                         (max_length + offset, D), learned positions only
+    layer_positions/table                   (L - 1, max_length + offset, D)
     relative/table                          (buckets, H), relative positions only
     token_types/table                       (types, D)
     embedding_norm/scale                    (D,)
@@ -24,8 +26,10 @@ over L; what a config does not ask for is not there:
     layers/mlp/shared/{gate,up,down}/kernel (L, D, shared width), ...
     layers/mlp_post_norm/scale              (L, D)
     final_norm/scale                        (D,)
-    head/hidden/kernel                      (D, D) or (D, hidden width), and `bias`; head/norm/scale (D,)
+    head/hidden/kernel                      (D, D) or (D, hidden width), and `bias`, further ones as `hidden_2`, ...
+    head/norm/scale                         (D,)
     head/output/kernel                      (D, outputs), and `bias`, where the head's outputs are no vocabulary
+    head/boxes/{hidden,output}/kernel       (D, D), (D, 4), and `bias`, further ones as those of the head
     unembed/kernel                          (D, V), untied only, and `bias` (V,)
     encoder/...                             all of these again but for tables of tokens and heads: an encoder
 
@@ -65,6 +69,9 @@ STACKS = ("frozen_layers", "layers")
 
 WATCHED, HEADS = "attention", "heads"
 """The collection, and the name in it, under which the last layer's `query`, `key` and `value` are sown."""
+
+FOUND, BOXES = "found", "boxes"
+"""The collection, and the name in it, under which the boxes of a head that has them are sown."""
 
 
 @struct.dataclass
@@ -112,13 +119,15 @@ class Attention(nn.Module):
     method: context.Method = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, bias):
+    def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, bias, seen_BTD=None):
+        """What is added to the stream, and the cache. Keys and values are of `seen_BTD`, or of x if it is None."""
         c = self.config
+        seen_BTD = x_BTD if seen_BTD is None else seen_BTD
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
         q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key")(x_BTD, keys[1])
-        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(x_BTD, keys[2])
+        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key")(seen_BTD, keys[1])
+        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(seen_BTD, keys[2])
         if c.query_key_norm == "projection":
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
         q_BTHh = constrain(_heads(q, c.head_dim), "batch", "length", "heads", "head_dim")
@@ -199,13 +208,15 @@ class Block(nn.Module):
         attend = Attention(c, self.kind, self.implementation, self.method, name="attention")
         normed = self._before(x_BTD, "attention")
         normed = normed if c.first_norm else jnp.where(first, x_BTD, normed)
-        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT, bias)
+        stream = c.norm_placement == "stream"
+        update, cache = attend(normed, positions_BT, cache, key_attention, valid_BT, bias, x_BTD if stream else None)
         update = optional.adapted(self, "attention_adapter", named(update, "attention_projection"), act)
-        x_BTD = self._added(x_BTD, update, "attention")
+        x_BTD = self._added(normed if stream else x_BTD, update, "attention")
         if source is not None:
             attend = CrossAttention(c, self.implementation, name="cross_attention")
-            update = attend(self._before(x_BTD, "cross_attention"), source, *key_cross)
-            x_BTD = self._added(x_BTD, named(update, "attention_projection"), "cross_attention")
+            normed = self._before(x_BTD, "cross_attention")
+            update = named(attend(normed, source, *key_cross), "attention_projection")
+            x_BTD = self._added(normed if stream else x_BTD, update, "cross_attention")
         normed, losses = self._before(x_BTD, "mlp"), {}
         if c.experts:
             # A dropped token would be missing from an answer: only training, and its scores, cut what overflows.
@@ -213,28 +224,30 @@ class Block(nn.Module):
         else:
             update = Mlp(c, c.mlp_width, name="mlp")(normed, key_mlp)
         update = optional.adapted(self, "mlp_adapter", named(update, "mlp_down"), act)
-        x_BTD = self._added(x_BTD, update, "mlp")
+        x_BTD = self._added(normed if stream else x_BTD, update, "mlp")
         return constrain(x_BTD, "batch", "length", "residual"), cache, losses
 
     def _before(self, x_BTD, part: str):
-        if self.config.norm_placement not in ("pre", "both"):
+        if self.config.norm_placement in ("post", "sum"):
             return x_BTD
         return Norm(self.config, name=f"{part}_norm")(x_BTD)
 
     def _added(self, x_BTD, update_BTD, part: str):
         placement = self.config.norm_placement
-        if placement == "pre":
+        if placement in ("pre", "stream"):
             return x_BTD + update_BTD
         norm = Norm(self.config, name=f"{part}_post_norm")
         return norm(x_BTD + update_BTD) if placement == "sum" else x_BTD + norm(update_BTD)
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D), or (B, 1, D) of a head that pools them, of which `logits` makes logits.
+    """Tokens (B, T) to hidden states (B, T, D), or (B, 1, D) of a head that pools them, or (B, N, D) of N detection
+    tokens, of which `logits` makes logits.
 
     With experts, their router's losses are sown, for `mutable=["losses"]`: means over the layers, float32 scalars. For
     `mutable=[WATCHED]` so is a dict of the last layer's queries (B, T, H, h), keys and values (B, T, K, h), as they
-    meet, from which `attention.log_probabilities` makes its attention. Who does not ask pays nothing.
+    meet, from which `attention.log_probabilities` makes its attention; for `mutable=[FOUND]` the boxes (B, N, 4) of a
+    head that has them. Who does not ask pays nothing.
     """
 
     config: ModelConfig
@@ -287,11 +300,12 @@ class Transformer(nn.Module):
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
+        further = None
         if c.position == "learned":
-            table = Table(c.max_length + c.position_offset, c.width, "position", name="positions")()
-            # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
-            rows_BT = jnp.minimum(positions_BT, c.max_length - 1) + c.position_offset
-            x_BTD = x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
+            shape = (c.max_length + c.position_offset, c.width, "position")
+            x_BTD = _placed(c, x_BTD, Table(*shape, name="positions")(), positions_BT)
+            if c.layer_positions:
+                further = Table(*shape, (c.num_layers - 1,), name="layer_positions")()
         if c.token_types:
             table = Table(c.token_types, c.width, "position", name="token_types")()
             types_BT = jnp.zeros((1, 1), jnp.int32) if types_BT is None else types_BT
@@ -308,7 +322,7 @@ class Transformer(nn.Module):
             queries_BT = jnp.arange(seen)[None] if cache is None else positions_BT
             bias = RelativePositions(c, name="relative")(queries_BT, jnp.arange(seen)[None])
         kv = None if cache is None else (cache.key, cache.value)
-        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT, bias, source)
+        x_BTD, kv, watched = self._blocks(c, x_BTD, positions_BT, kv, key, valid_BT, bias, source, further)
         if watched is not None:
             # What virtual tokens stand before the text is nobody else's.
             _sow(self, WATCHED, HEADS, {name: heads_BTNh[:, -length:] for name, heads_BTNh in watched.items()})
@@ -317,7 +331,10 @@ class Transformer(nn.Module):
             hidden_BTD = Norm(c, name="final_norm")(hidden_BTD)
         if c.scale_outputs:
             hidden_BTD = hidden_BTD * jnp.asarray(c.width**-0.5, hidden_BTD.dtype)
-        hidden_BTD = Head(c, name="head")(hidden_BTD, None if valid_BT is None else valid_BT[:, -length:], key)
+        valid_BT = None if valid_BT is None else valid_BT[:, -length:]
+        hidden_BTD, boxes = Head(c, name="head")(hidden_BTD, valid_BT, key)
+        if boxes is not None:
+            _sow(self, FOUND, BOXES, boxes)
         if c.head.of_vocabulary and self.is_initializing():
             Unembedding(c, name="unembed")()
         if cache is None:
@@ -333,7 +350,7 @@ class Transformer(nn.Module):
         table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
-    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, bias, source: Source | None):
+    def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, bias, source: Source | None, further):
         if self.is_initializing():
             # The parameters of all kinds of layers have the same shapes. One token is enough to make them, and no
             # kernel takes so few.
@@ -349,21 +366,25 @@ class Transformer(nn.Module):
 
         def step(kinds, kept, x, group):
             made = []
-            for kind, (params, cache, held, index) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
+            for kind, (params, cache, held, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 met = source if held is None else held.replace(valid=source.valid)
                 inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0, bias, met)
                 (x, *rest), sown = blocks[kind].apply({"params": params}, *inputs, mutable=kept)
+                x = x if table is None else _placed(c, x, table, positions_BT)
                 made.append((*rest, sown))
             return x, _restacked(made)
 
+        # Behind the last layer there are none.
+        further = None if further is None else jnp.pad(further, ((0, 1), (0, 0), (0, 0)))
         start, made, watched = 0, [], None
         for stack in stacks:
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             # The source's keys and values are read, not written, so that a step makes no copy of them.
             held = None if source is None or source.key is None else Source(source.key, source.value)
-            cache, held = jax.tree.map(lambda a: a[start : start + depth], (kv, held))  # noqa: B023
-            layers = (stack, cache, held, jnp.arange(start, start + depth))
+            parts = jax.tree.map(lambda a: a[start : start + depth], (kv, held, further))  # noqa: B023
+            cache, held, tables = parts
+            layers = (stack, cache, held, jnp.arange(start, start + depth), tables)
             runs = [(*run, ()) for run in c.groups(start, depth)]
             if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
                 # The last layer runs by itself, so that what is seen of it is kept of no other.
@@ -435,13 +456,18 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
     """The config with the sizes that the weights have: layers of both stacks, heads, widths of MLPs, experts.
 
     Raises:
-      ValueError: layers were dropped from a pattern of several kinds, heads were cut in two, or fewer experts are left
-        than a token is sent to.
+      ValueError: layers were dropped from a pattern of several kinds or from between positions, heads were cut in two,
+        or fewer experts are left than a token is sent to.
     """
     stacks = [params[name] for name in STACKS if name in params]
     attend, mlp = stacks[-1]["attention"], stacks[-1]["mlp"]
     query, key, up = (_shape(part["kernel"]) for part in (attend["query"], attend["key"], mlp["up"]))
     num_layers = sum(_shape(stack["attention"]["query"]["kernel"])[0] for stack in stacks)
+    if num_layers != config.num_layers and config.layer_positions:
+        raise ValueError(
+            f"The weights have {num_layers} layers of the model's {config.num_layers}, and which positions "
+            "(model.layer_positions) stand behind each of them cannot be told; keep all layers."
+        )
     if num_layers != config.num_layers and len(set(config.pattern)) > 1:
         raise ValueError(
             f"The weights have {num_layers} layers of the model's {config.num_layers}, and which of the pattern "
@@ -489,6 +515,19 @@ def logits(config: ModelConfig, params: weights.Params, hidden: jax.Array, key: 
     if config.head.embed:
         return embeddings(hidden, config.head.pooling)
     return output_of(config, params)(hidden, key)
+
+
+def detections(
+    model: Transformer, params: weights.Params, images_BHWC: jax.Array, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Logits (B, N, labels + 1), the last that of no object, and boxes (B, N, 4) of images; see `heads.Boxes`.
+
+    ValueError if the model has no boxes.
+    """
+    if not model.config.head.boxes:
+        raise ValueError("model.head.boxes is off, so that nothing is found in images; name a model of detection.")
+    (hidden_BND, _), sown = model.apply({"params": params}, images_BHWC, key=key, mutable=[FOUND])
+    return logits(model.config, params, hidden_BND, key), sown[FOUND][BOXES]
 
 
 def init_cache(config: ModelConfig, batch_size: int, slots: int, dtype) -> Cache:
@@ -598,6 +637,13 @@ def _of_length(c: ModelConfig, rows: int, length: int) -> tuple[int, ...]:
 def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
     """Sows a value that is one and no tuple of them."""
     module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def _placed(config: ModelConfig, x_BTD, table, positions_BT):
+    """x with the vectors of its positions out of a table."""
+    # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
+    rows_BT = jnp.minimum(positions_BT, config.max_length - 1) + config.position_offset
+    return x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
 
 
 def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int, **options):

@@ -9,7 +9,8 @@ import jax
 Batch = dict[str, jax.Array]
 """`inputs` and `targets`, int32 (B, T), and `mask`, float32 (B, T). Further, where a model takes them: `valid`, bool
 (B, T), the inputs that are no padding; `source`, int32 (B, S) or what stands in the place of tokens, which an encoder
-reads; `source_valid`, bool (B, S)."""
+reads; `source_valid`, bool (B, S). Of detection, `inputs` are images, `targets` the labels (B, M) of what is on them,
+`boxes` (B, M, 4) where it is, and `mask` (B, M) 0 where there are fewer than M."""
 
 _BESIDE = {"valid": "valid_BT", "source": "source_BS", "source_valid": "source_valid_BS"}
 

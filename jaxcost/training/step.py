@@ -13,9 +13,10 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
+from jaxcost.evaluation.detection import detection_loss
 from jaxcost.evaluation.losses import cross_entropy, ctc_loss
 from jaxcost.models.experts import LOSSES
-from jaxcost.models.transformer import Transformer, output_of
+from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain
 from jaxcost.training.batch import Batch, beside_inputs
 from jaxcost.training.distill import Distiller
@@ -66,7 +67,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
 
-    `loss` is the mean negative log-likelihood in nats a token over the whole batch. Only the arrays that train are
+    `loss` is the mean negative log-likelihood in nats a token over the whole batch, or that of `detection_loss` where
+    the head has boxes, in which a microbatch counts by its objects. Only the arrays that train are
     differentiated. After the update, `transform.update` moves what moves while training (masks). With experts,
     their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
     `router_losses`.
@@ -79,6 +81,10 @@ def make_train_step(
         raise ValueError("A distiller compares tokens one by one, which CTC does not; leave out either.")
     if ctc_blank is not None and model.config.head.pooling != "none":
         raise ValueError("CTC takes an answer for each frame; set model.head.pooling to 'none'.")
+    if model.config.head.boxes and not (distiller is ctc_blank is None):
+        raise ValueError(
+            "model.head.boxes is on, which is learned by the loss of a set; leave out the teacher and CTC."
+        )
 
     def loss_sums(trainable, frozen, structure, batch, key, teacher):
         if model.execution.gradients != "float32":
@@ -86,12 +92,16 @@ def make_train_step(
             trainable = {name: a.astype(model.execution.gradients) for name, a in trainable.items()}
         params = weights.combine(structure, trainable, frozen)
         model_key, head_key = jax.random.split(key)
-        kept = ("losses", *(distiller.watched if distiller else ()))
+        kept = ("losses", FOUND, *(distiller.watched if distiller else ()))
         (hidden_BSD, _), sown = model.apply(
             {"params": params}, batch["inputs"], key=model_key, **beside_inputs(batch), mutable=kept
         )
         how = {"chunks": loss_chunks, "key": head_key}
-        if ctc_blank is not None:
+        if model.config.head.boxes:
+            found = (output_of(model.config, params)(hidden_BSD, head_key), sown[FOUND][BOXES])
+            total, _ = detection_loss(*found, batch["targets"], batch["boxes"], batch["mask"])
+            objective = total
+        elif ctc_blank is not None:
             output = output_of(model.config, params)
             frames = batch.get("valid")
             how = {"blank": ctc_blank, "key": head_key}
@@ -112,7 +122,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
         trainable |= state.beside
-        count = jnp.sum(batch["mask"])
+        # Images without an object are learned from too.
+        count = jnp.maximum(jnp.sum(batch["mask"]), 1)
         grad = jax.grad(loss_sums, has_aux=True)
 
         if accumulation == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
@@ -23,10 +24,13 @@ from jaxcost.models.families.base import (
 # ---- Configs ----
 
 
-def _vision(fields: Fields, class_tokens: int) -> ModelConfig:
+def _vision(fields: Fields, class_tokens: int, detection_tokens: int = 0) -> ModelConfig:
     height, across = _pair(fields.get("image_size", 224))
     patch, channels = (positive(name, fields.get(name, n)) for name, n in (("patch_size", 16), ("num_channels", 3)))
-    images = ImageConfig(patch, height, across, channels, class_tokens)
+    if detection_tokens:
+        # Detectors are published with sizes that patches do not fill; what these leave over, they never see.
+        height, across = height // patch * patch, across // patch * patch
+    images = ImageConfig(patch, height, across, channels, class_tokens, detection_tokens)
     # The transformer cannot be made without saying what it gives; the family's head takes its place.
     head = HeadConfig(embed=True)
     return ModelConfig(**plain_encoder(fields), vocab_size=0, images=images, max_length=images.tokens, head=head)
@@ -43,6 +47,12 @@ def _siglip(fields: Fields) -> ModelConfig:
     return _vision(gelu | dict(inner), class_tokens=0)
 
 
+def _yolos(fields: Fields) -> ModelConfig:
+    sizes = {"image_size": (512, 864)} | dict(fields)
+    config = _vision(sizes, 1, positive("num_detection_tokens", fields.get("num_detection_tokens", 100)))
+    return dataclasses.replace(config, layer_positions=fields.get("use_mid_position_embeddings", True))
+
+
 # ---- Tensors ----
 
 
@@ -51,7 +61,9 @@ def _vit(name: str) -> Tensors:
     return {
         # In the order of `TOKENS`.
         f"{embeddings}.{{token}}_token": ("images/class_tokens/table",),
+        f"{embeddings}.detection_tokens": ("images/detection_tokens/table",),
         f"{embeddings}.position_embeddings": ("positions/table",),
+        f"{name}.encoder.mid_position_embeddings": ("layer_positions/table",),
         **linear(f"{embeddings}.patch_embeddings.projection", "images/patches"),
         **norm(f"{layer}.layernorm_before", "layers/attention_norm"),
         **linear(f"{layer}.attention.attention.query", "layers/attention/query"),
@@ -86,7 +98,9 @@ def _vit_stored(name: str):
         embeddings = f"{name}.embeddings"
         return {
             **{f"{embeddings}.{token}_token": (1, 1, c.width) for token in TOKENS[: c.images.class_tokens]},
+            f"{embeddings}.detection_tokens": (1, c.images.detection_tokens, c.width),
             f"{embeddings}.position_embeddings": (1, c.max_length, c.width),
+            f"{name}.encoder.mid_position_embeddings": (c.num_layers - 1, 1, c.max_length, c.width),
             f"{embeddings}.patch_embeddings.projection.weight": _convolution(c),
         }
 
@@ -110,15 +124,27 @@ def _labels(pooling: Any, *unused: str) -> dict[str, Head]:
     }
 
 
+_FURTHER = ("hidden", "hidden_2", "output")
+_ANSWERS = {"class_labels_classifier": "head", "bbox_predictor": "head/boxes"}
+_OBJECTS = Head(
+    lambda fields: HeadConfig(outputs=labels(fields) + 1, hidden="relu", hidden_layers=2, bias=True, boxes=True),
+    {
+        name: paths
+        for theirs, ours in _ANSWERS.items()
+        for i, layer in enumerate(_FURTHER)
+        for name, paths in linear(f"{theirs}.layers.{i}", f"{ours}/{layer}").items()
+    },
+)
+
 _POOLER = ("probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight")
 _POOLER += ("attention.out_proj.bias", "layernorm.weight", "layernorm.bias")
 _POOLER += tuple(f"mlp.{layer}.{end}" for layer in ("fc1", "fc2") for end in ("weight", "bias"))
 _SIGLIP_POOLER = tuple(f"vision_model.head.{name}" for name in _POOLER)
 
 
-def _vit_family(prefix: str, name: str, class_tokens: int) -> Family:
-    heads = _labels("first") | hidden_states(*linear(f"{prefix}.pooler.dense", ""))
-    return Family(lambda fields: _vision(fields, class_tokens), _vit(prefix), heads, name, _vit_stored(prefix))
+def _vit_family(prefix: str, name: str, config: Callable[[Fields], ModelConfig], heads: Mapping[str, Head]) -> Family:
+    heads = heads | hidden_states(*linear(f"{prefix}.pooler.dense", ""))
+    return Family(config, _vit(prefix), heads, name, _vit_stored(prefix))
 
 
 def _siglip_family(name: str, heads: Mapping[str, Head]) -> Family:
@@ -129,8 +155,9 @@ def _siglip_family(name: str, heads: Mapping[str, Head]) -> Family:
 
 
 VISION: Mapping[str, Family] = {
-    "vit": _vit_family("vit", "ViT", class_tokens=1),
-    "deit": _vit_family("deit", "DeiT", class_tokens=2),
+    "vit": _vit_family("vit", "ViT", lambda fields: _vision(fields, class_tokens=1), _labels("first")),
+    "deit": _vit_family("deit", "DeiT", lambda fields: _vision(fields, class_tokens=2), _labels("first")),
+    "yolos": _vit_family("vit", "Yolos", _yolos, {"ForObjectDetection": _OBJECTS}),
     "siglip": _siglip_family("Siglip", _labels("mean", *_SIGLIP_POOLER)),
     "siglip_vision_model": _siglip_family("SiglipVision", hidden_states(*_SIGLIP_POOLER)),
 }

@@ -46,7 +46,7 @@ def _written(config: ModelConfig, name: str, end: str) -> dict[str, Any]:
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     found = {"architectures": [families.FAMILIES[name].name + end], "model_type": name, **tokens}
     if config.head.outputs:
-        names = [f"LABEL_{i}" for i in range(config.head.outputs)]
+        names = [f"LABEL_{i}" for i in range(config.head.labels)]
         found |= {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
     return found | _WRITERS[name](config)
 
@@ -272,6 +272,15 @@ def _vision(c: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _yolos(c: ModelConfig) -> dict[str, Any]:
+    images = c.images
+    return _vision(c) | {
+        "image_size": [images.height, images.width],
+        "num_detection_tokens": images.detection_tokens,
+        "use_mid_position_embeddings": c.layer_positions,
+    }
+
+
 def _siglip_vision(c: ModelConfig) -> dict[str, Any]:
     return _vision(c) | {"vision_use_head": False}
 
@@ -357,6 +366,7 @@ _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "mt5": _t5,
     "vit": _vision,
     "deit": _vision,
+    "yolos": _yolos,
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
     "whisper": _whisper,
