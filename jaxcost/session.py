@@ -21,6 +21,7 @@ from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
 from jaxcost.data.files import atomic_write
+from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, unembedding
@@ -300,7 +301,7 @@ class Session:
         )
 
     def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
-        hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"])
+        hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
         return weights.contract(hidden_BSD, unembedding(params))
 
     def _calibration_batches(self) -> Iterator[dict[str, jax.Array]]:

@@ -287,7 +287,7 @@ def test_splash_attention_of_encoders_equals_the_reference(window, causal, padde
     scores = Scores(window, causal=causal)
 
     def total(implementation, *inputs):
-        out = attention.self_attention(*inputs, implementation, scores, valid_BT=valid)
+        out = attention.self_attention(*inputs, implementation, scores, segments_BT=valid)
         return jnp.sum(jnp.sin(out if valid is None else out * valid[:, :, None, None]))
 
     for implementation in ("splash",):

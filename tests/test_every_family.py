@@ -19,9 +19,9 @@ from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.config import load
+from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.models import families
 from jaxcost.models.transformer import Transformer, detections, initialize, logits, output_of
-from jaxcost.training.batch import beside_inputs
 from jaxcost.transforms import (
     bias_only,
     bottleneck,

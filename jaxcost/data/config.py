@@ -31,6 +31,8 @@ class DataConfig:
     """Size of the BPE vocabulary, its separator included; without effect for bytes."""
     sequence_length: int = 256
     """Tokens in a sequence (S)."""
+    separate_documents: bool = False
+    """A token sees those of its own document alone, and counts its position from where that begins."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
     shuffle_seed: int = 0

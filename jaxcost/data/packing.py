@@ -73,16 +73,18 @@ class Windows:
     The stride is S, so over all windows every token but the first is predicted exactly once.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, keep_last: bool = False):
+    def __init__(self, tokens: np.ndarray, sequence_length: int, keep_last: bool = False, separator: int | None = None):
         """Cuts the array.
 
         Args:
           tokens: integers (N,).
           sequence_length: S.
           keep_last: count the last window even if tokens run out within it; it is padded with zeros.
+          separator: the token that begins a document, where documents are kept apart.
         """
         self._tokens = tokens
         self._sequence_length = sequence_length
+        self._separator = separator
         predicted = max(len(tokens) - 1, 0)
         self._count = -(-predicted // sequence_length) if keep_last else predicted // sequence_length
 
@@ -90,7 +92,10 @@ class Windows:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns `inputs` and `targets`, int32 (S,), and `mask`, float32 (S,), 1 where there is a target."""
+        """Returns `inputs` and `targets`, int32 (S,), and `mask`, float32 (S,), 1 where there is a target.
+
+        Where documents are kept apart, also `segments`, int32 (S,): which document of the window each input is of.
+        """
         start = index * self._sequence_length
         piece = np.asarray(self._tokens[start : start + self._sequence_length + 1], np.int32)
         padding = self._sequence_length + 1 - len(piece)
@@ -98,7 +103,10 @@ class Windows:
         if padding:
             mask[-padding:] = 0
             piece = np.pad(piece, (0, padding))
-        return {"inputs": piece[:-1], "targets": piece[1:], "mask": mask}
+        window = {"inputs": piece[:-1], "targets": piece[1:], "mask": mask}
+        if self._separator is not None:
+            window["segments"] = 1 + np.cumsum(window["inputs"] == self._separator, dtype=np.int32)
+        return window
 
 
 def _write_tokens(file: BinaryIO, source: DocumentSource, tokenizer: Tokenizer) -> int:

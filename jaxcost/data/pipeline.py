@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-"""`inputs` and `targets`, int32 (B, S), and `mask`, float32 (B, S), 1 where the target counts."""
+"""`inputs` and `targets`, int32 (B, S), and `mask`, float32 (B, S), 1 where the target counts; where documents are kept
+apart also `segments`, int32 (B, S)."""
 
 _PREFETCHED_BATCHES = 4
 
@@ -40,7 +41,7 @@ def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -
     """
     import grain
 
-    windows = Windows(tokens, config.sequence_length)
+    windows = Windows(tokens, config.sequence_length, separator=_separator(config, tokens))
     if len(windows) < config.batch_size:
         raise ValueError(
             f"The {len(tokens)} training tokens make {len(windows)} sequences of {config.sequence_length}, fewer than "
@@ -84,7 +85,7 @@ def validation_batches(config: DataConfig, tokens: np.ndarray, max_tokens: int |
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; give at least 1, or None to score the whole split.")
         tokens = tokens[: max_tokens + 1]
-    windows = Windows(tokens, config.sequence_length, keep_last=True)
+    windows = Windows(tokens, config.sequence_length, keep_last=True, separator=_separator(config, tokens))
     if not len(windows):
         raise ValueError(f"The validation split holds {len(tokens)} tokens, none to predict; use a larger one.")
     return _batches_in_order(windows, config.batch_size, config.sequence_length)
@@ -93,11 +94,12 @@ def validation_batches(config: DataConfig, tokens: np.ndarray, max_tokens: int |
 def _batches_in_order(windows: Windows, batch_size: int, sequence_length: int) -> Iterator[Batch]:
     for start in range(0, len(windows), batch_size):
         rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
-        batch = {
-            "inputs": np.zeros((batch_size, sequence_length), np.int32),
-            "targets": np.zeros((batch_size, sequence_length), np.int32),
-            "mask": np.zeros((batch_size, sequence_length), np.float32),
-        }
+        batch = {name: np.zeros((batch_size, sequence_length), array.dtype) for name, array in rows[0].items()}
         for name, array in batch.items():
             array[: len(rows)] = [row[name] for row in rows]
         yield batch
+
+
+def _separator(config: DataConfig, tokens: np.ndarray) -> int | None:
+    """The token that begins every document, the first of which begins the stream; None if they are not kept apart."""
+    return int(tokens[0]) if config.separate_documents and len(tokens) else None

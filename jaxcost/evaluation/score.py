@@ -11,11 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
+from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.transformer import Transformer, output_of
-
-Batch = dict[str, np.ndarray]
-"""`inputs` and `targets`, int32 (B, S); `mask`, float32 (B, S), 1 where the target counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Scorer:
         self._bytes = int(sum(token_bytes[targets].sum(dtype=np.int64) for targets in kept))
 
         def sums(params, batch):
-            hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], valid_BT=batch.get("valid"))
+            hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
             return cross_entropy(hidden_BSD, output_of(model.config, params), batch["targets"], batch["mask"])
 
         self._sums = jax.jit(sums)

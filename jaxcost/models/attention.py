@@ -68,14 +68,14 @@ def self_attention(
     implementation: Implementation = "auto",
     scores: Scores = Scores(),
     method: context.Method = "auto",
-    valid_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
     """Each token attends to those that it sees: (B, T, H, h) in the queries' dtype.
 
-    Nobody sees tokens that are not valid; all are if it is not said. `method` says how, where the mesh splits the
-    sequence; one that is shorter than the axis, such as the one token that parameters are made with, is not split.
-    A bias (1, H, T, T), which only the reference takes, is added to the scores.
+    Segments, int32 or bool (B, T), are of sequences in one row: a token sees those of its own alone. `method` says how,
+    where the mesh splits the sequence; one that is shorter than the axis, such as the one token that parameters are
+    made with, is not split. A bias (1, H, T, T), which only the reference takes, is added to the scores.
 
     Raises:
         ValueError: the kernel that was asked for does not take these shapes or scores.
@@ -85,12 +85,12 @@ def self_attention(
         scores = dataclasses.replace(scores, window=0)
     if bias is not None:
         _check_biased(implementation, length)
-        return _reference(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT, bias)
+        return _reference(q_BTHh, k_BTKh, v_BTKh, scores, segments_BT, bias)
     whole = functools.partial(_on_one_device, implementation, scores)
     ways = context_ways(length)
     if ways > 1:
-        if not scores.causal or valid_BT is not None:
-            raise ValueError("mesh.context splits causal sequences without padding alone; set it to 1.")
+        if not scores.causal or segments_BT is not None:
+            raise ValueError("mesh.context splits causal sequences without padding or segments alone; set it to 1.")
         tensor = mesh.shape.get("tensor", 1)
         method = context.resolve(method, q_BTHh.shape[2] // tensor, k_BTKh.shape[2] // tensor, ways)
         if method == "ring" and scores != Scores():
@@ -100,13 +100,13 @@ def self_attention(
             )
         return context.attend(method, whole, q_BTHh, k_BTKh, v_BTKh)
     if _implementation(implementation, scores, q_BTHh) != "splash" or mesh.empty or mesh.size == 1:
-        return whole(q_BTHh, k_BTKh, v_BTKh, valid_BT)
+        return whole(q_BTHh, k_BTKh, v_BTKh, segments_BT)
     # A Pallas kernel is opaque to the partitioner, so each device is told to run it on its own rows and heads.
     queries = mesh_spec(PartitionSpec("batch", None, "heads", None), mesh.shape)
     keys = mesh_spec(PartitionSpec("batch", None, "kv_heads", None), mesh.shape)
-    rows = None if valid_BT is None else mesh_spec(PartitionSpec("batch", None), mesh.shape)
+    rows = None if segments_BT is None else mesh_spec(PartitionSpec("batch", None), mesh.shape)
     mapped = jax.shard_map(whole, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
-    return mapped(q_BTHh, k_BTKh, v_BTKh, valid_BT)
+    return mapped(q_BTHh, k_BTKh, v_BTKh, segments_BT)
 
 
 def _implementation(asked: Implementation, scores: Scores, q_BTHh: jax.Array) -> Implementation:
@@ -114,25 +114,27 @@ def _implementation(asked: Implementation, scores: Scores, q_BTHh: jax.Array) ->
     return resolve(asked, platform(), length, head_dim, q_BTHh.dtype.itemsize * 8, scores.soft_cap)
 
 
-def _on_one_device(implementation: Implementation, scores: Scores, q_BTHh, k_BTKh, v_BTKh, valid_BT=None) -> jax.Array:
+def _on_one_device(
+    implementation: Implementation, scores: Scores, q_BTHh, k_BTKh, v_BTKh, segments_BT=None
+) -> jax.Array:
     """Attention over whole sequences, on what a device holds or where the partitioner splits rows and heads."""
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     implementation = _implementation(implementation, scores, q_BTHh)
     if implementation == "splash":
-        return _splash(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
+        return _splash(q_BTHh, k_BTKh, v_BTKh, scores, segments_BT)
     if implementation == "cudnn":
         if scores.soft_cap:
             raise ValueError("execution.attention is 'cudnn', which has no soft cap on scores; use 'reference'.")
         behind = scores.window - 1
-        mask = None if valid_BT is None else valid_BT[:, None, None, :]
+        mask = None if segments_BT is None else _together(segments_BT, segments_BT)[:, None]
         return jax.nn.dot_product_attention(
             q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=scores.causal, scale=scores.factor(head_dim),
             local_window_size=(behind, 0 if scores.causal else behind) if scores.window else None,
             implementation="cudnn",
         )  # fmt: skip
     if 0 < (2 if scores.causal else 3) * scores.window < length:
-        return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
-    return _reference(q_BTHh, k_BTKh, v_BTKh, scores, valid_BT)
+        return _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores, segments_BT)
+    return _reference(q_BTHh, k_BTKh, v_BTKh, scores, segments_BT)
 
 
 def _check_biased(implementation: Implementation, length: int) -> None:
@@ -145,11 +147,16 @@ def _check_biased(implementation: Implementation, length: int) -> None:
         raise ValueError("mesh.context splits sequences without relative positions alone; set it to 1.")
 
 
-def _reference(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT, bias=None) -> jax.Array:
+def _reference(q_BTHh, k_BTKh, v_BTKh, scores: Scores, segments_BT, bias=None) -> jax.Array:
     positions_1T = jnp.arange(q_BTHh.shape[1])[None]
     seen_BTS = _seen(positions_1T, positions_1T, scores)
-    seen_BTS = seen_BTS if valid_BT is None else seen_BTS & valid_BT[:, None]
+    seen_BTS = seen_BTS if segments_BT is None else seen_BTS & _together(segments_BT, segments_BT)
     return _attend(q_BTHh, k_BTKh, v_BTKh, seen_BTS, scores, bias)
+
+
+def _together(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Which keys (..., S) are of the segments of the queries (..., T): (..., T, S) bool."""
+    return queries[..., :, None] == keys[..., None, :]
 
 
 def cross_attention(
@@ -230,7 +237,7 @@ def _products(q_BTHh, k_BSKh, scores: Scores) -> jax.Array:
     return soft_capped(products * scores.factor(q_BTHh.shape[-1]), scores.soft_cap)
 
 
-def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
+def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores, segments_BT) -> jax.Array:
     """Local attention in blocks of a window, which see themselves and the block before, and the one behind if it is not
     causal: 2·window scores a token, or 3, not T.
 
@@ -252,14 +259,14 @@ def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
     keys_NS = jnp.concatenate([positions_NW + i * window for i in range(-1, ends)], axis=1)
     seen_NWS = _seen(positions_NW, keys_NS, scores) & ((keys_NS >= 0) & (keys_NS < length))[:, None]
     seen_BNWS = seen_NWS[None]
-    if valid_BT is not None:
-        seen_BNWS = seen_BNWS & with_neighbours(valid_BT)[:, :, None]
+    if segments_BT is not None:
+        seen_BNWS = seen_BNWS & _together(cut(segments_BT), with_neighbours(segments_BT))
     attend = jax.vmap(functools.partial(_attend, scores=scores), in_axes=1, out_axes=1)
     out = attend(cut(q_BTHh), with_neighbours(k_BTKh), with_neighbours(v_BTKh), seen_BNWS)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-def _splash(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
+def _splash(q_BTHh, k_BTKh, v_BTKh, scores: Scores, segments_BT) -> jax.Array:
     length, head_dim = q_BTHh.shape[1], q_BTHh.shape[3]
     if length % _SPLASH_MULTIPLE:
         raise ValueError(
@@ -272,14 +279,12 @@ def _splash(q_BTHh, k_BTKh, v_BTKh, scores: Scores, valid_BT) -> jax.Array:
     # The planner's cost functions read from the scope what the kernel's shapes do not tell.
     shape = "causal" if scores.causal else "full"
     with jax.named_scope(f"{shape}_window_{scores.window}" if scores.window else shape):
-        if valid_BT is None:
+        if segments_BT is None:
             return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v), 1, 2)
-        segments = valid_BT.astype(jnp.int32)
-        return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v, _segments(segments)), 1, 2)
+        return jnp.swapaxes(jax.vmap(kernel)(q * scale, k, v, _segments(segments_BT.astype(jnp.int32))), 1, 2)
 
 
 def _segments(segments_BT: jax.Array):
-    """Tokens that are valid see one another, and those that are not likewise, whose rows nobody reads."""
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     return SegmentIds(q=segments_BT, kv=segments_BT)

@@ -261,6 +261,7 @@ class Transformer(nn.Module):
         key=None,
         valid_BT=None,
         types_BT=None,
+        segments_BT=None,
         source_BS=None,
         source_valid_BS=None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -272,7 +273,8 @@ class Transformer(nn.Module):
 
         Tokens that are not valid (bool, all are if not given; see `audio.valid_frames`) are padding behind a row's end:
         no other sees them, and heads that pool leave them out. Types (int32, all 0 if not given) say which kind each
-        token is of.
+        token is of. Segments (int32, in place of what is valid) are of several sequences in one row: each token sees
+        its own alone, counts its position from its start, and is padding where the segment is 0.
 
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
@@ -281,6 +283,9 @@ class Transformer(nn.Module):
         """
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
+        if segments_BT is not None:
+            _check_segments(params, valid_BT, cache)
+            valid_BT = segments_BT
         encodes = c.encoder.num_layers > 0
         length = _length(c, tokens_BT)
         _check_cache(c, params, length, cache)
@@ -299,6 +304,9 @@ class Transformer(nn.Module):
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+        if segments_BT is not None:
+            starts_BT = jnp.diff(segments_BT, prepend=segments_BT[:, :1]) != 0
+            positions_BT -= lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         further = None
         if c.position == "learned":
@@ -331,7 +339,7 @@ class Transformer(nn.Module):
             hidden_BTD = Norm(c, name="final_norm")(hidden_BTD)
         if c.scale_outputs:
             hidden_BTD = hidden_BTD * jnp.asarray(c.width**-0.5, hidden_BTD.dtype)
-        valid_BT = None if valid_BT is None else valid_BT[:, -length:]
+        valid_BT = None if valid_BT is None else valid_BT[:, -length:] > 0
         hidden_BTD, boxes = Head(c, name="head")(hidden_BTD, valid_BT, key)
         if boxes is not None:
             _sow(self, FOUND, BOXES, boxes)
@@ -604,6 +612,15 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
         raise ValueError(
             f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
             "start_cache and the same weights."
+        )
+
+
+def _check_segments(params: weights.Params, valid_BT, cache: Cache | None) -> None:
+    if valid_BT is not None or cache is not None:
+        raise ValueError("Segments say what is valid and are of whole rows; leave out valid_BT and the cache.")
+    if optional.virtual_tokens(params):
+        raise ValueError(
+            "Virtual tokens stand before a row, and segments are of several in one; give each sequence its own."
         )
 
 

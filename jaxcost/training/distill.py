@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
 from jaxcost.data.files import atomic_write
+from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.evaluation.distillation import (
     Direction,
     HiddenTeacher,
@@ -43,7 +44,6 @@ from jaxcost.models.transformer import (
     output_of,
     resized,
 )
-from jaxcost.training.batch import beside_inputs
 
 PROJECTION = "distillation/projection"
 """Name of the learned projection among the arrays that train."""
@@ -116,9 +116,9 @@ class Teacher:
     model: Transformer
     params: weights.Params
 
-    def logits(self, inputs_BS: jax.Array) -> jax.Array:
+    def logits(self, batch: Batch) -> jax.Array:
         """Its float32 logits (B, S, V)."""
-        hidden_BSD, _ = self.model.apply({"params": self.params}, inputs_BS)
+        hidden_BSD, _ = self.model.apply({"params": self.params}, batch["inputs"], **beside_inputs(batch))
         return logits(self.model.config, self.params, hidden_BSD)
 
 
@@ -299,8 +299,8 @@ class StoredLogits:
         """Stores what the teacher says of the first `steps` batches; what is there already is not made again."""
         k, temperature = self._description["top_k"], self._description["temperature"]
 
-        def said(params, inputs):
-            return top_k_log_probs(Teacher(teacher.model, params).logits(inputs), k, temperature)
+        def said(params, batch):
+            return top_k_log_probs(Teacher(teacher.model, params).logits(batch), k, temperature)
 
         said = jax.jit(said)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -311,8 +311,7 @@ class StoredLogits:
             for step, batch in zip(range(1, self._steps + 1), batches, strict=False):
                 if self._path(step).is_file():
                     continue
-                placed = sharding.place_batch({"inputs": batch["inputs"]}, mesh)
-                log_probs, indices = jax.device_get(said(teacher.params, placed["inputs"]))
+                log_probs, indices = jax.device_get(said(teacher.params, sharding.place_batch(batch, mesh)))
                 with atomic_write(self._path(step)) as file:
                     np.savez(file, log_probs=log_probs, indices=indices.astype(narrow), inputs=_checksum(batch))
 

@@ -13,12 +13,12 @@ from flax import struct
 from jax import lax
 
 from jaxcost import weights
+from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.evaluation.detection import detection_loss
 from jaxcost.evaluation.losses import cross_entropy, ctc_loss
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain
-from jaxcost.training.batch import Batch, beside_inputs
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
 

@@ -1,0 +1,128 @@
+"""Several sequences in one row: each gives what it gives alone, in the model, in batches of data and in a training."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from small import QUICK
+from sweep import sweep
+
+from jaxcost import sharding
+from jaxcost.config import Experiment
+from jaxcost.data.config import DataConfig
+from jaxcost.data.pipeline import train_batches, validation_batches
+from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.models import attention
+from jaxcost.models.attention import Scores
+from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, output_of
+from jaxcost.transforms import prefix_tuning
+
+LENGTHS = (5, 1, 8, 3)
+"""Tokens of the sequences in a row; what is left of its 20 is padding."""
+SEGMENTS = np.repeat([3, 1, 2, 7, 0], (*LENGTHS, 20 - sum(LENGTHS)))[None]
+CONFIGS = {
+    "rotary": small.CONFIG,
+    "learned": small.GPT2,
+    "relative": dataclasses.replace(small.CONFIG, position="relative", relative_buckets=8, relative_distance=16),
+    "windows": dataclasses.replace(small.CONFIG, pattern=("local", "global"), window=3),
+    "soft cap": dataclasses.replace(small.CONFIG, attention_soft_cap=2.0),
+    "encoder": dataclasses.replace(small.CONFIG, causal=False),
+    "encoder, windows": dataclasses.replace(small.CONFIG, causal=False, pattern=("local",), window=3),
+    "experts": dataclasses.replace(small.CONFIG, experts=4),
+}
+
+
+@functools.cache
+def params_of(name):
+    model = Transformer(CONFIGS[name])
+    return jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+
+
+def outputs(name, params, tokens, **options):
+    hidden, _ = Transformer(CONFIGS[name]).apply({"params": params}, jnp.asarray(tokens), **options)
+    return logits(CONFIGS[name], params, hidden)
+
+
+@sweep("name", CONFIGS, quick=3)
+def test_each_sequence_of_a_row_gives_what_it_gives_alone(name):
+    params, tokens = params_of(name), np.random.default_rng(0).integers(0, 32, (1, 20))
+    together = jax.jit(functools.partial(outputs, name), compiler_options=QUICK)(
+        params, tokens, segments_BT=jnp.asarray(SEGMENTS)
+    )
+    start = 0
+    for length in LENGTHS:
+        alone = outputs(name, params, tokens[:, start : start + length])
+        np.testing.assert_allclose(together[:, start : start + length], alone, atol=1e-5)
+        start += length
+    assert np.max(np.abs(together[:, 5:14] - outputs(name, params, tokens)[:, 5:14])) > 1e-3
+
+
+@sweep("window", [0, 40], quick=1)
+def test_splash_attention_keeps_segments_apart_as_the_reference_does(window, monkeypatch):
+    monkeypatch.setattr(attention, "_splash_kernel", functools.partial(attention._splash_kernel, interpret=True))
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.normal(size=(2, 256, heads, 128)), jnp.float32) for heads in (2, 1, 1)]
+    segments = jnp.asarray(np.repeat([[1, 2, 3], [4, 0, 1]], [100, 30, 126], axis=1))
+
+    def total(implementation, *inputs):
+        out = attention.self_attention(*inputs, implementation, Scores(window), segments_BT=segments)
+        return jnp.sum(jnp.sin(out))
+
+    got, want = (
+        jax.grad(functools.partial(total, name), argnums=(0, 1, 2))(*inputs) for name in ("splash", "reference")
+    )
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+DATA = DataConfig(sequence_length=8, batch_size=2, separate_documents=True)
+STREAM = np.array([9, 1, 2, 3, 9, 4, 9, 5, 6, 7, 1, 2, 3, 4, 5, 9, 9, 1, 2], np.uint16)
+"""Documents behind separators, one of which is empty."""
+
+
+def test_batches_say_which_document_each_token_is_of():
+    (batch,) = validation_batches(DATA, STREAM[:17])
+    np.testing.assert_array_equal(batch["inputs"], [[9, 1, 2, 3, 9, 4, 9, 5], [6, 7, 1, 2, 3, 4, 5, 9]])
+    np.testing.assert_array_equal(batch["segments"], [[2, 2, 2, 2, 3, 3, 4, 4], [1, 1, 1, 1, 1, 1, 1, 2]])
+    assert batch["segments"].dtype == np.int32
+    *_, last = validation_batches(DATA, STREAM)
+    np.testing.assert_array_equal(last["segments"][0][:2], [2, 2])
+    assert next(iter(train_batches(DATA, STREAM)))["segments"].shape == (2, 8)
+    assert "segments" not in next(iter(train_batches(dataclasses.replace(DATA, separate_documents=False), STREAM)))
+
+
+def test_a_step_on_a_mesh_and_in_microbatches_learns_from_documents_apart():
+    batch = {"inputs": np.random.default_rng(0).integers(0, 32, (8, 20))}
+    batch |= {"targets": batch["inputs"], "mask": np.ones((8, 20), np.float32)}
+    apart = batch | {"segments": np.repeat(SEGMENTS, 8, axis=0)}
+    params = params_of("rotary")
+
+    def loss(batch, *devices, **options):
+        mesh = sharding.make_mesh(sharding.MeshConfig(*devices), jax.devices()[: int(np.prod(devices or 1))])
+        (metrics,), _ = small.trained(small.MODEL, params, [batch], mesh, **options)
+        return metrics["loss"]
+
+    hidden, _ = small.MODEL.apply({"params": params}, apart["inputs"], segments_BT=jnp.asarray(apart["segments"]))
+    total, count = cross_entropy(hidden, output_of(small.CONFIG, params), apart["targets"], apart["mask"])
+    assert loss(apart) == pytest.approx(float(total / count), rel=1e-6)
+    assert loss(apart, 1, 4, 2) == pytest.approx(loss(apart), rel=1e-5)
+    assert loss(apart, accumulation=2) == pytest.approx(loss(apart), rel=1e-5)
+    assert abs(loss(batch) - loss(apart)) > 1e-4
+
+
+def test_what_cannot_be_apart_is_said():
+    params, tokens, segments = params_of("rotary"), jnp.zeros((1, 20), jnp.int32), jnp.asarray(SEGMENTS)
+    run = functools.partial(small.MODEL.apply, {"params": params}, tokens, segments_BT=segments)
+    with pytest.raises(ValueError, match="leave out valid_BT and the cache"):
+        run(valid_BT=segments > 0)
+    with pytest.raises(ValueError, match="leave out valid_BT and the cache"):
+        run(init_cache(small.CONFIG, 1, 20, jnp.float32))
+    with pytest.raises(ValueError, match="Virtual tokens stand before a row"):
+        small.MODEL.apply({"params": prefix_tuning(tokens=2)(params)}, tokens, segments_BT=segments)
+    experiment = Experiment(data=dataclasses.replace(DATA, batch_size=2), mesh=sharding.MeshConfig(context=2))
+    with pytest.raises(ValueError, match="data.separate_documents; set it to 1"):
+        experiment.check_devices(2, 512)
