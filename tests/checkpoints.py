@@ -32,7 +32,7 @@ def tensors_of(fields, make=None):
     tensors = {}
     for name, place in layout.places(family, family.head_of(fields), config, shapes).items():
         made = rng.normal(size=place.shape) if make is None else make(np.float32(0), place.shape)
-        tensors[name] = made.astype(np.float32, copy=False).reshape(place.stored_shape)
+        tensors[name] = place.refolded(made.astype(np.float32, copy=False))
     return tensors
 
 

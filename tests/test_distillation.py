@@ -322,7 +322,7 @@ def test_all_of_the_vocabulary_stored_trains_like_the_teacher_itself():
     step, state, batch, teacher = step_of(DistillConfig(logits=1.0))
     online, _ = step(state, batch, teacher.params)
     offline, state, batch, _ = step_of(DistillConfig(logits=1.0, top_k=VOCABULARY))
-    log_probs, indices = loss.top_k_log_probs(teacher.logits(batch["inputs"]), VOCABULARY, 2.0)
+    log_probs, indices = loss.top_k_log_probs(teacher.logits(batch), VOCABULARY, 2.0)
     stored, _ = offline(state, batch | {"teacher_log_probs": log_probs, "teacher_indices": indices})
     for one, other in zip(jax.tree.leaves(online.params), jax.tree.leaves(stored.params), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)

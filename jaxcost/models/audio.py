@@ -42,8 +42,8 @@ def frames_of(audio: AudioConfig, length: int) -> int:
 class Audio(nn.Module):
     """A waveform (B, samples), or a spectrogram (B, frames, mels), to embeddings (B, T, D).
 
-    A convolution's kernel is a matrix (channels · times, width) that meets what the convolution sees at once, in the
-    order of channel and time. Frames that are not valid, if `valid_BT` is given, are zeros to the convolution of
+    A convolution's kernel is a matrix (times · channels, width) that meets what the convolution sees at once, in the
+    order of time and channel. Frames that are not valid, if `valid_BT` is given, are zeros to the convolution of
     positions, as what stands before the first frame is.
     """
 
@@ -77,11 +77,15 @@ class Audio(nn.Module):
 
 
 def patches(x_BTC: jax.Array, times: int, stride: int, padding: int = 0) -> jax.Array:
-    """What a convolution sees at once, (B, T', C · times): `times` of x's times, `stride` on from the ones before."""
+    """What a convolution sees at once, (B, T', times · C): `times` of x's times, `stride` on from the ones before.
+
+    Estimated by the compiler (libtpu 0.0.52), the gradient of wav2vec 2.0's frontend and two layers for 16 times ten
+    seconds on v5e:2x2 takes 27% of the cycles, and 31% of the memory, that it does with convolutions for the products;
+    in the order of channel and time it takes 1.8 times the cycles.
+    """
     x_BTC = jnp.pad(x_BTC, ((0, 0), (padding, padding), (0, 0))) if padding else x_BTC
     end = x_BTC.shape[1] - times + 1
-    seen_BTCk = jnp.stack([x_BTC[:, i : end + i : stride] for i in range(times)], axis=-1)
-    return seen_BTCk.reshape(*seen_BTCk.shape[:2], -1)
+    return jnp.concatenate([x_BTC[:, i : end + i : stride] for i in range(times)], axis=-1)
 
 
 class _Standardized(nn.Module):
@@ -105,7 +109,7 @@ class _Standardized(nn.Module):
 class _Positions(nn.Module):
     """A convolution over time of frames (B, T, D) in groups of channels, as many frames as before, centred.
 
-    Its kernel is a matrix (D / groups · times, D), a column for each filter, and is of length 1 at each time before
+    Its kernel is a matrix (times · D / groups, D), a column for each filter, and is of length 1 at each time before
     `scale` gives each its own (weight normalisation, arXiv:1602.07868). It is made dense, whatever kind it is of, and
     convolved: all that it sees at once would be as many times the frames as it has times, 128 in published models. So
     what it is multiplied with is not seen, and transforms that calibrate cannot pick it.
@@ -116,18 +120,18 @@ class _Positions(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         groups, times, width = self.config.audio.position_groups, self.config.audio.position_kernel, x_BTD.shape[-1]
-        matrix = weights.materialize(kernel(self, (width // groups * times, width), (None, "embed")))
-        filters_CkD = matrix.reshape(width // groups, times, width).astype(jnp.float32)
+        matrix = weights.materialize(kernel(self, (times * width // groups, width), (None, "embed")))
+        filters_kCD = matrix.reshape(times, width // groups, width).astype(jnp.float32)
         # Filters of the length that they have in the models' own first weights.
         init = nn.initializers.constant(2 * (width / (groups * times)) ** 0.5)
-        scale_k = vector(self, "scale", init, times) * lax.rsqrt(jnp.sum(jnp.square(filters_CkD), axis=(0, 2)))
+        scale_k = vector(self, "scale", init, times) * lax.rsqrt(jnp.sum(jnp.square(filters_kCD), axis=(1, 2)))
         bias_D = vector(self, "bias", nn.initializers.zeros, width, "embed")
         made_BTD = lax.conv_general_dilated(
             x_BTD,
-            (filters_CkD * scale_k[:, None]).astype(x_BTD.dtype),
+            (filters_kCD * scale_k[:, None, None]).astype(x_BTD.dtype),
             window_strides=(1,),
             padding=[(times // 2, (times - 1) // 2)],
-            dimension_numbers=("NWC", "IWO", "NWC"),
+            dimension_numbers=("NWC", "WIO", "NWC"),
             feature_group_count=groups,
         )
         return made_BTD + bias_D.astype(made_BTD.dtype)

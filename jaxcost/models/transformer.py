@@ -6,9 +6,9 @@ over L; what a config does not ask for is not there:
     embed/table                             (V, D), or, for images of patches of P numbers:
     images/patches/kernel                   (P, D), and `bias`; images/{class_tokens,detection_tokens}/table (tokens, D)
     or, for audio:
-    audio/convolution_{i}/kernel            (channels · times, C), and `bias`; audio/norm_{i}/{scale,bias} (C,)
+    audio/convolution_{i}/kernel            (times · channels, C), and `bias`; audio/norm_{i}/{scale,bias} (C,)
     audio/projection/kernel                 (C, D), and `bias`; audio/projection_norm/scale (C,)
-    audio/positions/kernel                  (D / groups · times, D), and `bias`; audio/positions/scale (times,)
+    audio/positions/kernel                  (times · D / groups, D), and `bias`; audio/positions/scale (times,)
     positions/table                         (max_length + offset, D), learned positions only
     layer_positions/table                   (L - 1, max_length + offset, D)
     relative/table                          (buckets, H), relative positions only

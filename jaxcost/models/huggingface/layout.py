@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.families import TOKENS, Family, Head
 
@@ -46,6 +48,23 @@ class Place:
         """Of the tensor with the axes of the parameters that it holds."""
         joined = (*self.shapes[0][:-1], sum(shape[-1] for shape in self.shapes))
         return joined[::-1] if self.transposed else joined
+
+    def flattened(self, stored: np.ndarray) -> np.ndarray:
+        """The stored tensor with the axes of the parameters that it holds."""
+        return (stored.swapaxes(1, 2) if self._over_time else stored).reshape(self.shape)
+
+    def refolded(self, value: np.ndarray) -> np.ndarray:
+        """The inverse of `flattened`."""
+        if not self._over_time:
+            return value.reshape(self.stored_shape)
+        outward, channels, times = self.folded
+        return np.ascontiguousarray(value.reshape(outward, times, channels).swapaxes(1, 2))
+
+    @property
+    def _over_time(self) -> bool:
+        """Whether it is the kernel of a convolution over time (out, channels, times), whose rows here are in the order
+        of time and channel."""
+        return self.transposed and len(self.folded) == 3
 
     @property
     def module(self) -> str:

@@ -182,7 +182,7 @@ def _fill(
         own = (*(slice(0, size) for size in shape[:-1]), slice(end - shape[-1], end))[turn]
         for cut in _pieces(own, here, stored.dtype.itemsize):
             start = [piece.start - first.start for piece, first in zip(cut, own, strict=True)][turn]
-            moved = _moved(stored, cut, here, place.shape)
+            moved = _moved(stored, cut, here, place)
             made[path] = _writer(home, place.transposed)(made[path], moved, (*place.index, *start))
             # The next piece is read only when this one has left the host.
             made[path].block_until_ready()
@@ -200,11 +200,9 @@ def _pieces(own: tuple[slice, ...], here: NamedSharding, itemsize: int) -> list[
     return [(*own[:axis], slice(i, min(i + step, own[axis].stop)), *own[axis + 1 :]) for i in starts]
 
 
-def _moved(
-    stored: safetensors.Stored, cut: tuple[slice, ...], here: NamedSharding, shape: tuple[int, ...]
-) -> jax.Array:
+def _moved(stored: safetensors.Stored, cut: tuple[slice, ...], here: NamedSharding, place: Place) -> jax.Array:
     """A part of a tensor on the devices, of which each asks for its own part of the mapped file."""
-    part = stored.read().reshape(shape)[cut]
+    part = place.flattened(stored.read())[cut]
 
     def on_host(index):
         # JAX has no doubles.

@@ -117,7 +117,7 @@ class Source:
 
         def make():
             parts = [self.weight(path, place.index) for path in place.paths]
-            return np.asarray(_joined(parts, place.transposed, jnp.dtype(dtype))).reshape(place.stored_shape)
+            return place.refolded(np.asarray(_joined(parts, place.transposed, jnp.dtype(dtype))))
 
         return Tensor(place.name, np.dtype(dtype), place.stored_shape, make)
 
