@@ -265,7 +265,7 @@ def test_windows_on_both_sides_in_blocks_are_those_of_a_mask(window, padded):
     length = 23
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     valid = jnp.arange(length) < np.array([length, 9])[:, None] if padded else None
-    got = attention.self_attention(q, k, v, "reference", Scores(window, causal=False), valid_BT=valid)
+    got = attention.self_attention(q, k, v, "reference", Scores(window, causal=False), segments_BT=valid)
     near = np.abs(np.arange(length)[:, None] - np.arange(length)) < window
     seen = near[None] if valid is None else near & np.asarray(valid)[:, None]
     want = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
