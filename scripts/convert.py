@@ -60,7 +60,7 @@ def main(arguments: Arguments) -> dict:
         raise ValueError("--merge needs an --adapter.")
     experiment = import_checkpoint(a.source, a.target, dtype=a.dtype, adapter=a.adapter, merge=a.merge)
     m = experiment.model
-    following = f"; next: python scripts/generate.py {a.target}" if m.language_model else ""
+    following = f"; next: python scripts/generate.py {a.target}" if m.generates else ""
     print(f"{a.target} holds {m.num_layers} layers of width {m.width}{following}")
     return result | {"direction": "in", "layers": m.num_layers, "width": m.width, "vocab_size": m.vocab_size}
 

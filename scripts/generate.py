@@ -15,7 +15,11 @@ class Arguments:
     workdir: Positional[Path]
     """Folder of a training (the --workdir of train.py, or base/ of a study)."""
     prompt: str = ""
-    """Text to continue; nothing begins a new document."""
+    """Text to continue; nothing begins a new document, or answer."""
+    source: str = ""
+    """Text that an encoder reads, to which the model answers."""
+    beams: int = 1
+    """Above 1, follow so many of the likeliest texts side by side and take the best, instead of sampling."""
     tokens: int = 128
     """Tokens to add at most."""
     temperature: float = 0.8
@@ -44,6 +48,7 @@ def main(arguments: Arguments) -> dict:
     """Prints prompt and continuation as they come and returns both."""
     import numpy as np
 
+    from jaxcost.serving.beam import BeamEngine
     from jaxcost.serving.engine import Engine
     from jaxcost.serving.sampling import Sampling
     from jaxcost.serving.speculative import SpeculativeEngine
@@ -53,13 +58,30 @@ def main(arguments: Arguments) -> dict:
     a = arguments
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
     session, params, step = load_run(a.workdir)
-    tokenizer = session.tokenizer
-    prompt = np.concatenate([[tokenizer.separator_id], tokenizer.encode(a.prompt)]).astype(np.int32)
+    tokenizer, config = session.tokenizer, session.model.config
+    encodes = config.encoder.num_layers > 0
+    if encodes and not (config.source.of_tokens and a.source):
+        raise ValueError("The model answers to a source; give a text as --source, or sounds and images by the library.")
+    if a.source and not encodes:
+        raise ValueError("The model has no encoder to read a --source; write it into the --prompt.")
+    if a.draft is not None and (encodes or a.beams > 1):
+        raise ValueError("A --draft proposes tokens of a text alone, one at a time; leave out --source and --beams.")
+    start = config.encoder.start if encodes else tokenizer.separator_id
+    prompt = np.concatenate([[start], tokenizer.encode(a.prompt)]).astype(np.int32)
+    sources = [tokenizer.encode_source(a.source)] if encodes else None
     stop = Stop(tokenizer.stop_ids, a.stop, tokenizer.decode)
     options = {"max_new_tokens": a.tokens, "sampling": sampling, "stop": stop}
     result = {"schema": "jaxcost-generate-1", "step": step, "prompt": a.prompt}
-    if a.draft is None:
-        [new] = Engine(session.model).generate(params, [prompt], **options)
+    if a.beams != 1:
+        if a.stop:
+            raise ValueError("--beams end at the tokens that end a text; leave out --stop.")
+        search = BeamEngine(session.model, a.beams)
+        [new], scores = search.generate(
+            params, [prompt], max_new_tokens=a.tokens, end_ids=tokenizer.stop_ids, sources=sources
+        )
+        result["score"] = float(scores[0])
+    elif a.draft is None:
+        [new] = Engine(session.model).generate(params, [prompt], sources=sources, **options)
     else:
         smaller, draft_params, _ = load_run(a.draft)
         if smaller.tokenizer.fingerprint != tokenizer.fingerprint:

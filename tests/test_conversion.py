@@ -1,5 +1,6 @@
 """scripts/convert.py: a checkpoint becomes a training's folder, from which scripts go on, and comes back the same."""
 
+import functools
 import json
 import os
 import subprocess
@@ -108,6 +109,47 @@ def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_
         assert written[field] == fields[field]
     beside = {path.name for path in checkpoint.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == beside
+
+
+ANSWERS = {"model_type": "t5", "vocab_size": 288, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
+ANSWERS |= {"decoder_start_token_id": 7, "eos_token_id": 281, "pad_token_id": 0}
+
+
+def test_an_encoder_decoder_goes_in_answers_and_comes_back(checkpoint, tmp_path):
+    write(checkpoint, ANSWERS, tensors_of(ANSWERS))
+    import_checkpoint(checkpoint, tmp_path / "run", quiet=True)
+    config, want = huggingface.load(checkpoint)
+    session, got, _ = load_run(tmp_path / "run")
+    assert session.model.config == config and config.encoder.start == 7
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ValueError, match="Training and scoring are on the next token of a text alone"):
+        session.open()
+    assert export_run(tmp_path / "run", tmp_path / "out", quiet=True) == "t5"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: written[name] for name in ANSWERS} == ANSWERS
+    _, same = huggingface.load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, same, want)
+
+
+@pytest.mark.slow
+def test_the_script_answers_to_a_source(checkpoint, tmp_path):
+    write(checkpoint, ANSWERS, tensors_of(ANSWERS))
+    import_checkpoint(checkpoint, tmp_path / "run", quiet=True)
+    generate = functools.partial(run, "generate.py", tmp_path / "run", "--tokens", 5)
+    sampled = generate("--source", "return x", "--json", tmp_path / "sampled.json")
+    assert sampled.returncode == 0, sampled.stderr
+    best = generate("--source", "return x", "--beams", 3, "--json", tmp_path / "best.json")
+    assert best.returncode == 0, best.stderr
+    assert json.loads((tmp_path / "best.json").read_text())["score"] < 0
+    for arguments, said in (
+        ([], "answers to a source"),
+        (["--source", "x", "--draft", tmp_path / "run"], "leave out --source and --beams"),
+        (["--source", "x", "--beams", 2, "--stop", "y"], "leave out --stop"),
+        (["--source", "x", "--beams", 0], "ask for at least 1"),
+    ):
+        refused = generate(*arguments)
+        assert refused.returncode == 1 and said in refused.stderr, refused.stderr
+        assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -148,6 +148,12 @@ def test_logits_are_those_of_transformers(name, loaded):
     assert np.std(want) > 0.1
     hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(PROMPT))
     np.testing.assert_allclose(logits(config, params, hidden), want, atol=2e-4)
+    # Both texts in one row, each of which sees itself alone.
+    row = np.concatenate([PROMPT[0, :7], PROMPT[1]])[None]
+    segments = jnp.asarray(np.repeat([1, 2], [7, PROMPT.shape[1]])[None])
+    hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(row), segments_BT=segments)
+    packed = np.concatenate([want[0, :7], want[1]])[None]
+    np.testing.assert_allclose(logits(config, params, hidden), packed, atol=2e-4)
     # Rows of different lengths in one cache, with what stands beyond a prompt masked.
     lengths = np.array([12, 7])
     padded = np.where(np.arange(12) < lengths[:, None], PROMPT, 0)

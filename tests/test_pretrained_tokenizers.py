@@ -100,6 +100,23 @@ def test_a_sentencepiece_model_is_read(sentence_piece):
     check_saved(tokenizer, sentence_piece / "saved.json")
     ids = tokenizer.chat(CHAT)
     assert ids[0] == 1 and ids.tolist().count(2) == 2
+    # It does not say what stands around a text, but an encoder was trained to see where it ends.
+    assert tokenizer.encode_source("x").tolist() == [*tokenizer.encode("x").tolist(), 2]
+
+
+def test_an_encoder_reads_a_text_with_what_stands_around_it(byte_level):
+    def read(tokenizer):
+        return tokenizer.encode_source("x"), tokenizer.encode("x")
+
+    np.testing.assert_array_equal(*read(BPE))
+    np.testing.assert_array_equal(*read(read_tokenizer(byte_level)))
+    library = tokenizers.Tokenizer.from_str(BPE.serialized)
+    library.add_special_tokens(["<|begin|>", "<|end|>"])
+    names = [(name, library.token_to_id(name)) for name in ("<|begin|>", "<|end|>")]
+    library.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A <|end|>", special_tokens=names)
+    library.save(str(byte_level / "tokenizer.json"))
+    whole, plain = read(read_tokenizer(byte_level))
+    assert whole.tolist() == [names[0][1], *plain.tolist(), names[1][1]]
 
 
 def test_the_generation_config_says_where_texts_end(byte_level):

@@ -90,6 +90,11 @@ class PretrainedTokenizer:
         """Returns the ids of a text, int32 (tokens,), of which none is special; lone surrogates become '?'."""
         return np.array(self._library.encode(text.encode("utf-8", errors="replace").decode()), np.int32)
 
+    def encode_source(self, text: str) -> np.ndarray:
+        """Returns the ids of a text as an encoder reads it, int32 (tokens,), with the special tokens around it."""
+        text = text.encode("utf-8", errors="replace").decode()
+        return np.array(self._library.encode_whole(text, self.stop_ids[:1]), np.int32)
+
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes, and a separator for each special token, uint16, that ids (tokens,) stand for."""
         special = np.array([SEPARATOR_SYMBOL], np.uint16)
@@ -219,6 +224,9 @@ class _Tokenizers:
     def encode_with_specials(self, text: str) -> list[int]:
         return self._special.encode(text, add_special_tokens=False).ids
 
+    def encode_whole(self, text: str, ends: Sequence[int]) -> list[int]:
+        return self._plain.encode(text).ids
+
     def decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=True)
 
@@ -258,6 +266,10 @@ class _SentencePiece:
         parts = re.split(f"({'|'.join(map(re.escape, self._controls))})", text)
         each = ([self._controls[part]] if part in self._controls else self.encode(part) for part in parts if part)
         return [i for ids in each for i in ids]
+
+    def encode_whole(self, text: str, ends: Sequence[int]) -> list[int]:
+        # A SentencePiece model does not say what stands around a text; those of encoder-decoders end it.
+        return [*self.encode(text), *ends]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if not self._model.is_control(i)])

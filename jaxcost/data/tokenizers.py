@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 (tokens,), without a separator."""
 
+    def encode_source(self, text: str) -> np.ndarray:
+        """Returns the ids of a text as an encoder reads it, int32 (tokens,), with what it was trained to see around."""
+
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes and separators, uint16 (bytes,), that ids (tokens,) stand for."""
 
@@ -83,6 +86,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Returns the text's UTF-8 bytes, int32 (bytes,); lone surrogates become '?'."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    encode_source = encode
 
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the ids themselves, uint16."""
@@ -149,6 +154,8 @@ class BpeTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 (tokens,); lone surrogates become '?'."""
         return np.array(self._library.encode(_utf8(text).decode(), add_special_tokens=False).ids, np.int32)
+
+    encode_source = encode
 
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes and separators, uint16 (bytes,), that ids (tokens,) stand for."""

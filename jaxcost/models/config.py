@@ -248,6 +248,8 @@ class EncoderConfig:
     """Hidden size of the feed-forward block; 0 is the decoder's."""
     max_length: int = 0
     """Longest source in tokens; 0 is the decoder's bound."""
+    start: int = 0
+    """The token that begins every answer."""
 
     def __post_init__(self):
         _check_kinds(self, "model.encoder")
@@ -457,6 +459,11 @@ class ModelConfig:
             raise ValueError("model.encoder and model.experts are both on; a model has one of them, so leave one out.")
         if self.token_types or self.window:
             raise ValueError("model.encoder is on, which knows no windows and no token types; set both to 0.")
+        if self.vocab_size and self.encoder.start >= self.vocab_size:
+            raise ValueError(
+                f"model.encoder.start is {self.encoder.start}; it must be a token, below model.vocab_size "
+                f"({self.vocab_size})."
+            )
         # Whatever the encoder cannot be is said now.
         _ = self.source
 

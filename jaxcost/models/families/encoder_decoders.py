@@ -51,7 +51,7 @@ def _t5(fields: Fields) -> ModelConfig:
         attention_scale=1.0,
         tie_embeddings=tied,
         scale_outputs=fields.get("scale_decoder_outputs", tied),
-        encoder=EncoderConfig(num_layers=encoder_layers),
+        encoder=EncoderConfig(num_layers=encoder_layers, start=fields.get("decoder_start_token_id") or 0),
     )
 
 
@@ -79,7 +79,12 @@ def _whisper(fields: Fields) -> ModelConfig:
         max_length=positive("max_target_positions", fields.get("max_target_positions", 448)),
         causal=True,
         tie_embeddings=fields.get("tie_word_embeddings", True),
-        encoder=EncoderConfig(encoder.num_layers, mlp_width=encoder.mlp_width, max_length=encoder.max_length),
+        encoder=EncoderConfig(
+            encoder.num_layers,
+            mlp_width=encoder.mlp_width,
+            max_length=encoder.max_length,
+            start=fields.get("decoder_start_token_id") or 0,
+        ),
         head=HeadConfig(),
     )
 

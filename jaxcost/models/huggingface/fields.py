@@ -19,6 +19,10 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu
 _KINDS = {"local": "sliding_attention", "global": "full_attention"}
 
 
+_ENCODER = ("num_layers", "num_heads", "num_kv_heads", "mlp_width", "max_length")
+"""Options of an encoder that stand for the decoder's where they are 0."""
+
+
 def fields_of(config: ModelConfig, model_type: str | None = None) -> dict[str, Any]:
     """What `config.json` must hold for transformers to make this model.
 
@@ -86,7 +90,7 @@ def _effective(c: ModelConfig) -> ModelConfig:
     scale = c.attention_scale or c.head_dim**-0.5
     changes["attention_scale"] = float(f"{scale:.12g}")
     if c.encoder.num_layers:
-        sizes = {f.name: getattr(c.source, f.name) for f in dataclasses.fields(c.encoder)}
+        sizes = {name: getattr(c.source, name) for name in _ENCODER}
         changes["encoder"] = dataclasses.replace(c.encoder, **sizes)
     if c.rope_scaling.kind != "llama3":
         changes.setdefault("rope_scaling", RopeScaling(c.rope_scaling.kind, c.rope_scaling.factor))
@@ -253,9 +257,8 @@ def _t5(c: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "scale_decoder_outputs": c.scale_outputs,
         "is_encoder_decoder": True,
-        # Texts of both begin their answers with the padding's token.
         "pad_token_id": 0,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": c.encoder.start,
     }
 
 
@@ -297,6 +300,7 @@ def _whisper(c: ModelConfig) -> dict[str, Any]:
         "decoder_attention_heads": c.num_heads,
         "decoder_ffn_dim": c.mlp_width,
         "max_target_positions": c.max_length,
+        "decoder_start_token_id": c.encoder.start,
         "tie_word_embeddings": c.tie_embeddings,
         "is_encoder_decoder": True,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxcost.models.huggingface.layout import BadCheckpoint
 
-WANTED = ("*.safetensors", "*.json", "*.model", "*.jinja")
+WANTED = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt")
 """What is fetched: weights, configs, tokenizers, templates. Pickle files are not."""
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
