@@ -134,10 +134,10 @@ class Experiment:
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         m, ways = self.model, sizes["fsdp"] * sizes["context"]
-        if not m.causal or m.encoder.num_layers or m.position == "relative" or self.data.separate_documents:
+        if not m.causal or m.encoder.num_layers or m.position == "relative" or self.data.of_segments:
             raise ValueError(
-                "mesh.context splits causal sequences alone, without an encoder, relative positions or "
-                "data.separate_documents; set it to 1."
+                "mesh.context splits causal sequences alone, without an encoder, relative positions or documents that "
+                "are kept apart; set it to 1."
             )
         if m.width % ways:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sweep import sweep
 from jaxcost import sharding
 from jaxcost.config import Experiment
 from jaxcost.data.config import DataConfig
+from jaxcost.data.packing import Rows
 from jaxcost.data.pipeline import train_batches, validation_batches
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models import attention
@@ -95,6 +97,66 @@ def test_batches_say_which_document_each_token_is_of():
     assert "segments" not in next(iter(train_batches(dataclasses.replace(DATA, separate_documents=False), STREAM)))
 
 
+def stream_of(sizes, seed=0):
+    """Documents of so many tokens behind the separator 31."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([np.concatenate([[31], rng.integers(0, 31, size)]) for size in sizes]).astype(np.uint16)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 20, 7, 7, 1, 14, 15, 16, 2), (31,), (32,), (33,), (0,), (100, 1), ()])
+def test_first_fit_loses_no_token_and_keeps_documents_apart(sizes):
+    tokens = stream_of(sizes) if sizes else np.zeros(0, np.uint16)
+    packed = Rows(tokens, 16)
+    rows = [packed[i] for i in range(len(packed))]
+    pairs = [pair for row in rows for pair in np.stack([row["inputs"], row["targets"]], 1)[row["mask"] > 0].tolist()]
+    assert sorted(pairs) == sorted(np.stack([tokens[:-1], tokens[1:]], 1).tolist())
+    assert sum(int(np.sum(row["segments"] > 0)) for row in rows) == len(tokens)
+    for row in rows:
+        segments = row["segments"][row["segments"] > 0]
+        assert np.all(np.isin(np.diff(segments), (0, 1))) and not np.any(row["segments"][len(segments) :])
+        # A separator stands at the start of a segment alone.
+        inside = np.flatnonzero(row["inputs"] * (row["segments"] > 0) == 31)
+        assert all(i == 0 or row["segments"][i - 1] != row["segments"][i] for i in inside)
+
+
+def test_first_fit_fills_rows_of_a_skewed_length_distribution():
+    sizes = np.random.default_rng(0).lognormal(4.5, 1.2, 20_000).astype(int)
+    rows = Rows(stream_of(sizes), 512)
+    assert rows.fill > 0.98
+    lengths = np.minimum(sizes + 1, 512)
+    assert rows.fill > 2 * len(rows._tokens) / (512 * len(lengths))
+
+
+def test_packed_batches_are_shuffled_scored_once_and_go_on():
+    data = dataclasses.replace(DATA, packing="first_fit", sequence_length=16)
+    tokens = stream_of(np.random.default_rng(1).integers(0, 30, 60))
+    batches = list(validation_batches(data, tokens))
+    assert sum(batch["mask"].sum() for batch in batches) == len(tokens) - 1
+    iterator = train_batches(data, tokens)
+    first = [next(iterator) for _ in range(3)]
+    again = train_batches(data, tokens, start_step=2)
+    jax.tree.map(np.testing.assert_array_equal, next(again), first[2])
+
+
+def test_the_loss_of_packed_rows_is_that_of_documents_one_at_a_time():
+    tokens = stream_of((3, 11, 0, 7, 5, 15, 4))
+    packed, params = Rows(tokens, 16), params_of("rotary")
+
+    def total(batch):
+        hidden, _ = small.MODEL.apply({"params": params}, batch["inputs"], segments_BT=batch.get("segments"))
+        return float(cross_entropy(hidden, output_of(small.CONFIG, params), batch["targets"], batch["mask"])[0])
+
+    together = {name: np.stack([packed[i][name] for i in range(len(packed))]) for name in packed[0]}
+    starts = [*np.flatnonzero(tokens == 31), len(tokens)]
+    alone = 0.0
+    for start, end in itertools.pairwise(starts):
+        document = tokens[None, start:end].astype(np.int32)
+        targets = np.append(tokens[start + 1 : end + 1], [0])[None, : end - start].astype(np.int32)
+        mask = (np.arange(start, end) < len(tokens) - 1)[None].astype(np.float32)
+        alone += total({"inputs": document, "targets": targets, "mask": mask})
+    assert total(together) == pytest.approx(alone, rel=1e-5)
+
+
 def test_a_step_on_a_mesh_and_in_microbatches_learns_from_documents_apart():
     batch = {"inputs": np.random.default_rng(0).integers(0, 32, (8, 20))}
     batch |= {"targets": batch["inputs"], "mask": np.ones((8, 20), np.float32)}
@@ -124,5 +186,5 @@ def test_what_cannot_be_apart_is_said():
     with pytest.raises(ValueError, match="Virtual tokens stand before a row"):
         small.MODEL.apply({"params": prefix_tuning(tokens=2)(params)}, tokens, segments_BT=segments)
     experiment = Experiment(data=dataclasses.replace(DATA, batch_size=2), mesh=sharding.MeshConfig(context=2))
-    with pytest.raises(ValueError, match="data.separate_documents; set it to 1"):
+    with pytest.raises(ValueError, match="documents that are kept apart; set it to 1"):
         experiment.check_devices(2, 512)

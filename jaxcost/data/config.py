@@ -31,8 +31,12 @@ class DataConfig:
     """Size of the BPE vocabulary, its separator included; without effect for bytes."""
     sequence_length: int = 256
     """Tokens in a sequence (S)."""
+    packing: Literal["concatenate", "first_fit"] = "concatenate"
+    """Sequences are cut from all documents in a row, or hold whole documents, each in the first that has room for it;
+    what is then left of a sequence, 1 or 2 % of all, is padding."""
     separate_documents: bool = False
-    """A token sees those of its own document alone, and counts its position from where that begins."""
+    """A token sees those of its own document alone, and counts its position from where that begins; first_fit always
+    keeps documents apart."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
     shuffle_seed: int = 0
@@ -49,6 +53,8 @@ class DataConfig:
             )
         if self.tokenizer not in ("bytes", "bpe"):
             raise ValueError(f"data.tokenizer is '{self.tokenizer}'; use 'bytes' or 'bpe'.")
+        if self.packing not in ("concatenate", "first_fit"):
+            raise ValueError(f"data.packing is '{self.packing}'; use 'concatenate' or 'first_fit'.")
         if self.bpe_vocab_size < MIN_BPE_VOCAB_SIZE:
             raise ValueError(
                 f"data.bpe_vocab_size is {self.bpe_vocab_size}; it must be at least {MIN_BPE_VOCAB_SIZE}, "
@@ -59,3 +65,8 @@ class DataConfig:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least 1.")
         if not 0 <= self.shuffle_seed < 2**32:
             raise ValueError(f"data.shuffle_seed is {self.shuffle_seed}; it must lie between 0 and 2**32 - 1.")
+
+    @property
+    def of_segments(self) -> bool:
+        """Whether batches say which document each token is of."""
+        return self.separate_documents or self.packing == "first_fit"

@@ -1,4 +1,4 @@
-"""Documents to one flat array of token ids, made once and read from disk, and the windows that a model sees of it."""
+"""Documents to one flat array of token ids, made once and read from disk, and the sequences that a model sees of it."""
 
 from __future__ import annotations
 
@@ -107,6 +107,82 @@ class Windows:
         if self._separator is not None:
             window["segments"] = 1 + np.cumsum(window["inputs"] == self._separator, dtype=np.int32)
         return window
+
+
+class Rows:
+    """The sequences of a token array, by index, of whole documents: each is in the first row that has room for it.
+
+    Documents are placed from the longest to the shortest; one that is longer than a row is cut first, and its pieces
+    do not see one another. A token's target is the next one of the array, so that over all rows every token but the
+    first is predicted exactly once. Source: first-fit decreasing, Johnson 1973, Near-optimal bin packing algorithms.
+    """
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int):
+        """Packs the array.
+
+        Args:
+          tokens: integers (N,), of which the first begins every document.
+          sequence_length: S.
+        """
+        self._tokens, self._sequence_length = tokens, sequence_length
+        begins = np.flatnonzero(tokens == tokens[0]) if len(tokens) else np.zeros(0, int)
+        sizes = np.diff(begins, append=len(tokens))
+        pieces = -(-sizes // sequence_length)
+        first = np.cumsum(pieces) - pieces
+        within = np.arange(pieces.sum()) - np.repeat(first, pieces)
+        self._starts = np.repeat(begins, pieces) + within * sequence_length
+        self._lengths = np.minimum(sequence_length, np.repeat(sizes, pieces) - within * sequence_length)
+        rows = _first_fit(self._lengths, sequence_length)
+        self._order = np.argsort(rows, kind="stable")
+        self._ends = np.cumsum(np.bincount(rows)) if len(rows) else np.zeros(0, int)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def fill(self) -> float:
+        """Share of all places that hold a token."""
+        return len(self._tokens) / max(1, len(self) * self._sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns `inputs`, `targets` and `segments`, int32 (S,), and `mask`, float32 (S,), 1 where there is a target.
+
+        Segments count the documents of the row from 1; padding, behind the last of them, is 0.
+        """
+        row = {name: np.zeros(self._sequence_length, np.int32) for name in ("inputs", "targets", "segments")}
+        row["mask"] = np.zeros(self._sequence_length, np.float32)
+        pieces = self._order[self._ends[index - 1] if index else 0 : self._ends[index]]
+        place = 0
+        for segment, piece in enumerate(pieces, start=1):
+            start, length = self._starts[piece], self._lengths[piece]
+            found = np.asarray(self._tokens[start : start + length + 1], np.int32)
+            here, known = slice(place, place + length), slice(place, place + len(found) - 1)
+            row["inputs"][here], row["segments"][here] = found[:length], segment
+            row["targets"][known], row["mask"][known] = found[1:], 1
+            place += length
+        return row
+
+
+def _first_fit(lengths: np.ndarray, room: int) -> np.ndarray:
+    """The row of each piece, int (pieces,): from the longest on, the first with room for it."""
+    rows = np.zeros(len(lengths), int)
+    full = lengths == room
+    rows[full] = np.arange(full.sum())
+    rest = np.flatnonzero(~full)
+    rest = rest[np.argsort(-lengths[rest], kind="stable")]
+    # The most room that any row below a node of a binary tree has, of which the leaves are rows.
+    leaves = 1 << max(0, len(rest) - 1).bit_length()
+    most = [room] * (2 * leaves)
+    for piece, length in zip(rest.tolist(), lengths[rest].tolist(), strict=True):
+        node = 1
+        while node < leaves:
+            node = 2 * node if most[2 * node] >= length else 2 * node + 1
+        rows[piece] = node - leaves + full.sum()
+        most[node] -= length
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
+    return rows
 
 
 def _write_tokens(file: BinaryIO, source: DocumentSource, tokenizer: Tokenizer) -> int:

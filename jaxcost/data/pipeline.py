@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcost.data.config import DataConfig
-from jaxcost.data.packing import Windows
+from jaxcost.data.packing import Rows, Windows
 
 if TYPE_CHECKING:
     import grain
@@ -41,7 +41,7 @@ def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -
     """
     import grain
 
-    windows = Windows(tokens, config.sequence_length, separator=_separator(config, tokens))
+    windows = _sequences(config, tokens)
     if len(windows) < config.batch_size:
         raise ValueError(
             f"The {len(tokens)} training tokens make {len(windows)} sequences of {config.sequence_length}, fewer than "
@@ -85,7 +85,7 @@ def validation_batches(config: DataConfig, tokens: np.ndarray, max_tokens: int |
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; give at least 1, or None to score the whole split.")
         tokens = tokens[: max_tokens + 1]
-    windows = Windows(tokens, config.sequence_length, keep_last=True, separator=_separator(config, tokens))
+    windows = _sequences(config, tokens, keep_last=True)
     if not len(windows):
         raise ValueError(f"The validation split holds {len(tokens)} tokens, none to predict; use a larger one.")
     return _batches_in_order(windows, config.batch_size, config.sequence_length)
@@ -100,6 +100,9 @@ def _batches_in_order(windows: Windows, batch_size: int, sequence_length: int) -
         yield batch
 
 
-def _separator(config: DataConfig, tokens: np.ndarray) -> int | None:
-    """The token that begins every document, the first of which begins the stream; None if they are not kept apart."""
-    return int(tokens[0]) if config.separate_documents and len(tokens) else None
+def _sequences(config: DataConfig, tokens: np.ndarray, keep_last: bool = False) -> Windows | Rows:
+    """The sequences of a token array; the token that begins it begins every document."""
+    if config.packing == "first_fit":
+        return Rows(tokens, config.sequence_length)
+    separator = int(tokens[0]) if config.separate_documents and len(tokens) else None
+    return Windows(tokens, config.sequence_length, keep_last, separator)
