@@ -277,7 +277,7 @@ def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
     )
     both = compiled_cost(step.lower(state, batch, teacher.params).compile())
     alone = compiled_cost(jax.jit(plain).lower(init_state(state.params, optimizer, 0), batch).compile())
-    forward = compiled_cost(jax.jit(teacher.logits).lower(batch["inputs"]).compile()).total_flops
+    forward = compiled_cost(jax.jit(teacher.logits).lower(batch).compile()).total_flops
     assert both.total_flops - alone.total_flops == pytest.approx(forward, rel=0.02)
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(teacher.params))
     assert both.argument_bytes - alone.argument_bytes == pytest.approx(held, rel=0.01)

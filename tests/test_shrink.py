@@ -20,7 +20,7 @@ from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, start_cache
-from jaxcost.planning.search import sizes_of
+from jaxcost.planning.ranking import sizes_of
 from jaxcost.planning.steps import trace_step
 from jaxcost.serving.engine import Engine
 from jaxcost.session import Session, load_run

@@ -165,23 +165,17 @@ class Rows:
 
 def _first_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     """The row of each piece, int (pieces,): from the longest on, the first with room for it."""
-    rows = np.zeros(len(lengths), int)
-    full = lengths == room
-    rows[full] = np.arange(full.sum())
-    rest = np.flatnonzero(~full)
-    rest = rest[np.argsort(-lengths[rest], kind="stable")]
-    # The most room that any row below a node of a binary tree has, of which the leaves are rows.
-    leaves = 1 << max(0, len(rest) - 1).bit_length()
-    most = [room] * (2 * leaves)
-    for piece, length in zip(rest.tolist(), lengths[rest].tolist(), strict=True):
-        node = 1
-        while node < leaves:
-            node = 2 * node if most[2 * node] >= length else 2 * node + 1
-        rows[piece] = node - leaves + full.sum()
-        most[node] -= length
-        while node > 1:
-            node //= 2
-            most[node] = max(most[2 * node], most[2 * node + 1])
+    rows, left = np.zeros(len(lengths), int), np.zeros(0, int)
+    order = np.argsort(-lengths, kind="stable")
+    sizes, counts = np.unique(-lengths, return_counts=True)
+    # Pieces of one length fill the first row with room for any, then the next, and so on.
+    for size, alike in zip(-sizes, np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        missing = len(alike) - np.sum(left // size)
+        left = np.append(left, np.full(max(0, -(-missing // (room // size))), room))
+        fits = left // size
+        taken = np.clip(len(alike) - (np.cumsum(fits) - fits), 0, fits)
+        rows[alike] = np.repeat(np.arange(len(left)), taken)
+        left -= taken * size
     return rows
 
 
