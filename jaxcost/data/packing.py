@@ -166,6 +166,8 @@ class Rows:
 def _first_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     """The row of each piece, int (pieces,): from the longest on, the first with room for it."""
     rows, left = np.zeros(len(lengths), int), np.zeros(0, int)
+    if not len(lengths):
+        return rows
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(-lengths, return_counts=True)
     # Pieces of one length fill the first row with room for any, then the next, and so on.
