@@ -17,10 +17,11 @@ from jaxcost.evaluation import distillation as loss
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.attention import Scores, log_probabilities, self_attention
+from jaxcost.models.block import attention_scores
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Output
-from jaxcost.models.transformer import HEADS, WATCHED, Transformer, attention_scores, initialize
+from jaxcost.models.transformer import HEADS, WATCHED, Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
 from jaxcost.study.recipes import Recipe, StudyConfig, is_control

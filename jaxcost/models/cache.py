@@ -1,4 +1,4 @@
-"""How the keys and values of a cache are held: as they were computed, or as 8-bit integers.
+"""Keys and values that are kept: of the tokens seen so far, and of a source; as computed, or as 8-bit integers.
 
 Shapes: L layers, B batch, T new tokens, S slots, K key-value heads, h head size.
 """
@@ -25,6 +25,36 @@ class Codes:
     """int8, (..., B, S, K, h), -127..127."""
     scale: jax.Array
     """float32, (..., B, S, K, 1)."""
+
+
+@struct.dataclass
+class Source:
+    """What attention to a source meets: keys and values, which are `states` until a layer has made them."""
+
+    key: Any = None
+    """(L, B, S, K, h), or (B, S, K, h) of one layer: compute dtype, or `Codes`; None while there are states."""
+    value: Any = None
+    """As the keys."""
+    states: jax.Array | None = None
+    """(B, S, D): what the encoder gave; None once there are keys."""
+    valid: jax.Array | None = None
+    """(B, S) bool: the tokens that are no padding; None if all are valid."""
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, for every layer and row."""
+
+    key: Any
+    """(L, B, S, K, h), compute dtype, or the `Codes` of as many."""
+    value: Any
+    """As the keys."""
+    length: jax.Array
+    """(B,) int32: tokens in each row, virtual ones included."""
+    source: Source | None = None
+    """What the encoder has read, as keys and values of every layer; None without an encoder."""
+    virtual: int = struct.field(pytree_node=False, default=0)
+    """Virtual tokens that it was started with."""
 
 
 def empty(shape: tuple[int, ...], dtype) -> Any:

@@ -34,12 +34,12 @@ from jaxcost.evaluation.distillation import (
 )
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.attention import Scores
+from jaxcost.models.block import attention_scores
 from jaxcost.models.transformer import (
     HEADS,
     STACKS,
     WATCHED,
     Transformer,
-    attention_scores,
     logits,
     output_of,
     resized,
