@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from small import QUICK
 
-from jaxcost.models import huggingface
+from jaxcost.models import families, huggingface
 from jaxcost.models.config import EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.huggingface import fields
+from jaxcost.models.huggingface import fields, safetensors
 from jaxcost.models.positions import relative_buckets
 from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, resized, start_cache
 from jaxcost.serving.beam import BeamEngine
@@ -327,6 +327,8 @@ def test_what_cannot_be_is_said_in_one_sentence():
     for beams, said in ((0, "ask for at least 1"), (49, "more than half of the vocabulary")):
         with pytest.raises(ValueError, match=said):
             BeamEngine(model, beams).generate(params, prompt, max_new_tokens=2, end_ids=[1], sources=[np.zeros(3, int)])
+    with pytest.raises(ValueError, match="length penalty is nan; give a finite number"):
+        BeamEngine(model, 4, float("nan"))
     for changes, said in (
         ({"causal": False}, "only a causal decoder has"),
         ({"relative_buckets": 6}, "multiple of 4"),
@@ -348,3 +350,42 @@ def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     np.testing.assert_array_equal(one, greedy)
     _, high = BeamEngine(Transformer(SMALL), 6, 0.0).generate(params, prompts, end_ids=[], **options)
     assert np.all(high >= low - 1e-5)
+
+
+def test_relative_positions_of_the_source_in_the_first_checkpoints_are_left_out(tmp_path):
+    config = families.config_of(T5)
+    params = made(config)
+    huggingface.save(tmp_path / "new", config, params, model_type="t5")
+    spare = np.zeros((8, 4), np.float32)
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    stored = safetensors.read_header(tmp_path / "new/model.safetensors")
+    tensors = [safetensors.Tensor(path, one.dtype, one.shape, one.read) for path, one in stored.items()]
+    tensors.append(safetensors.Tensor(name, spare.dtype, spare.shape, lambda: spare))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_bytes((tmp_path / "new/config.json").read_bytes())
+    safetensors.write(tmp_path / "old/model.safetensors", tensors)
+    _, same = huggingface.load(tmp_path / "old")
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+T5 = SIZES | {"model_type": "t5"}
+SPEECH = WHISPER | {"model_type": "whisper"}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (T5 | {"num_decoder_layers": 0}, "num_decoder_layers is 0; it must be a whole number of at least 1"),
+        (T5 | {"feed_forward_proj": "glu-relu"}, "feed_forward_proj is 'glu-relu', but only"),
+        (T5 | {"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not one of T5 and ForConditionalGeneration"),
+        (T5 | {"architectures": ["T5ForSequenceClassification"]}, "'T5ForSequenceClassification' is not one of"),
+        (T5 | {"decoder_start_token_id": [0]}, r"model.encoder.start is \[0\]; it must be a whole number"),
+        (T5 | {"decoder_start_token_id": 96}, "model.encoder.start is 96; it must be a token"),
+        (T5 | {"tie_word_embeddings": None}, "model.tie_embeddings is None; it must be true or false"),
+        (SPEECH | {"architectures": ["WhisperForCausalLM"]}, "'WhisperForCausalLM' is not one of"),
+        (SPEECH | {"encoder_attention_heads": 2}, "encoder_attention_heads is 2 and decoder_attention_heads 4"),
+    ],
+)
+def test_configs_that_are_none_of_ours_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        families.config_of(changes)

@@ -8,6 +8,7 @@ B batch, K beams, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import jax
@@ -51,7 +52,7 @@ class BeamEngine:
     """Beam search by one model, a decoder or an encoder-decoder."""
 
     def __init__(self, model: Transformer, beams: int = 4, length_penalty: float = 1.0):
-        """ValueError if the model gives anything but the next token, or there is no beam.
+        """ValueError if the model gives anything but the next token, there is no beam, or the penalty is no number.
 
         Args:
           model: what scores the tokens.
@@ -60,6 +61,8 @@ class BeamEngine:
         """
         if beams < 1:
             raise ValueError(f"{beams} beams were asked for; ask for at least 1.")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"The length penalty is {length_penalty}; give a finite number, such as 1.")
         self.engine, self.beams, self.length_penalty = Engine(model), beams, length_penalty
         self.search = jax.jit(self._search, static_argnames=("end_ids", "length"))
 
