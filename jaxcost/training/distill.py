@@ -189,9 +189,10 @@ class Distiller:
             total += c.hidden * hidden_loss(hidden_BSD, hidden_BSE, self._projected(hidden_BSD, beside), mask)
         if self.watched:
             pairs = zip(_relations(student, params, sown), _relations(self.model, teacher, taught), strict=True)
+            segments = batch.get("segments", batch.get("valid"))
             for weight, pair in zip((c.attention, c.values), pairs, strict=True):
                 if weight:
-                    total += weight * relation_loss(*pair, mask, chunks=chunks)
+                    total += weight * relation_loss(*pair, mask, segments, chunks=chunks)
         return total, likelihood
 
     def _projected(self, hidden_BSD: jax.Array, beside: dict[str, jax.Array]) -> jax.Array | None:
@@ -206,7 +207,7 @@ def _relations(model: Transformer, params: weights.Params, sown: Mapping[str, An
     config, heads = resized(model.config, params), sown[WATCHED][HEADS]
     scores = attention_scores(config, config.layer_kinds[-1])
     maps = Relation(heads["query"], heads["key"], scores)
-    return maps, Relation(heads["value"], heads["value"], Scores(scores.window))
+    return maps, Relation(heads["value"], heads["value"], Scores(scores.window, causal=scores.causal))
 
 
 def _projection(width: int, teacher_width: int, seed: int) -> jax.Array:
