@@ -14,7 +14,7 @@ import pytest
 from small import QUICK
 
 from jaxcost.models import families, huggingface
-from jaxcost.models.config import EncoderConfig, ModelConfig
+from jaxcost.models.config import AudioConfig, EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import fields, safetensors
 from jaxcost.models.positions import relative_buckets
@@ -284,6 +284,25 @@ def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
     np.testing.assert_array_equal(ours(SMALL, params, execution=ExecutionConfig(remat="full", unroll="always")), want)
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels):
+    config = dataclasses.replace(SMALL, audio=AudioConfig(channels, (32,), (4,), (2,)))
+    sound = np.asarray(SOUNDS[0, :, :channels] if channels > 1 else SOUNDS[0, :, 0])
+    generate = functools.partial(Engine(Transformer(config)).generate, made(config), max_new_tokens=2)
+    prompt = [np.array([0])]
+    (said,) = generate(prompt, sources=[sound])
+    assert said.shape == (2,)
+    assert generate(prompt, sources=[np.ones(sound.shape, int)])[0].shape == (2,)
+    for sources, message in (
+        ([sound[:2]], "too short for a frame, which takes 4"),
+        ([np.stack([sound] * 8)], "model.audio takes"),
+        ([sound[:0]], "A source is empty"),
+        ([sound, sound[:9]], "pad or cut them to one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(prompt * len(sources), sources=sources)
+
+
 def test_buckets_are_single_distances_and_then_ranges():
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
     behind = relative_buckets(decoder, -jnp.arange(20))
@@ -318,9 +337,14 @@ def test_what_cannot_be_is_said_in_one_sentence():
         ([np.zeros(0, int)], "A source is empty"),
         ([np.array([96])], "A source has ids outside 0 to 95"),
         ([np.zeros(65, int)], "longer than the encoder's max_length"),
+        ([np.zeros(3)], "no int array"),
+        ([np.array(3)], "no int array"),
+        ([np.zeros((3, 31))], "Embeddings are of 31 numbers, and model.width is 32"),
     ):
         with pytest.raises(ValueError, match=said):
             engine.generate(params, prompt, max_new_tokens=2, sources=sources)
+    with pytest.raises(ValueError, match=r"the shapes \(3, 32\) and \(4, 32\); pad or cut"):
+        engine.generate(params, prompt * 2, max_new_tokens=2, sources=[np.zeros((n, 32)) for n in (3, 4)])
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
     with pytest.raises(ValueError, match="no encoder to read sources"):
         Engine(Transformer(decoder)).generate(made(decoder), prompt, max_new_tokens=2, sources=[np.zeros(3, int)])

@@ -357,6 +357,10 @@ class Transformer(nn.Module):
                 return Images(c, name="images")(inputs, key)
             return Audio(c, name="audio")(inputs, key, valid_BT)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
+        if tokens_BT.ndim == 3 and tokens_BT.shape[-1] != c.width:
+            raise ValueError(
+                f"Embeddings are of {tokens_BT.shape[-1]} numbers, and model.width is {c.width}; give as many."
+            )
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
     def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, bias, source: Source | None, further):
