@@ -21,6 +21,7 @@ from jaxcost.models.positions import relative_buckets
 from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, resized, start_cache
 from jaxcost.serving.beam import BeamEngine
 from jaxcost.serving.engine import Engine
+from jaxcost.training.distill import DistillConfig, check_pair
 from jaxcost.transforms import freeze, prefix_tuning, prompt_tuning, shrink
 
 oracles = pytest.mark.oracles
@@ -303,6 +304,29 @@ def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels
             generate(prompt * len(sources), sources=sources)
 
 
+def test_beams_share_what_their_source_holds():
+    config = dataclasses.replace(SMALL, max_length=1024)
+    model, params = Transformer(config), made(config)
+    engine = BeamEngine(model, 4)
+    cache = jax.eval_shape(lambda: start_cache(model, params, 2, 8, jnp.zeros((2, 1000), int)))
+    inputs = (params, jax.ShapeDtypeStruct((2, 96), jnp.float32), cache)
+    memory = engine.search.lower(*inputs, end_ids=(1,), length=8).compile(QUICK).memory_analysis()
+    held = sum(a.size * a.dtype.itemsize for a in (cache.source.key, cache.source.value))
+    assert memory.temp_size_in_bytes < 2 * held
+
+    # Rows that share a source give what they give with one each.
+    def outputs(rows):
+        cache = start_cache(model, params, rows, 4, jnp.asarray(SOURCES[:rows]), jnp.asarray(VALID[:rows]))
+        cache = dataclasses.replace(init_cache(config, 6, 4, jnp.float32), source=cache.source)
+        return model.apply({"params": params}, jnp.asarray(TARGETS[[0, 1, 2, 0, 1, 2], :4]), cache)[0]
+
+    twice = [start_cache(model, params, 1, 4, jnp.asarray(SOURCES[[i]]), jnp.asarray(VALID[[i]])) for i in range(2)]
+    apart = [
+        model.apply({"params": params}, jnp.asarray(TARGETS[[j], :4]), cache)[0] for cache in twice for j in range(3)
+    ]
+    np.testing.assert_allclose(outputs(2), jnp.concatenate(apart), atol=1e-5)
+
+
 def test_buckets_are_single_distances_and_then_ranges():
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
     behind = relative_buckets(decoder, -jnp.arange(20))
@@ -346,6 +370,9 @@ def test_what_cannot_be_is_said_in_one_sentence():
     with pytest.raises(ValueError, match=r"the shapes \(3, 32\) and \(4, 32\); pad or cut"):
         engine.generate(params, prompt * 2, max_new_tokens=2, sources=[np.zeros((n, 32)) for n in (3, 4)])
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
+    heard = Transformer(dataclasses.replace(SMALL, audio=AudioConfig(6, (32,), (3,), (2,))))
+    with pytest.raises(ValueError, match="read sources of different kinds"):
+        check_pair(model, heard, DistillConfig(teacher="a", logits=1.0))
     with pytest.raises(ValueError, match="no encoder to read sources"):
         Engine(Transformer(decoder)).generate(made(decoder), prompt, max_new_tokens=2, sources=[np.zeros(3, int)])
     for beams, said in ((0, "ask for at least 1"), (49, "more than half of the vocabulary")):
@@ -374,6 +401,29 @@ def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     np.testing.assert_array_equal(one, greedy)
     _, high = BeamEngine(Transformer(SMALL), 6, 0.0).generate(params, prompts, end_ids=[], **options)
     assert np.all(high >= low - 1e-5)
+
+
+def test_what_a_family_cannot_hold_is_named_once():
+    for config, model_type, said in (
+        (
+            dataclasses.replace(SMALL, encoder=EncoderConfig()),
+            "t5",
+            r"t5 does not .* \(config.json lacks num_layers",
+        ),
+        (SMALL, "whisper", "whisper does not have a model with such fields"),
+        (replaced(SPEECH, num_heads=2), "whisper", "encoder_attention_heads is 2 and decoder_attention_heads 4"),
+        (replaced(T5, mlp_width=40), "t5", "t5 does not have model.encoder.mlp_width = 40"),
+        (replaced(T5, max_length=40), "t5", "t5 does not have model.encoder.max_length = 40"),
+    ):
+        with pytest.raises(families.UnsupportedModel, match=said) as raised:
+            fields.fields_of(config, model_type)
+        assert len(str(raised.value)) < 250
+
+
+def replaced(fields, **options):
+    """The config of a checkpoint, with other options of its encoder."""
+    config = families.config_of(fields)
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **options))
 
 
 def test_relative_positions_of_the_source_in_the_first_checkpoints_are_left_out(tmp_path):

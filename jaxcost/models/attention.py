@@ -169,12 +169,16 @@ def cross_attention(
 ) -> jax.Array:
     """Each token attends to all valid tokens of another sequence: (B, T, H, h) in the queries' dtype.
 
-    `splash` is for attention within a sequence; where it is asked for, the reference takes its place here.
+    Queries may have several rows, one behind the other, for each row of keys, values and what is valid. `splash` is for
+    attention within a sequence; where it is asked for, the reference takes its place here.
     """
-    mask = None if valid_BS is None else valid_BS[:, None, None]
+    shape, mask = q_BTHh.shape, None if valid_BS is None else valid_BS[:, None, None]
+    # Rows that attend to one source are to it as tokens of one row.
+    q_BTHh = q_BTHh.reshape(k_BSKh.shape[0], -1, *shape[2:])
     kernel = "cudnn" if _implementation(implementation, scores, q_BTHh) == "cudnn" else "xla"
     factor = scores.factor(q_BTHh.shape[-1])
-    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, scale=factor, implementation=kernel)
+    out = jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, scale=factor, implementation=kernel)
+    return out.reshape(shape)
 
 
 def cached_attention(

@@ -170,15 +170,9 @@ def _chosen(x: jax.Array, kept_BK: jax.Array) -> jax.Array:
 
 
 def _repeated(cache: Cache, times: int) -> Cache:
-    """The cache with every row so many times in a row."""
-    stacked = lambda tree: jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), tree)  # noqa: E731
-    source = cache.source
-    if source is not None:
-        valid = None if source.valid is None else jnp.repeat(source.valid, times, axis=0)
-        source = source.replace(key=stacked(source.key), value=stacked(source.value), valid=valid)
-    return cache.replace(
-        key=stacked(cache.key), value=stacked(cache.value), length=jnp.repeat(cache.length, times), source=source
-    )
+    """The cache with every row so many times in a row, but for the source, which they share."""
+    key, value = jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), (cache.key, cache.value))
+    return cache.replace(key=key, value=value, length=jnp.repeat(cache.length, times))
 
 
 def _reordered(cache: Cache, rows: jax.Array) -> Cache:

@@ -34,6 +34,7 @@ from jaxcost.evaluation.distillation import (
 )
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.attention import Scores
+from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import (
     HEADS,
     STACKS,
@@ -227,6 +228,11 @@ def check_pair(student: Transformer, teacher: Transformer, config: DistillConfig
         )
     if bool(ours.encoder.num_layers) != bool(theirs.encoder.num_layers):
         raise ValueError("Only one of teacher and student has an encoder; give both one, or neither.")
+    if _seen_by(ours) != _seen_by(theirs):
+        raise ValueError(
+            "Teacher and student read sources of different kinds; give both tokens, images of one size, or audio of as "
+            "many channels."
+        )
     if config.attention and "relative" in (ours.position, theirs.position):
         raise ValueError(
             "distill.attention compares products of queries and keys, to which relative positions are added; set it to "
@@ -239,6 +245,12 @@ def check_pair(student: Transformer, teacher: Transformer, config: DistillConfig
                 "distill.from_layers takes blocks of the teacher, so the student must be the same model with at most "
                 f"{theirs.num_layers} layers; change model.* or leave distill.from_layers out."
             )
+
+
+def _seen_by(config: ModelConfig) -> tuple[int, ...]:
+    """What fixes the shape of images or audio that a model, or its encoder, reads; zeros of tokens."""
+    images = config.images
+    return (config.audio.channels, *((images.height, images.width, images.channels) if images.patch else (0, 0, 0)))
 
 
 def student_params(teacher: weights.Params, num_layers: int) -> weights.Params:
