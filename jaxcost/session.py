@@ -108,7 +108,7 @@ class Session:
     @cached_property
     def scorer(self) -> Scorer:
         """Scores weights on the validation split."""
-        self._check_language_model()
+        self.check_language_model()
         limit = self.experiment.evaluation.max_tokens or None
         batches = validation_batches(self.experiment.data, self.validation_stream.tokens, limit)
         return Scorer(self.model, batches, self.tokenizer.token_bytes, self.mesh)
@@ -240,7 +240,7 @@ class Session:
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
-        self._check_language_model()
+        self.check_language_model()
         self.train_stream, self.scorer  # noqa: B018
 
     def distiller(self, teacher: Transformer | None) -> Distiller | None:
@@ -313,7 +313,8 @@ class Session:
         """A weight in the dtype that this experiment keeps weights in; codes and what belongs to them stay."""
         return w if weights.is_weight(w) else w.astype(self.experiment.execution.weights)
 
-    def _check_language_model(self) -> None:
+    def check_language_model(self) -> None:
+        """ValueError if the model is not one that text alone trains."""
         if not self.experiment.model.language_model:
             raise ValueError(
                 "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from small import QUICK
 
-from jaxcost.models import huggingface
-from jaxcost.models.config import EncoderConfig, ModelConfig
+from jaxcost.models import families, huggingface
+from jaxcost.models.config import AudioConfig, EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.huggingface import fields
+from jaxcost.models.huggingface import fields, safetensors
 from jaxcost.models.positions import relative_buckets
 from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, resized, start_cache
 from jaxcost.serving.beam import BeamEngine
 from jaxcost.serving.engine import Engine
+from jaxcost.training.distill import DistillConfig, check_pair
 from jaxcost.transforms import freeze, prefix_tuning, prompt_tuning, shrink
 
 oracles = pytest.mark.oracles
@@ -284,6 +285,48 @@ def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
     np.testing.assert_array_equal(ours(SMALL, params, execution=ExecutionConfig(remat="full", unroll="always")), want)
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels):
+    config = dataclasses.replace(SMALL, audio=AudioConfig(channels, (32,), (4,), (2,)))
+    sound = np.asarray(SOUNDS[0, :, :channels] if channels > 1 else SOUNDS[0, :, 0])
+    generate = functools.partial(Engine(Transformer(config)).generate, made(config), max_new_tokens=2)
+    prompt = [np.array([0])]
+    (said,) = generate(prompt, sources=[sound])
+    assert said.shape == (2,)
+    assert generate(prompt, sources=[np.ones(sound.shape, int)])[0].shape == (2,)
+    for sources, message in (
+        ([sound[:2]], "too short for a frame, which takes 4"),
+        ([np.stack([sound] * 8)], "model.audio takes"),
+        ([sound[:0]], "A source is empty"),
+        ([sound, sound[:9]], "pad or cut them to one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(prompt * len(sources), sources=sources)
+
+
+def test_beams_share_what_their_source_holds():
+    config = dataclasses.replace(SMALL, max_length=1024)
+    model, params = Transformer(config), made(config)
+    engine = BeamEngine(model, 4)
+    cache = jax.eval_shape(lambda: start_cache(model, params, 2, 8, jnp.zeros((2, 1000), int)))
+    inputs = (params, jax.ShapeDtypeStruct((2, 96), jnp.float32), cache)
+    memory = engine.search.lower(*inputs, end_ids=(1,), length=8).compile(QUICK).memory_analysis()
+    held = sum(a.size * a.dtype.itemsize for a in (cache.source.key, cache.source.value))
+    assert memory.temp_size_in_bytes < 2 * held
+
+    # Rows that share a source give what they give with one each.
+    def outputs(rows):
+        cache = start_cache(model, params, rows, 4, jnp.asarray(SOURCES[:rows]), jnp.asarray(VALID[:rows]))
+        cache = dataclasses.replace(init_cache(config, 6, 4, jnp.float32), source=cache.source)
+        return model.apply({"params": params}, jnp.asarray(TARGETS[[0, 1, 2, 0, 1, 2], :4]), cache)[0]
+
+    twice = [start_cache(model, params, 1, 4, jnp.asarray(SOURCES[[i]]), jnp.asarray(VALID[[i]])) for i in range(2)]
+    apart = [
+        model.apply({"params": params}, jnp.asarray(TARGETS[[j], :4]), cache)[0] for cache in twice for j in range(3)
+    ]
+    np.testing.assert_allclose(outputs(2), jnp.concatenate(apart), atol=1e-5)
+
+
 def test_buckets_are_single_distances_and_then_ranges():
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
     behind = relative_buckets(decoder, -jnp.arange(20))
@@ -318,15 +361,25 @@ def test_what_cannot_be_is_said_in_one_sentence():
         ([np.zeros(0, int)], "A source is empty"),
         ([np.array([96])], "A source has ids outside 0 to 95"),
         ([np.zeros(65, int)], "longer than the encoder's max_length"),
+        ([np.zeros(3)], "no int array"),
+        ([np.array(3)], "no int array"),
+        ([np.zeros((3, 31))], "Embeddings are of 31 numbers, and model.width is 32"),
     ):
         with pytest.raises(ValueError, match=said):
             engine.generate(params, prompt, max_new_tokens=2, sources=sources)
+    with pytest.raises(ValueError, match=r"the shapes \(3, 32\) and \(4, 32\); pad or cut"):
+        engine.generate(params, prompt * 2, max_new_tokens=2, sources=[np.zeros((n, 32)) for n in (3, 4)])
     decoder = dataclasses.replace(SMALL, encoder=EncoderConfig())
+    heard = Transformer(dataclasses.replace(SMALL, audio=AudioConfig(6, (32,), (3,), (2,))))
+    with pytest.raises(ValueError, match="read sources of different kinds"):
+        check_pair(model, heard, DistillConfig(teacher="a", logits=1.0))
     with pytest.raises(ValueError, match="no encoder to read sources"):
         Engine(Transformer(decoder)).generate(made(decoder), prompt, max_new_tokens=2, sources=[np.zeros(3, int)])
     for beams, said in ((0, "ask for at least 1"), (49, "more than half of the vocabulary")):
         with pytest.raises(ValueError, match=said):
             BeamEngine(model, beams).generate(params, prompt, max_new_tokens=2, end_ids=[1], sources=[np.zeros(3, int)])
+    with pytest.raises(ValueError, match="length penalty is nan; give a finite number"):
+        BeamEngine(model, 4, float("nan"))
     for changes, said in (
         ({"causal": False}, "only a causal decoder has"),
         ({"relative_buckets": 6}, "multiple of 4"),
@@ -348,3 +401,65 @@ def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     np.testing.assert_array_equal(one, greedy)
     _, high = BeamEngine(Transformer(SMALL), 6, 0.0).generate(params, prompts, end_ids=[], **options)
     assert np.all(high >= low - 1e-5)
+
+
+def test_what_a_family_cannot_hold_is_named_once():
+    for config, model_type, said in (
+        (
+            dataclasses.replace(SMALL, encoder=EncoderConfig()),
+            "t5",
+            r"t5 does not .* \(config.json lacks num_layers",
+        ),
+        (SMALL, "whisper", "whisper does not have a model with such fields"),
+        (replaced(SPEECH, num_heads=2), "whisper", "encoder_attention_heads is 2 and decoder_attention_heads 4"),
+        (replaced(T5, mlp_width=40), "t5", "t5 does not have model.encoder.mlp_width = 40"),
+        (replaced(T5, max_length=40), "t5", "t5 does not have model.encoder.max_length = 40"),
+    ):
+        with pytest.raises(families.UnsupportedModel, match=said) as raised:
+            fields.fields_of(config, model_type)
+        assert len(str(raised.value)) < 250
+
+
+def replaced(fields, **options):
+    """The config of a checkpoint, with other options of its encoder."""
+    config = families.config_of(fields)
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **options))
+
+
+def test_relative_positions_of_the_source_in_the_first_checkpoints_are_left_out(tmp_path):
+    config = families.config_of(T5)
+    params = made(config)
+    huggingface.save(tmp_path / "new", config, params, model_type="t5")
+    spare = np.zeros((8, 4), np.float32)
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    stored = safetensors.read_header(tmp_path / "new/model.safetensors")
+    tensors = [safetensors.Tensor(path, one.dtype, one.shape, one.read) for path, one in stored.items()]
+    tensors.append(safetensors.Tensor(name, spare.dtype, spare.shape, lambda: spare))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_bytes((tmp_path / "new/config.json").read_bytes())
+    safetensors.write(tmp_path / "old/model.safetensors", tensors)
+    _, same = huggingface.load(tmp_path / "old")
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+T5 = SIZES | {"model_type": "t5"}
+SPEECH = WHISPER | {"model_type": "whisper"}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (T5 | {"num_decoder_layers": 0}, "num_decoder_layers is 0; it must be a whole number of at least 1"),
+        (T5 | {"feed_forward_proj": "glu-relu"}, "feed_forward_proj is 'glu-relu', but only"),
+        (T5 | {"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not one of T5 and ForConditionalGeneration"),
+        (T5 | {"architectures": ["T5ForSequenceClassification"]}, "'T5ForSequenceClassification' is not one of"),
+        (T5 | {"decoder_start_token_id": [0]}, r"model.encoder.start is \[0\]; it must be a whole number"),
+        (T5 | {"decoder_start_token_id": 96}, "model.encoder.start is 96; it must be a token"),
+        (T5 | {"tie_word_embeddings": None}, "model.tie_embeddings is None; it must be true or false"),
+        (SPEECH | {"architectures": ["WhisperForCausalLM"]}, "'WhisperForCausalLM' is not one of"),
+        (SPEECH | {"encoder_attention_heads": 2}, "encoder_attention_heads is 2 and decoder_attention_heads 4"),
+    ],
+)
+def test_configs_that_are_none_of_ours_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        families.config_of(changes)

@@ -17,10 +17,13 @@ from jaxcost.config import Experiment
 from jaxcost.data.config import DataConfig
 from jaxcost.data.packing import Rows
 from jaxcost.data.pipeline import train_batches, validation_batches
+from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models import attention
 from jaxcost.models.attention import Scores
-from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, output_of
+from jaxcost.models.config import HeadConfig
+from jaxcost.models.transformer import WATCHED, Transformer, init_cache, initialize, logits, output_of
+from jaxcost.training.distill import DistillConfig, Distiller
 from jaxcost.transforms import prefix_tuning
 
 LENGTHS = (5, 1, 8, 3)
@@ -79,6 +82,45 @@ def test_splash_attention_keeps_segments_apart_as_the_reference_does(window, mon
     )
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+def test_a_number_that_comes_back_is_another_sequence():
+    params, tokens = params_of("rotary"), np.random.default_rng(0).integers(0, 32, (1, 20))
+    again = np.repeat([5, 5, 2, 0, 5, -1], (5, 1, 8, 2, 3, 1))[None]
+    once = np.repeat([1, 2, 0, 4, 0], (6, 8, 2, 3, 1))[None]
+    np.testing.assert_array_equal(attention.runs(jnp.asarray(again)), np.where(once == 4, 4, once))
+    run = jax.jit(functools.partial(outputs, "rotary"), compiler_options=QUICK)
+    got, want = (run(params, tokens, segments_BT=jnp.asarray(segments)) for segments in (again, once))
+    np.testing.assert_array_equal(got, want)
+    assert np.all(np.isfinite(run(params, tokens, segments_BT=jnp.zeros((1, 20), jnp.int32))))
+
+
+def test_students_are_compared_with_teachers_one_document_at_a_time():
+    student, teacher = (params_of("rotary"), jax.tree.map(lambda a: 1.5 * a, params_of("rotary")))
+    config = DistillConfig(teacher="t", attention=1.0, values=2.0, hidden=1.0, logits=0.5, projection="fixed")
+    distiller, tokens = Distiller(config, small.MODEL), np.random.default_rng(0).integers(0, 32, (1, 20))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def gradient(batch):
+        def total(params):
+            (hidden, _), sown = small.MODEL.apply(
+                {"params": params}, batch["inputs"], **beside_inputs(batch), mutable=[WATCHED]
+            )
+            given = (small.MODEL, hidden, sown, params, batch, {}, teacher)
+            return distiller.loss_sum(*given, chunks=4, key=None)[0]
+
+        return jax.value_and_grad(total)(student)
+
+    def batch(start, end):
+        found = {"inputs": tokens[:, start:end], "targets": tokens[:, start:end]}
+        return found | {"mask": np.ones((1, end - start), np.float32)}
+
+    ends = np.cumsum((0, *LENGTHS))  # what is left is padding
+    apart = [gradient(batch(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+    row = batch(0, 20) | {"segments": SEGMENTS}
+    got = gradient(row | {"mask": (SEGMENTS > 0).astype(np.float32)})
+    want = functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), apart)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-3), got, want)
 
 
 DATA = DataConfig(sequence_length=8, batch_size=2, separate_documents=True)
@@ -185,6 +227,9 @@ def test_what_cannot_be_apart_is_said():
         run(init_cache(small.CONFIG, 1, 20, jnp.float32))
     with pytest.raises(ValueError, match="Virtual tokens stand before a row"):
         small.MODEL.apply({"params": prefix_tuning(tokens=2)(params)}, tokens, segments_BT=segments)
+    pooled = dataclasses.replace(small.CONFIG, head=HeadConfig(outputs=2, pooling="mean"))
+    with pytest.raises(ValueError, match="gives one answer for a row"):
+        Transformer(pooled).apply({"params": params}, tokens, segments_BT=segments)
     experiment = Experiment(data=dataclasses.replace(DATA, batch_size=2), mesh=sharding.MeshConfig(context=2))
     with pytest.raises(ValueError, match="documents that are kept apart; set it to 1"):
         experiment.check_devices(2, 512)

@@ -9,13 +9,13 @@ import pytest
 from jaxcost.config import Experiment, load
 from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import compare, report, run
 from jaxcost.study.recipes import Budget, Recipe, StudyConfig
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
-from jaxcost.transforms import factorize, lora, prune, quantize
+from jaxcost.transforms import RuleError, factorize, lora, prune, quantize, rule
 
 NEEDED = {
     "name",
@@ -155,10 +155,19 @@ def test_a_study_without_recipes_is_refused(tmp_path):
         run.run_study(Experiment(), tmp_path, quiet=True, devices=jax.devices()[:1])
 
 
+def test_a_model_that_text_alone_does_not_train_is_refused_before_its_recipes(tmp_path, finished):
+    experiment, _, _ = finished
+    answering = dataclasses.replace(experiment.model, encoder=EncoderConfig(num_layers=1))
+    recipes = (Recipe("lost", transforms=(prune(rules=(rule("no/such"),)),)),)
+    study = dataclasses.replace(experiment.study, recipes=recipes)
+    broken = dataclasses.replace(experiment, model=answering, study=study)
+    with pytest.raises(ValueError, match="next token of a text alone"):
+        run.run_study(broken, tmp_path, quiet=True, devices=jax.devices()[:1])
+    assert not (tmp_path / "base").exists()
+
+
 def test_a_recipe_that_cannot_work_fails_before_the_base_is_trained(tmp_path, finished):
     experiment, _, _ = finished
-    from jaxcost.transforms import RuleError, rule
-
     recipes = (Recipe("lost", transforms=(prune(rules=(rule("no/such"),)),)),)
     broken = dataclasses.replace(experiment, study=dataclasses.replace(experiment.study, recipes=recipes))
     with pytest.raises(RuleError, match="matches no weight"):

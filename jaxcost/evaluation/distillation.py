@@ -14,7 +14,7 @@ from flax import struct
 
 from jaxcost import weights
 from jaxcost.evaluation.losses import negative_log_likelihood, over_chunks
-from jaxcost.models.attention import Scores, log_probabilities
+from jaxcost.models.attention import Scores, log_probabilities, runs, together
 from jaxcost.models.heads import Output
 
 Direction = Literal["forward", "reverse"]
@@ -172,7 +172,14 @@ def hidden_loss(
     return jnp.sum(jnp.mean(jnp.square(difference), axis=-1) * mask_BT)
 
 
-def relation_loss(student: Relation, teacher: Relation, mask_BT: jax.Array, *, chunks: int = 1) -> jax.Array:
+def relation_loss(
+    student: Relation,
+    teacher: Relation,
+    mask_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    *,
+    chunks: int = 1,
+) -> jax.Array:
     """The divergence of the student's relation from the teacher's, the mean over heads, summed over tokens; float32.
 
     Heads may have any size, but must be as many. No gradient reaches the teacher. Source: Wang et al. 2020 (MiniLM),
@@ -182,6 +189,7 @@ def relation_loss(student: Relation, teacher: Relation, mask_BT: jax.Array, *, c
       student: its relation.
       teacher: the teacher's, of the same tokens.
       mask_BT: 1 where the token that looks counts.
+      segments_BT: of several sequences in one row, or what is valid, as the models met them; each sees its own alone.
       chunks: as of `cross_entropy`; no (B, N, T, T) array exists whole if there are more than one.
 
     Raises:
@@ -203,15 +211,19 @@ def relation_loss(student: Relation, teacher: Relation, mask_BT: jax.Array, *, c
     teacher = jax.lax.stop_gradient(teacher)
     positions_BT = jnp.broadcast_to(jnp.arange(mask_BT.shape[1]), mask_BT.shape)
 
-    def piece(mask_Bt, positions_Bt, *lefts):
+    segments_BT = None if segments_BT is None else runs(segments_BT.astype(jnp.int32))
+
+    def piece(mask_Bt, positions_Bt, theirs_BtNh, ours_BtNh, segments_Bt=None):
+        seen_BtT = None if segments_Bt is None else together(segments_Bt, segments_BT)
         found = [
-            log_probabilities(left, relation.right_BTMh, positions_Bt, relation.scores)
-            for left, relation in zip(lefts, (teacher, student), strict=True)
+            log_probabilities(left, relation.right_BTMh, positions_Bt, relation.scores, seen_BtT)
+            for left, relation in ((theirs_BtNh, teacher), (ours_BtNh, student))
         ]
         divergence_BNt = _divergence(*found, "forward")
         return (jnp.sum(jnp.mean(divergence_BNt, axis=1) * mask_Bt),)
 
-    (total,) = over_chunks(piece, (mask_BT, positions_BT, teacher.left_BTNh, student.left_BTNh), chunks)
+    arrays = (mask_BT, positions_BT, teacher.left_BTNh, student.left_BTNh)
+    (total,) = over_chunks(piece, arrays if segments_BT is None else (*arrays, segments_BT), chunks)
     return total
 
 

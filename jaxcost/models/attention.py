@@ -126,7 +126,7 @@ def _on_one_device(
         if scores.soft_cap:
             raise ValueError("execution.attention is 'cudnn', which has no soft cap on scores; use 'reference'.")
         behind = scores.window - 1
-        mask = None if segments_BT is None else _together(segments_BT, segments_BT)[:, None]
+        mask = None if segments_BT is None else together(segments_BT, segments_BT)[:, None]
         return jax.nn.dot_product_attention(
             q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=scores.causal, scale=scores.factor(head_dim),
             local_window_size=(behind, 0 if scores.causal else behind) if scores.window else None,
@@ -150,11 +150,11 @@ def _check_biased(implementation: Implementation, length: int) -> None:
 def _reference(q_BTHh, k_BTKh, v_BTKh, scores: Scores, segments_BT, bias=None) -> jax.Array:
     positions_1T = jnp.arange(q_BTHh.shape[1])[None]
     seen_BTS = _seen(positions_1T, positions_1T, scores)
-    seen_BTS = seen_BTS if segments_BT is None else seen_BTS & _together(segments_BT, segments_BT)
+    seen_BTS = seen_BTS if segments_BT is None else seen_BTS & together(segments_BT, segments_BT)
     return _attend(q_BTHh, k_BTKh, v_BTKh, seen_BTS, scores, bias)
 
 
-def _together(queries: jax.Array, keys: jax.Array) -> jax.Array:
+def together(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Which keys (..., S) are of the segments of the queries (..., T): (..., T, S) bool."""
     return queries[..., :, None] == keys[..., None, :]
 
@@ -169,12 +169,16 @@ def cross_attention(
 ) -> jax.Array:
     """Each token attends to all valid tokens of another sequence: (B, T, H, h) in the queries' dtype.
 
-    `splash` is for attention within a sequence; where it is asked for, the reference takes its place here.
+    Queries may have several rows, one behind the other, for each row of keys, values and what is valid. `splash` is for
+    attention within a sequence; where it is asked for, the reference takes its place here.
     """
-    mask = None if valid_BS is None else valid_BS[:, None, None]
+    shape, mask = q_BTHh.shape, None if valid_BS is None else valid_BS[:, None, None]
+    # Rows that attend to one source are to it as tokens of one row.
+    q_BTHh = q_BTHh.reshape(k_BSKh.shape[0], -1, *shape[2:])
     kernel = "cudnn" if _implementation(implementation, scores, q_BTHh) == "cudnn" else "xla"
     factor = scores.factor(q_BTHh.shape[-1])
-    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, scale=factor, implementation=kernel)
+    out = jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, scale=factor, implementation=kernel)
+    return out.reshape(shape)
 
 
 def cached_attention(
@@ -200,15 +204,29 @@ def cached_attention(
     return _attend(q_BTHh, k_BSKh, v_BSKh, _seen(positions_BT, slots_BS, scores), scores, bias)
 
 
+def runs(segments_BT: jax.Array) -> jax.Array:
+    """Segments (B, T) by numbers of their own, int32: a number that comes back later in its row is another sequence.
+
+    What is no segment, 0 or below, is 0.
+    """
+    starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    return jnp.where(segments_BT > 0, 1 + jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), 0)
+
+
 def log_probabilities(
-    q_BTHh: jax.Array, k_BSKh: jax.Array, positions_BT: jax.Array, scores: Scores = Scores()
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    positions_BT: jax.Array,
+    scores: Scores = Scores(),
+    together_BTS: jax.Array | None = None,
 ) -> jax.Array:
     """The logarithm of what queries at `positions_BT` give to each of the keys 0 .. S - 1: float32 (B, H, T, S).
 
-    This is what attention averages values by, for those who want to look at it; keys that a query does not see have
-    -1e30. No attention of this file makes it whole where it need not.
+    This is what attention averages values by, for those who want to look at it; keys that a query does not see, or that
+    are not together with it (bool), have -1e30. No attention of this file makes it whole where it need not.
     """
     seen_BTS = _seen(positions_BT, jnp.arange(k_BSKh.shape[1])[None], scores)
+    seen_BTS = seen_BTS if together_BTS is None else seen_BTS & together_BTS
     products_BKGTS = _products(q_BTHh, k_BSKh, scores)
     hidden = jnp.where(seen_BTS[:, None, None], products_BKGTS, _HIDDEN)
     return jax.nn.log_softmax(hidden, axis=-1).reshape(q_BTHh.shape[0], -1, *hidden.shape[-2:])
@@ -260,7 +278,7 @@ def _in_blocks(q_BTHh, k_BTKh, v_BTKh, scores: Scores, segments_BT) -> jax.Array
     seen_NWS = _seen(positions_NW, keys_NS, scores) & ((keys_NS >= 0) & (keys_NS < length))[:, None]
     seen_BNWS = seen_NWS[None]
     if segments_BT is not None:
-        seen_BNWS = seen_BNWS & _together(cut(segments_BT), with_neighbours(segments_BT))
+        seen_BNWS = seen_BNWS & together(cut(segments_BT), with_neighbours(segments_BT))
     attend = jax.vmap(functools.partial(_attend, scores=scores), in_axes=1, out_axes=1)
     out = attend(cut(q_BTHh), with_neighbours(k_BTKh), with_neighbours(v_BTKh), seen_BNWS)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]

@@ -52,7 +52,8 @@ class Cache:
     length: jax.Array
     """(B,) int32: tokens in each row, virtual ones included."""
     source: Source | None = None
-    """What the encoder has read, as keys and values of every layer; None without an encoder."""
+    """What the encoder has read, as keys and values of every layer, of B rows or of so few that several of them, one
+    behind the other, share each; None without an encoder."""
     virtual: int = struct.field(pytree_node=False, default=0)
     """Virtual tokens that it was started with."""
 

@@ -103,8 +103,9 @@ class Transformer(nn.Module):
 
         Tokens that are not valid (bool, all are if not given; see `audio.valid_frames`) are padding behind a row's end:
         no other sees them, and heads that pool leave them out. Types (int32, all 0 if not given) say which kind each
-        token is of. Segments (int32, in place of what is valid) are of several sequences in one row: each token sees
-        its own alone, counts its position from its start, and is padding where the segment is 0.
+        token is of. Segments (int32, in place of what is valid) are of several sequences in one row, each of neighbours
+        with one number: a token sees its own alone, counts its position from its start, and is padding where the
+        segment is 0. With an encoder, all sequences of a row answer to its source.
 
         Weights of other sizes than the config's, as `shrink` makes them, are met as they are; see `resized`.
 
@@ -114,8 +115,8 @@ class Transformer(nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
         if segments_BT is not None:
-            _check_segments(params, valid_BT, cache)
-            valid_BT = segments_BT
+            _check_segments(c, params, valid_BT, cache)
+            valid_BT = segments_BT = attention.runs(segments_BT)
         encodes = c.encoder.num_layers > 0
         length = _length(c, tokens_BT)
         _check_cache(c, params, length, cache)
@@ -186,6 +187,10 @@ class Transformer(nn.Module):
                 return Images(c, name="images")(inputs, key)
             return Audio(c, name="audio")(inputs, key, valid_BT)
         table = Table(c.vocab_size, c.width, "vocab", name="embed")() if c.vocab_size else None
+        if tokens_BT.ndim == 3 and tokens_BT.shape[-1] != c.width:
+            raise ValueError(
+                f"Embeddings are of {tokens_BT.shape[-1]} numbers, and model.width is {c.width}; give as many."
+            )
         return tokens_BT if tokens_BT.ndim == 3 else jnp.take(table, tokens_BT, axis=0)
 
     def _blocks(self, c: ModelConfig, x_BTD, positions_BT, kv, key, valid_BT, bias, source: Source | None, further):
@@ -445,9 +450,14 @@ def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache
         )
 
 
-def _check_segments(params: weights.Params, valid_BT, cache: Cache | None) -> None:
+def _check_segments(c: ModelConfig, params: weights.Params, valid_BT, cache: Cache | None) -> None:
     if valid_BT is not None or cache is not None:
         raise ValueError("Segments say what is valid and are of whole rows; leave out valid_BT and the cache.")
+    if not c.of_tokens or c.head.pooling != "none":
+        raise ValueError(
+            "Segments are of several sequences of tokens in one row, and this model reads images or audio or gives one "
+            "answer for a row; give each sequence its own."
+        )
     if optional.virtual_tokens(params):
         raise ValueError(
             "Virtual tokens stand before a row, and segments are of several in one; give each sequence its own."

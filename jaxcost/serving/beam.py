@@ -8,6 +8,7 @@ B batch, K beams, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import jax
@@ -51,7 +52,7 @@ class BeamEngine:
     """Beam search by one model, a decoder or an encoder-decoder."""
 
     def __init__(self, model: Transformer, beams: int = 4, length_penalty: float = 1.0):
-        """ValueError if the model gives anything but the next token, or there is no beam.
+        """ValueError if the model gives anything but the next token, there is no beam, or the penalty is no number.
 
         Args:
           model: what scores the tokens.
@@ -60,6 +61,8 @@ class BeamEngine:
         """
         if beams < 1:
             raise ValueError(f"{beams} beams were asked for; ask for at least 1.")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"The length penalty is {length_penalty}; give a finite number, such as 1.")
         self.engine, self.beams, self.length_penalty = Engine(model), beams, length_penalty
         self.search = jax.jit(self._search, static_argnames=("end_ids", "length"))
 
@@ -167,15 +170,9 @@ def _chosen(x: jax.Array, kept_BK: jax.Array) -> jax.Array:
 
 
 def _repeated(cache: Cache, times: int) -> Cache:
-    """The cache with every row so many times in a row."""
-    stacked = lambda tree: jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), tree)  # noqa: E731
-    source = cache.source
-    if source is not None:
-        valid = None if source.valid is None else jnp.repeat(source.valid, times, axis=0)
-        source = source.replace(key=stacked(source.key), value=stacked(source.value), valid=valid)
-    return cache.replace(
-        key=stacked(cache.key), value=stacked(cache.value), length=jnp.repeat(cache.length, times), source=source
-    )
+    """The cache with every row so many times in a row, but for the source, which they share."""
+    key, value = jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), (cache.key, cache.value))
+    return cache.replace(key=key, value=value, length=jnp.repeat(cache.length, times))
 
 
 def _reordered(cache: Cache, rows: jax.Array) -> Cache:

@@ -143,11 +143,17 @@ def padded_sources(
         return None, None
     if sources is None or len(sources) != rows:
         raise ValueError(f"model.encoder is on, which reads a source for each of the {rows} prompts; give as many.")
-    if np.ndim(sources[0]) > 1:
+    sources, encoder = [np.asarray(source) for source in sources], model.config.source
+    if min(source.size for source in sources) < 1:
+        raise ValueError("A source is empty; give at least one token, or what stands in its place.")
+    if not encoder.of_tokens or sources[0].ndim > 1:
+        shapes = sorted({source.shape for source in sources})
+        if len(shapes) > 1:
+            raise ValueError(f"Sources have the shapes {shapes[0]} and {shapes[-1]}; pad or cut them to one.")
         return np.stack(sources), None
-    longest, limit = max(map(len, sources)), model.config.source.max_length
-    if min(map(len, sources)) < 1:
-        raise ValueError("A source is empty; give at least one token.")
+    if not all(source.ndim == 1 and np.issubdtype(source.dtype, np.integer) for source in sources):
+        raise ValueError("A source is no int array (S,); give ids of tokens, or embeddings (S, D) for all prompts.")
+    longest, limit = max(map(len, sources)), encoder.max_length
     if not all(np.min(source) >= 0 and np.max(source) < model.config.vocab_size for source in sources):
         raise ValueError(f"A source has ids outside 0 to {model.config.vocab_size - 1}; encode it with the tokenizer.")
     if longest > limit:

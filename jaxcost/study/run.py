@@ -69,6 +69,7 @@ def run_study(
     console = Console(stderr=True, quiet=quiet)
     study = experiment.study
     base = Session(experiment, quiet=quiet, devices=devices)
+    base.check_language_model()
     recipes = study.complete()
     dense = jax.eval_shape(base.base_params)
     for recipe in recipes:

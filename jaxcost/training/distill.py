@@ -35,6 +35,7 @@ from jaxcost.evaluation.distillation import (
 from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.attention import Scores
 from jaxcost.models.block import attention_scores
+from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import (
     HEADS,
     STACKS,
@@ -189,9 +190,10 @@ class Distiller:
             total += c.hidden * hidden_loss(hidden_BSD, hidden_BSE, self._projected(hidden_BSD, beside), mask)
         if self.watched:
             pairs = zip(_relations(student, params, sown), _relations(self.model, teacher, taught), strict=True)
+            segments = batch.get("segments", batch.get("valid"))
             for weight, pair in zip((c.attention, c.values), pairs, strict=True):
                 if weight:
-                    total += weight * relation_loss(*pair, mask, chunks=chunks)
+                    total += weight * relation_loss(*pair, mask, segments, chunks=chunks)
         return total, likelihood
 
     def _projected(self, hidden_BSD: jax.Array, beside: dict[str, jax.Array]) -> jax.Array | None:
@@ -206,7 +208,7 @@ def _relations(model: Transformer, params: weights.Params, sown: Mapping[str, An
     config, heads = resized(model.config, params), sown[WATCHED][HEADS]
     scores = attention_scores(config, config.layer_kinds[-1])
     maps = Relation(heads["query"], heads["key"], scores)
-    return maps, Relation(heads["value"], heads["value"], Scores(scores.window))
+    return maps, Relation(heads["value"], heads["value"], Scores(scores.window, causal=scores.causal))
 
 
 def _projection(width: int, teacher_width: int, seed: int) -> jax.Array:
@@ -226,6 +228,11 @@ def check_pair(student: Transformer, teacher: Transformer, config: DistillConfig
         )
     if bool(ours.encoder.num_layers) != bool(theirs.encoder.num_layers):
         raise ValueError("Only one of teacher and student has an encoder; give both one, or neither.")
+    if _seen_by(ours) != _seen_by(theirs):
+        raise ValueError(
+            "Teacher and student read sources of different kinds; give both tokens, images of one size, or audio of as "
+            "many channels."
+        )
     if config.attention and "relative" in (ours.position, theirs.position):
         raise ValueError(
             "distill.attention compares products of queries and keys, to which relative positions are added; set it to "
@@ -238,6 +245,12 @@ def check_pair(student: Transformer, teacher: Transformer, config: DistillConfig
                 "distill.from_layers takes blocks of the teacher, so the student must be the same model with at most "
                 f"{theirs.num_layers} layers; change model.* or leave distill.from_layers out."
             )
+
+
+def _seen_by(config: ModelConfig) -> tuple[int, ...]:
+    """What fixes the shape of images or audio that a model, or its encoder, reads; zeros of tokens."""
+    images = config.images
+    return (config.audio.channels, *((images.height, images.width, images.channels) if images.patch else (0, 0, 0)))
 
 
 def student_params(teacher: weights.Params, num_layers: int) -> weights.Params:

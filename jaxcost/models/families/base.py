@@ -76,7 +76,8 @@ class Family:
         (architecture, *_) = named
         # Old checkpoints spell LLaMAForCausalLM.
         for end, head in self.heads.items():
-            if architecture.lower().startswith(self.name.lower()) and architecture.endswith(end):
+            # Gemma 3's models of text alone say so.
+            if architecture.lower() in (f"{self.name}{end}".lower(), f"{self.name}Text{end}".lower()):
                 return head
         raise UnsupportedModel(f"The class {architecture!r} is not one of {self.name} and {', '.join(self.heads)}.")
 

@@ -25,20 +25,25 @@ from jaxcost.models.families.base import (
 
 
 def _t5(fields: Fields) -> ModelConfig:
-    encoder_layers = needed(fields, "num_layers")
+    encoder_layers, decoder_layers = needed(fields, "num_layers"), fields.get("num_decoder_layers")
     tied = fields.get("tie_word_embeddings", True)
+    named = fields.get("feed_forward_proj", "relu")
+    gate, gated, name = str(named).rpartition("-")
+    if gated and gate != "gated":
+        raise UnsupportedModel(
+            f"feed_forward_proj is {named!r}, but only an activation, or gated- before one, can be read."
+        )
     # The first gated checkpoints name the exact gelu and were trained with its tanh approximation.
-    gate, _, name = str(fields.get("feed_forward_proj", "relu")).rpartition("-")
     name = "gelu_new" if (gate, name) == ("gated", "gelu") else name
     return ModelConfig(
         vocab_size=needed(fields, "vocab_size"),
         width=needed(fields, "d_model"),
-        num_layers=fields.get("num_decoder_layers") or encoder_layers,
+        num_layers=encoder_layers if decoder_layers is None else positive("num_decoder_layers", decoder_layers),
         num_heads=needed(fields, "num_heads"),
         num_kv_heads=needed(fields, "num_heads"),
         head_dim=needed(fields, "d_kv"),
         mlp_width=needed(fields, "d_ff"),
-        gated=gate == "gated",
+        gated=bool(gated),
         activation=activation(name),
         norm_epsilon=fields.get("layer_norm_epsilon", 1e-6),
         position="relative",
@@ -83,7 +88,7 @@ def _whisper(fields: Fields) -> ModelConfig:
             encoder.num_layers,
             mlp_width=encoder.mlp_width,
             max_length=encoder.max_length,
-            start=fields.get("decoder_start_token_id") or 0,
+            start=fields.get("decoder_start_token_id", 50257) or 0,
         ),
         head=HeadConfig(),
     )
@@ -115,15 +120,20 @@ _T5: Tensors = {
     **_t5_stack("encoder", "encoder/", cross=False),
     **_t5_stack("decoder", "", cross=True),
 }
-_T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_T5_SPARE = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    # The first checkpoints have relative positions of the source, which nothing reads.
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+)
 _T5_HEADS = {
     "ForConditionalGeneration": Head(
         lambda fields: HeadConfig(),
         {"lm_head.weight": ("unembed/kernel",)},
         tied=("lm_head.weight",),
-        unused=_T5_COPIES,
+        unused=_T5_SPARE,
     ),
-    **hidden_states(*_T5_COPIES),
+    **hidden_states(*_T5_SPARE),
 }
 
 

@@ -36,10 +36,16 @@ def fields_of(config: ModelConfig, model_type: str | None = None) -> dict[str, A
     if model_type is not None and model_type not in _WRITERS:
         raise families.UnsupportedModel(f"The model_type {model_type!r} is not one of {', '.join(_WRITERS)}.")
     tried = [model_type] if model_type else list(_WRITERS)
-    missed = {(name, end): _missed(config, name, end) for name in tried for end in families.FAMILIES[name].heads}
-    best = min(missed, key=lambda pair: len(missed[pair]))
-    if not missed[best]:
+    found = {(name, end): _missed(config, name, end) for name in tried for end in families.FAMILIES[name].heads}
+    missed = {pair: lost for pair, lost in found.items() if not isinstance(lost, ValueError)}
+    best = min(missed, key=lambda pair: len(missed[pair]), default=None)
+    if best and not missed[best]:
         return _written(config, *best)
+    refused = [lost for lost in found.values() if isinstance(lost, ValueError)]
+    # Of a family that refuses the model, a class that answers something else says nothing about it.
+    if model_type and refused and not (best and _answers_alike(missed[best])):
+        error = str(refused[0]).removesuffix(".")
+        raise families.UnsupportedModel(f"{model_type} does not have a model with such fields ({error}).")
     near = best[0]
     who = f"{near} does not have" if model_type else f"No family of transformers is like this model: {near} comes near"
     options = ", ".join(f"model.{name} = {value}" for name, value in missed[best].items())
@@ -55,12 +61,17 @@ def _written(config: ModelConfig, name: str, end: str) -> dict[str, Any]:
     return found | _WRITERS[name](config)
 
 
-def _missed(config: ModelConfig, name: str, end: str) -> dict[str, Any]:
-    """The options, with their values, that a class of a family loses or changes."""
+def _answers_alike(missed: Mapping[str, Any]) -> bool:
+    """Whether a class that loses these options answers as the model does."""
+    return not any(path == "causal" or path.startswith("head.") for path in missed)
+
+
+def _missed(config: ModelConfig, name: str, end: str) -> dict[str, Any] | ValueError:
+    """The options, with their values, that a class of a family loses or changes; the error if it refuses all."""
     try:
         read = _effective(families.config_of(_written(config, name, end)))
-    except (families.UnsupportedModel, ValueError) as error:
-        return {f.name: error for f in dataclasses.fields(config)}
+    except ValueError as error:
+        return error
     meant = _effective(config)
     found = {}
     for path in serialization.differences(meant, read):
