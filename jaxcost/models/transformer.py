@@ -50,8 +50,8 @@ from flax import linen as nn
 from jax import lax
 
 from jaxcost import weights
+from jaxcost.models import attention, optional
 from jaxcost.models import cache as caches
-from jaxcost.models import optional
 from jaxcost.models.audio import Audio, frames_of
 from jaxcost.models.block import HEADS, WATCHED, Block, CrossAttention, sow, split_heads
 from jaxcost.models.cache import Cache, Source
