@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import QUICK
+from sweep import sweep
 
 from jaxcost.models import families, huggingface
 from jaxcost.models.config import AudioConfig, EncoderConfig, ModelConfig
@@ -250,7 +251,7 @@ def in_pieces(config, params, **options):
     return logits(config, params, jnp.concatenate([first, rest], 1))
 
 
-@pytest.mark.parametrize("position", ["relative", "rope", "learned"])
+@sweep("position", ["relative", "rope", "learned"], quick=1)
 def test_a_cache_gives_what_the_whole_sequence_gives(position):
     config = dataclasses.replace(SMALL, position=position)
     params = made(config)
@@ -259,7 +260,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(position):
     assert 0 < np.max(np.abs(approximate - ours(config, params))) < 0.1
 
 
-@pytest.mark.parametrize("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)])
+@sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=1)
 def test_a_cache_holds_what_transforms_put_before_the_text_and_under_it(transform):
     params = transform(made(), jax.random.key(1))
     np.testing.assert_allclose(in_pieces(SMALL, params), ours(SMALL, params), atol=1e-5)
