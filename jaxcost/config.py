@@ -106,7 +106,7 @@ class Experiment:
         distill = dataclasses.replace(self.distill, store="")
         return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)
 
-    def check_devices(self, num_devices: int, vocab_size: int) -> None:
+    def check_devices(self, num_devices: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
         sizes = self.mesh.sizes(num_devices)
         microbatch = self.data.batch_size // self.training.accumulation
@@ -121,7 +121,7 @@ class Experiment:
         context.check_length(self.data.sequence_length, sizes["context"])
         splits = [("model.width", m.width, "fsdp"), ("model.num_heads", m.num_heads, "tensor")]
         splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
-        splits += [("model.width", m.width, "tensor"), ("the vocabulary", vocab_size, "tensor")]
+        splits += [("model.width", m.width, "tensor")]
         splits += [("model.experts", m.experts, "expert")]
         if m.encoder.num_layers:
             sizes_of = [(name, getattr(m.source, name)) for name in ("num_heads", "num_kv_heads", "mlp_width")]

@@ -74,7 +74,7 @@ class Session:
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
             )
-        experiment.check_devices(len(self.devices), config.vocab_size)
+        experiment.check_devices(len(self.devices))
         self.model = Transformer(config, experiment.execution)
         self.mesh = sharding.make_mesh(experiment.mesh, self.devices)
         self.transform = chain(*experiment.transforms)
@@ -152,7 +152,7 @@ class Session:
         """
         params = self.transform.abstract(abstract(self.model)[0])
         left = dataclasses.replace(self.experiment, model=resized(self.model.config, params))
-        left.check_devices(len(self.devices), left.model.vocab_size)
+        left.check_devices(len(self.devices))
         return params
 
     @cached_property

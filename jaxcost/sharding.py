@@ -39,6 +39,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 """Logical axis name → the mesh axes that split it."""
 
+_WHOLE = ("vocab",)
+"""Logical axes that stay whole where the mesh does not divide them: nobody chooses the size of a tokenizer."""
+
 GROUPS = "/groups"
 """Ends the name of an axis that holds one entry for a group of another's: split alike where that divides it."""
 
@@ -130,7 +133,7 @@ def shardings(params: weights.Params, axes: weights.Params, mesh: Mesh) -> weigh
     """A NamedSharding for every array in a tree of weights, as a tree of the same structure.
 
     `axes` has the dense parameters' structure, with a PartitionSpec of logical names for each. Raises ValueError if
-    an axis does not divide, naming the parameter.
+    an axis does not divide, naming the parameter; that of a vocabulary is then on all devices instead.
     """
 
     def place(path, w, names):
@@ -144,7 +147,7 @@ def _placed(path, array, names, mesh) -> NamedSharding:
     for size, name, split in zip(array.shape, names, mesh_spec(names, mesh.shape), strict=True):
         ways = math.prod(mesh.shape[a] for a in ((split,) if isinstance(split, str) else split or ()))
         divides = size % ways == 0
-        if not divides and not name.endswith(GROUPS):
+        if not divides and name not in _WHOLE and not name.endswith(GROUPS):
             raise ValueError(
                 f"{path}: its {name} axis has size {size}, which mesh axis {split} ({ways}) does not divide; "
                 "change the model's size or the mesh."

@@ -142,7 +142,7 @@ def test_what_cannot_be_split_is_one_sentence(changes, message):
         asked = dataclasses.replace(asked, data=DataConfig(batch_size=16, sequence_length=LENGTH))
     devices = np.prod([size for size in dataclasses.asdict(asked.mesh).values()])
     with pytest.raises(ValueError, match=message):
-        asked.check_devices(int(devices), VOCABULARY)
+        asked.check_devices(int(devices))
 
 
 # ---- What it saves ----

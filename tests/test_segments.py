@@ -232,4 +232,4 @@ def test_what_cannot_be_apart_is_said():
         Transformer(pooled).apply({"params": params}, tokens, segments_BT=segments)
     experiment = Experiment(data=dataclasses.replace(DATA, batch_size=2), mesh=sharding.MeshConfig(context=2))
     with pytest.raises(ValueError, match="documents that are kept apart; set it to 1"):
-        experiment.check_devices(2, 512)
+        experiment.check_devices(2)

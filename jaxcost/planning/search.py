@@ -164,8 +164,8 @@ def candidates(
             execution = dataclasses.replace(experiment.execution, remat=remat)
             changed = dataclasses.replace(experiment, mesh=mesh, data=data, execution=execution, training=training)
             try:
-                changed.check_devices(len(devices), vocab_size)
-                dataclasses.replace(changed, model=sizes.model).check_devices(len(devices), vocab_size)
+                changed.check_devices(len(devices))
+                dataclasses.replace(changed, model=sizes.model).check_devices(len(devices))
             except ValueError:
                 continue  # does not divide
             form = ranking.training_form if step == "train" else ranking.serving_form

@@ -53,7 +53,7 @@ def _shapes(experiment: Experiment, model: Transformer, devices: int) -> weights
     """The transformed weights; ValueError if what is left of the model does not divide over the devices."""
     params = chain(*experiment.transforms).abstract(abstract(model)[0])
     left = dataclasses.replace(experiment, model=resized(model.config, params))
-    left.check_devices(devices, left.model.vocab_size)
+    left.check_devices(devices)
     return params
 
 
@@ -63,7 +63,7 @@ def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Me
     Raises:
         ValueError: the experiment does not divide over the mesh's devices, or its teacher cannot teach it.
     """
-    experiment.check_devices(mesh.size, vocab_size)
+    experiment.check_devices(mesh.size)
     with jax.set_mesh(mesh):
         if name == "train":
             return _train(experiment, vocab_size, mesh)
