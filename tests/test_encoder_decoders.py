@@ -115,6 +115,26 @@ def test_logits_are_those_of_transformers_and_ours_are_theirs(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
+@oracles
+def test_hidden_states_are_those_of_transformers(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.T5Model._from_config(transformers.T5Config(**SIZES), attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+
+    def theirs(model):
+        tokens, valid, targets = map(torch.as_tensor, (SOURCES, VALID.astype(int), TARGETS))
+        with torch.no_grad():
+            found = model(input_ids=tokens, attention_mask=valid, decoder_input_ids=targets)
+        return found.last_hidden_state.numpy()
+
+    np.testing.assert_allclose(ours(config, params), theirs(model), atol=2e-4)
+    huggingface.save(tmp_path / "out", config, params, model_type="t5")
+    again = transformers.T5Model.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32)
+    np.testing.assert_allclose(theirs(again.eval()), theirs(model), atol=1e-5)
+
+
 WHISPER = {
     "vocab_size": 90,
     "d_model": 32,
@@ -401,6 +421,11 @@ def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     np.testing.assert_array_equal(one, greedy)
     _, high = BeamEngine(Transformer(SMALL), 6, 0.0).generate(params, prompts, end_ids=[], **options)
     assert np.all(high >= low - 1e-5)
+
+
+def test_only_logits_are_scaled():
+    assert families.config_of(T5).scale_outputs
+    assert not families.config_of(T5 | {"architectures": ["T5Model"]}).scale_outputs
 
 
 def test_what_a_family_cannot_hold_is_named_once():
