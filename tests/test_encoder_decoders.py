@@ -6,6 +6,7 @@ itself.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -465,6 +466,9 @@ def test_relative_positions_of_the_source_in_the_first_checkpoints_are_left_out(
     safetensors.write(tmp_path / "old/model.safetensors", tensors)
     _, same = huggingface.load(tmp_path / "old")
     jax.tree.map(np.testing.assert_array_equal, same, params)
+    (tmp_path / "old/config.json").write_text(json.dumps(T5 | {"num_decoder_layers": 10**8}))
+    with pytest.raises(ValueError, match="too few for the 100000003 layers"):
+        huggingface.load(tmp_path / "old")
 
 
 T5 = SIZES | {"model_type": "t5"}
@@ -475,6 +479,7 @@ SPEECH = WHISPER | {"model_type": "whisper"}
     "changes, said",
     [
         (T5 | {"num_decoder_layers": 0}, "num_decoder_layers is 0; it must be a whole number of at least 1"),
+        (T5 | {"vocab_size": 10**15}, r"vocab_size is 1000000000000000, more than 2\^31"),
         (T5 | {"feed_forward_proj": "glu-relu"}, "feed_forward_proj is 'glu-relu', but only"),
         (T5 | {"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not one of T5 and ForConditionalGeneration"),
         (T5 | {"architectures": ["T5ForSequenceClassification"]}, "'T5ForSequenceClassification' is not one of"),
