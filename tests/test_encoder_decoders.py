@@ -6,6 +6,7 @@ itself.
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,26 @@ def test_logits_are_those_of_transformers_and_ours_are_theirs(name, tmp_path):
     back, same = huggingface.load(tmp_path / "out")
     assert fields._effective(back) == fields._effective(config)
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@oracles
+def test_hidden_states_are_those_of_transformers(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.T5Model._from_config(transformers.T5Config(**SIZES), attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+
+    def theirs(model):
+        tokens, valid, targets = map(torch.as_tensor, (SOURCES, VALID.astype(int), TARGETS))
+        with torch.no_grad():
+            found = model(input_ids=tokens, attention_mask=valid, decoder_input_ids=targets)
+        return found.last_hidden_state.numpy()
+
+    np.testing.assert_allclose(ours(config, params), theirs(model), atol=2e-4)
+    huggingface.save(tmp_path / "out", config, params, model_type="t5")
+    again = transformers.T5Model.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32)
+    np.testing.assert_allclose(theirs(again.eval()), theirs(model), atol=1e-5)
 
 
 WHISPER = {
@@ -404,6 +425,11 @@ def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     assert np.all(high >= low - 1e-5)
 
 
+def test_only_logits_are_scaled():
+    assert families.config_of(T5).scale_outputs
+    assert not families.config_of(T5 | {"architectures": ["T5Model"]}).scale_outputs
+
+
 def test_what_a_family_cannot_hold_is_named_once():
     for config, model_type, said in (
         (
@@ -441,6 +467,9 @@ def test_relative_positions_of_the_source_in_the_first_checkpoints_are_left_out(
     safetensors.write(tmp_path / "old/model.safetensors", tensors)
     _, same = huggingface.load(tmp_path / "old")
     jax.tree.map(np.testing.assert_array_equal, same, params)
+    (tmp_path / "old/config.json").write_text(json.dumps(T5 | {"num_decoder_layers": 10**8}))
+    with pytest.raises(ValueError, match="too few for the 100000003 layers"):
+        huggingface.load(tmp_path / "old")
 
 
 T5 = SIZES | {"model_type": "t5"}
@@ -451,6 +480,7 @@ SPEECH = WHISPER | {"model_type": "whisper"}
     "changes, said",
     [
         (T5 | {"num_decoder_layers": 0}, "num_decoder_layers is 0; it must be a whole number of at least 1"),
+        (T5 | {"vocab_size": 10**15}, r"vocab_size is 1000000000000000, more than 2\^31"),
         (T5 | {"feed_forward_proj": "glu-relu"}, "feed_forward_proj is 'glu-relu', but only"),
         (T5 | {"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not one of T5 and ForConditionalGeneration"),
         (T5 | {"architectures": ["T5ForSequenceClassification"]}, "'T5ForSequenceClassification' is not one of"),

@@ -44,7 +44,11 @@ def config_of(fields: Fields) -> ModelConfig:
     """
     family = family_of(fields)
     config, head = family.config(fields), family.head_of(fields).config(fields)
-    return dataclasses.replace(config, head=head, tie_embeddings=config.tie_embeddings and head.of_vocabulary)
+    # Hidden states that are the answer are neither unembedded nor scaled for it.
+    both = ("tie_embeddings", "scale_outputs")
+    return dataclasses.replace(
+        config, head=head, **{name: getattr(config, name) and head.of_vocabulary for name in both}
+    )
 
 
 def family_of(fields: Fields) -> Family:

@@ -100,6 +100,8 @@ def needed(fields: Fields, name: str) -> int:
 def positive(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise UnsupportedModel(f"config.json says that {name} is {value!r}; it must be a whole number of at least 1.")
+    if value >= 2**31:
+        raise UnsupportedModel(f"config.json says that {name} is {value}, more than 2^31; write what the model has.")
     return value
 
 

@@ -52,6 +52,11 @@ def load(
     folder = Path(folder)
     config, family, head = read_config(folder)
     stored = read_headers(folder, family, head, config)
+    layers = config.num_layers + config.encoder.num_layers
+    if layers > len(stored):
+        raise BadCheckpoint(
+            f"{folder} holds {len(stored)} tensors, too few for the {layers} layers that its config.json says."
+        )
     config = _untied(config, family, head, stored)
     params, axes = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
