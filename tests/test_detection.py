@@ -289,6 +289,7 @@ def test_the_matching_is_the_cheapest(most):
         assert tuple(places[image[-1] > 0]) == by_trial(*image)
 
 
+@pytest.mark.slow
 def test_every_device_matches_its_own_images_and_asks_no_other():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     given = dict(enumerate((*answers_of(8), *objects_of(8))))
@@ -299,6 +300,7 @@ def test_every_device_matches_its_own_images_and_asks_no_other():
     assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "collective-permute"))
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     scores, boxes = answers_of(3)
     labels, objects, mask = objects_of(3, 2)
@@ -356,7 +358,7 @@ def batch_of(rows=8, seed=0):
 ONE = sharding.MeshConfig()
 
 
-@sweep("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2}], quick=1)
+@sweep("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2}], quick=0)
 def test_training_on_a_mesh_is_that_on_one_device(sizes):
     config = sharding.MeshConfig(**sizes)
     mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])

@@ -326,6 +326,7 @@ def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels
             generate(prompt * len(sources), sources=sources)
 
 
+@pytest.mark.slow
 def test_beams_share_what_their_source_holds():
     config = dataclasses.replace(SMALL, max_length=1024)
     model, params = Transformer(config), made(config)

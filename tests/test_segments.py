@@ -52,7 +52,7 @@ def outputs(name, params, tokens, **options):
     return logits(CONFIGS[name], params, hidden)
 
 
-@sweep("name", CONFIGS, quick=3)
+@sweep("name", CONFIGS, quick=1)
 def test_each_sequence_of_a_row_gives_what_it_gives_alone(name):
     params, tokens = params_of(name), np.random.default_rng(0).integers(0, 32, (1, 20))
     together = jax.jit(functools.partial(outputs, name), compiler_options=QUICK)(
@@ -66,7 +66,7 @@ def test_each_sequence_of_a_row_gives_what_it_gives_alone(name):
     assert np.max(np.abs(together[:, 5:14] - outputs(name, params, tokens)[:, 5:14])) > 1e-3
 
 
-@sweep("window", [0, 40], quick=1)
+@sweep("window", [0, 40], quick=0)
 def test_splash_attention_keeps_segments_apart_as_the_reference_does(window, monkeypatch):
     monkeypatch.setattr(attention, "_splash_kernel", functools.partial(attention._splash_kernel, interpret=True))
     rng = np.random.default_rng(0)
@@ -95,6 +95,7 @@ def test_a_number_that_comes_back_is_another_sequence():
     assert np.all(np.isfinite(run(params, tokens, segments_BT=jnp.zeros((1, 20), jnp.int32))))
 
 
+@pytest.mark.slow
 def test_students_are_compared_with_teachers_one_document_at_a_time():
     student, teacher = (params_of("rotary"), jax.tree.map(lambda a: 1.5 * a, params_of("rotary")))
     config = DistillConfig(teacher="t", attention=1.0, values=2.0, hidden=1.0, logits=0.5, projection="fixed")
@@ -180,6 +181,7 @@ def test_packed_batches_are_shuffled_scored_once_and_go_on():
     jax.tree.map(np.testing.assert_array_equal, next(again), first[2])
 
 
+@pytest.mark.slow
 def test_the_loss_of_packed_rows_is_that_of_documents_one_at_a_time():
     tokens = stream_of((3, 11, 0, 7, 5, 15, 4))
     packed, params = Rows(tokens, 16), params_of("rotary")
