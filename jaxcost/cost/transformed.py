@@ -147,9 +147,9 @@ def _frontend_flops(model: ModelConfig, params: weights.Params, sequence_tokens:
         w = params[room][name]["kernel"]
         one = _made_dense(w) if name == "positions" else multiplied(w)
         total += rows * 2 * (one.entries + (one.entries if below else _second_factor(w)) + one.trained)
-        below |= any(jax.tree.leaves(weights.trainable_tree(params[room][name])))
+        below |= _trains(params[room][name])
         norm = params[room].get(f"{name}_norm", params[room].get(name.replace("convolution", "norm"), {}))
-        below |= any(jax.tree.leaves(weights.trainable_tree(norm)))
+        below |= _trains(norm)
     return round(total)
 
 

@@ -209,8 +209,12 @@ def runs(segments_BT: jax.Array) -> jax.Array:
 
     What is no segment, 0 or below, is 0.
     """
-    starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
-    return jnp.where(segments_BT > 0, 1 + jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), 0)
+    return jnp.where(segments_BT > 0, 1 + jnp.cumsum(starts(segments_BT), axis=1, dtype=jnp.int32), 0)
+
+
+def starts(segments_BT: jax.Array) -> jax.Array:
+    """Which tokens begin another segment than the token before them is of, bool (B, T); never the first of a row."""
+    return jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
 
 
 def log_probabilities(

@@ -136,8 +136,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         if segments_BT is not None:
-            starts_BT = jnp.diff(segments_BT, prepend=segments_BT[:, :1]) != 0
-            positions_BT -= lax.cummax(jnp.where(starts_BT, positions_BT, 0), axis=1)
+            positions_BT -= lax.cummax(jnp.where(attention.starts(segments_BT), positions_BT, 0), axis=1)
         positions_BT += optional.prefix_tokens(params) if cache is None else cache.length[:, None]
         further = None
         if c.position == "learned":
@@ -225,8 +224,8 @@ class Transformer(nn.Module):
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             # The source's keys and values are read, not written, so that a step makes no copy of them.
             held = None if source is None or source.key is None else Source(source.key, source.value)
-            parts = jax.tree.map(lambda a: a[start : start + depth], (kv, held, further))  # noqa: B023
-            cache, held, tables = parts
+            cut = lambda a: a[start : start + depth]  # noqa: B023, E731
+            cache, held, tables = jax.tree.map(cut, (kv, held, further))
             layers = (stack, cache, held, jnp.arange(start, start + depth), tables)
             runs = [(*run, ()) for run in c.groups(start, depth)]
             if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
