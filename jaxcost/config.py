@@ -24,7 +24,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import recipes
-from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import CalibrationConfig
 
@@ -53,6 +53,8 @@ class Experiment:
     """What is scored."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept."""
+    watch: WatchConfig = WatchConfig()
+    """What is written for those who watch the run."""
     hardware: HardwareConfig = HardwareConfig()
     """The chips that the run is priced on."""
     start: str = ""
@@ -101,7 +103,7 @@ class Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
-        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh")}
+        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "watch", "study", "mesh")}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")
         return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)

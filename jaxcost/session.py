@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxcost import serialization, sharding, weights
+from jaxcost import hosts, serialization, sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
@@ -30,6 +30,7 @@ from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
 from jaxcost.training.loop import Fitted, fit
 from jaxcost.training.progress import Progress
+from jaxcost.training.watch import Watch
 from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
 from jaxcost.transforms.manifest import check
 
@@ -210,7 +211,8 @@ class Session:
         data = self.experiment.data
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
-        batches = train_batches(data, self.train_stream.tokens)
+        rows = sharding.own_rows(self.mesh, data.batch_size)
+        batches = train_batches(data, self.train_stream.tokens, rows=rows, numbered=self.experiment.watch.records)
         with _alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
@@ -290,12 +292,14 @@ class Session:
             optimizer=self.experiment.optimizer,
             training=self.experiment.training,
             checkpoint=self.experiment.checkpoint,
-            ledger=Ledger(directory / "ledger.jsonl", self.hardware),
+            ledger=Ledger(directory / "ledger.jsonl" if hosts.is_first() else None, self.hardware),
+            watch=Watch(directory, self.experiment.watch),
+            batch_size=data.batch_size,
             progress=Progress(
                 title,
                 self.peak_flops_per_second,
                 self.model_flops_per_token() * data.batch_size * data.sequence_length,
-                self.quiet,
+                self.quiet or not hosts.is_first(),
             ),
             **distilled,
         )
@@ -327,6 +331,7 @@ class Session:
     def _claim(self, directory: Path) -> None:
         """Writes down what runs in a folder, or checks that the same ran there before."""
         path = directory / DESCRIPTION
+        hosts.meet("before claiming a folder")
         if path.exists():
             before = read_experiment(directory)
             changed = serialization.differences(before.trained_part(), self.experiment.trained_part())
@@ -335,6 +340,9 @@ class Session:
                     f"{directory} holds a run with another {', '.join(changed)}; "
                     "choose another --workdir, or give the same settings to go on with that run."
                 )
+            return
+        hosts.meet("before describing a folder")
+        if not hosts.is_first():
             return
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(directory / TOKENIZER)
@@ -345,10 +353,13 @@ class Session:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process; ValueError if another holds it, or if it is no folder."""
+    """Holds a folder for this job; ValueError if another holds it, or if it is no folder."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a folder as --workdir.")
     directory.mkdir(parents=True, exist_ok=True)
+    if not hosts.is_first():
+        yield
+        return
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

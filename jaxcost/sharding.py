@@ -177,9 +177,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, mesh_spec(PartitionSpec("batch", "length"), mesh.shape))
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B and S."""
-    return {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, int (rows,), ascending; all of them if it is alone."""
+    places = NamedSharding(mesh, mesh_spec(PartitionSpec("batch"), mesh.shape))
+    held = places.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int = 0) -> dict[str, jax.Array]:
+    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B and S.
+
+    With a `batch_size`, B, the arrays hold the rows of `own_rows` alone, as each of several processes reads its part.
+    """
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, where) for name, x in batch.items()}
+    rows = own_rows(mesh, batch_size) if batch_size else None
+
+    def placed(x: np.ndarray) -> jax.Array:
+        def part(index):
+            if rows is None:
+                return x[index]
+            start, stop, _ = index[0].indices(batch_size)
+            return x[(slice(*np.searchsorted(rows, (start, stop))), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size or len(x), *x.shape[1:]), where, part)
+
+    return {name: placed(x) for name, x in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

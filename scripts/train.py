@@ -30,8 +30,10 @@ def main(arguments: Arguments) -> dict:
     """Trains, prints what it came to and returns it."""
     import jax
 
+    from jaxcost import hosts
     from jaxcost.session import Session
 
+    hosts.join()
     session = Session(arguments.experiment)
     coverage = session.transform.coverage(jax.eval_shape(session.base_params))
     if coverage:
@@ -44,10 +46,13 @@ def main(arguments: Arguments) -> dict:
     result = {
         "schema": "jaxcost-train-1",
         "steps": fitted.steps,
+        "skipped_steps": fitted.skipped_steps,
         **fitted.metrics,
         "step_seconds": fitted.step_seconds,
         "step_flops": fitted.cost.total_flops,
         "totals": fitted.totals,
+        "goodput": fitted.goodput,
+        "lost_seconds": fitted.lost_seconds,
         "usd": session.hardware.usd(seconds),
         "kwh": session.hardware.kwh(seconds),
         "workdir": str(arguments.workdir),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +18,19 @@ Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 (B, S), and `mask`, float32 (B, S), 1 where the target counts; where documents are kept
 apart also `segments`, int32 (B, S)."""
 
+RECORDS = "records"
+"""The name, beside the arrays of a batch, of the numbers of its windows."""
+
 _PREFETCHED_BATCHES = 4
 
 
-def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    config: DataConfig,
+    tokens: np.ndarray,
+    start_step: int = 0,
+    rows: Sequence[int] | None = None,
+    numbered: bool = False,
+) -> grain.DatasetIterator[Batch]:
     """Iterates for ever over shuffled windows of the tokens.
 
     The order is drawn from `config.shuffle_seed` and anew every epoch; an epoch holds every full window once, and a
@@ -32,6 +42,10 @@ def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -
       config: sequence length (S), batch size (B) and seed.
       tokens: integers (N,), such as `TokenStream.tokens`.
       start_step: batches to pass over, at no cost; the same as the state after that many batches.
+      rows: the rows of each batch that are read, in ascending order, as a process of several reads its part; all by
+        default. The batches of the job, and their positions, are the same however many processes share them.
+      numbered: beside the arrays, give the numbers of the windows in the split as `records`, int64 (B,), which are for
+        a log and not for a model.
 
     Returns:
       A Grain iterator of batches: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all ones.
@@ -49,14 +63,16 @@ def train_batches(config: DataConfig, tokens: np.ndarray, start_step: int = 0) -
         )
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; give the number of batches already used, 0 to begin.")
-    # Windows are numbered globally up to here, so hosts that load their own share would slice before `batch`.
-    batches = (
-        grain.MapDataset.source(windows)
-        .seed(config.shuffle_seed)
-        .shuffle()
-        .repeat()
-        .batch(config.batch_size, drop_remainder=True)
-    )
+    order = grain.MapDataset.range(len(windows)).seed(config.shuffle_seed).shuffle().repeat()
+    rows = range(config.batch_size) if rows is None else rows
+
+    def batch(step: int) -> Batch:
+        records = [order[step * config.batch_size + int(row)] for row in rows]
+        found = [windows[record] for record in records]
+        made = {name: np.stack([one[name] for one in found]) for name in found[0]}
+        return made | {RECORDS: np.asarray(records)} if numbered else made
+
+    batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
     iterator = iter(batches.to_iter_dataset(options))
     if start_step:

@@ -65,7 +65,8 @@ def make_train_step(
     distiller: Distiller | None = None,
     ctc_blank: int | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
+    """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss`, `gradient_norm` and
+    `skipped`, 1 for a step whose loss or gradient is not finite, which changes nothing but the count of steps.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch, or that of `detection_loss` where
     the head has boxes, in which a microbatch counts by its objects. Only the arrays that train are
@@ -157,7 +158,11 @@ def make_train_step(
         beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(kept)
-        return TrainState(state.step + 1, params, optimizer_state, state.key, beside), metrics
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        metrics["skipped"] = 1 - sound.astype(jnp.float32)
+        made, before = (params, optimizer_state, beside), (state.params, state.optimizer, state.beside)
+        made = jax.tree.map(lambda new, old: old if new is old else jnp.where(sound, new, old), made, before)
+        return TrainState(state.step + 1, made[0], made[1], state.key, made[2]), metrics
 
     return train_step
 
