@@ -19,7 +19,7 @@ from jaxcost import transforms
 from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.data.config import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
-from jaxcost.models import context
+from jaxcost.models import context, pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
@@ -106,7 +106,9 @@ class Experiment:
         rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "watch", "study", "mesh")}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")
-        return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)
+        optimizer = dataclasses.replace(self.optimizer, split_over_data=False, offload=False)
+        changed = {"data": data, "execution": execution, "distill": distill, "optimizer": optimizer}
+        return dataclasses.replace(self, **changed, **rest)
 
     def check_devices(self, num_devices: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
@@ -133,6 +135,21 @@ class Experiment:
                 raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")
         if sizes["context"] > 1:
             self._check_context(sizes)
+        if sizes["stage"] > 1:
+            self._check_stages(sizes["stage"], microbatch, rows)
+
+    def _check_stages(self, stages: int, rows: int, ways: int) -> None:
+        e, depths = self.execution, [("model", self.model)]
+        depths += [("model.encoder", self.model.source)] if self.model.encoder.num_layers else []
+        for name, m in depths:
+            period = len(m.groups(0, m.num_layers)[0][1])
+            if m.num_layers % (stages * e.rounds * period):
+                raise ValueError(
+                    f"{name}.num_layers ({m.num_layers}) must be a multiple of mesh.stage x execution.rounds"
+                    f"{' x the layers of model.pattern' if period > 1 else ''} ({stages * e.rounds * period}); change "
+                    "one of them."
+                )
+        pipeline.microbatches(e.microbatches, stages, rows, ways)
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         m, ways = self.model, sizes["fsdp"] * sizes["context"]

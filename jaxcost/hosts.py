@@ -58,7 +58,9 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "slurm"
     slices = int(environment.get("MEGASCALE_NUM_SLICES", "1"))
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or slices > 1:
+    # Where there is no TPU, libtpu writes a sentence there, commas and all.
+    names = environment.get("TPU_WORKER_HOSTNAMES", "")
+    if ("," in names and " " not in names) or slices > 1:
         return "tpu"
     return None
 

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -354,6 +355,8 @@ class Session:
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
     """Holds a folder for this job; ValueError if another holds it, or if it is no folder."""
+    if re.match(r"[a-z0-9]+:/", str(directory)):
+        raise ValueError(f"{directory} is an address and no folder; mount the bucket as files (gcsfuse) and name that.")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a folder as --workdir.")
     directory.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,13 @@ from jaxcost import weights
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters.
-    "vocab": ("tensor",),
+    "vocab": ("tensor", "stage"),
     "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "expert": ("expert",),
-    "layers": (),
+    "layers": ("stage",),
     "rank": (),
     "adapters": (),
     "position": (),
@@ -36,6 +36,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "length": ("context",),
     "residual": ("tensor",),
     "head_dim": (),
+    "stage": ("stage",),
 }
 """Logical axis name → the mesh axes that split it."""
 
@@ -67,6 +68,9 @@ class MeshConfig:
     """Ways that each sequence is split, and the weights like over fsdp (context parallelism, for long sequences)."""
     expert: int = 1
     """Ways that the experts are split (expert parallelism); all other weights and the batch are split as by fsdp."""
+    stage: int = 1
+    """Ways that the layers are split (pipeline parallelism; see `execution.microbatches`), and the vocabulary with
+    them."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -107,6 +111,17 @@ def context_ways(length: int) -> int:
     """Parts that the current mesh splits a sequence into; one that is shorter than the axis is not split."""
     ways = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     return ways if ways <= length else 1
+
+
+def stages() -> int:
+    """Stages that the current mesh spreads the layers over."""
+    return jax.sharding.get_abstract_mesh().shape.get("stage", 1)
+
+
+def batch_ways() -> int:
+    """Parts that the current mesh splits the rows of a batch into."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
 
 
 def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
@@ -154,6 +169,17 @@ def _placed(path, array, names, mesh) -> NamedSharding:
             )
         places.append(split if divides else None)
     return NamedSharding(mesh, PartitionSpec(*places))
+
+
+def split_further(place: NamedSharding, shape: tuple[int, ...], axis: str) -> NamedSharding:
+    """A sharding that one more mesh axis splits, along the longest axis of an array that it divides; or the same."""
+    mesh, spec = place.mesh, [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        split = () if spec[i] is None else (spec[i],) if isinstance(spec[i], str) else tuple(spec[i])
+        if shape[i] % math.prod(mesh.shape[a] for a in (*split, axis)) == 0 and mesh.shape[axis] > 1:
+            spec[i] = (*split, axis)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return place
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Several processes of one job: what joins them, the same losses and bits as alone, and what happens when one is lost."""
+"""Several processes of one job: what joins them, the losses and bits of one alone, and a process that is lost."""
 
 import dataclasses
 import json

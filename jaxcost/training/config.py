@@ -32,6 +32,10 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 never clips."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which the first moment is kept; half the bytes in bfloat16."""
+    split_over_data: bool = False
+    """Split the moments over mesh.data too (ZeRO stage 1): each replica updates its part, and gathers the weights."""
+    offload: bool = False
+    """Keep the moments in host memory, from which each step fetches them."""
 
     def __post_init__(self):
         if self.learning_rate <= 0:

@@ -114,7 +114,7 @@ def fit(
 
     # ---- State: its shapes and where it lives ----
     tx = make_optimizer(optimizer, training.steps)
-    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh, distiller)
+    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh, distiller, optimizer)
     places = jax.tree.map(lambda a: a.sharding, abstract)
     taught = () if teacher is None else (teacher,)
 
@@ -234,13 +234,16 @@ def jitted_step(
     training: TrainingConfig,
     mesh: Mesh,
     distiller: Distiller | None = None,
+    layout: OptimizerConfig | None = None,
 ) -> tuple[Any, TrainState]:
     """The train step under `jax.jit`, its state donated, and that state's shapes and shardings; nothing is computed.
 
+    `layout` says where the moments live; with the weights that they belong to, if it is not given.
     The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
     """
+    layout = layout or OptimizerConfig()
     abstract = jax.eval_shape(_initializer(model, optimizer, training, distiller), abstract_params)
-    places = _state_shardings(abstract, model, mesh)
+    places = _state_shardings(abstract, model, mesh, layout)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
     step = make_train_step(
         model,
@@ -250,6 +253,7 @@ def jitted_step(
         loss_chunks=training.loss_chunks,
         router_losses={"load_balancing": training.load_balancing, "router_z": training.router_z},
         distiller=distiller,
+        offload=layout.offload,
     )
     return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract
 
@@ -267,14 +271,17 @@ def _initializer(
     return start
 
 
-def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh) -> TrainState:
+def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh, layout: OptimizerConfig) -> TrainState:
     params = sharding.shardings(abstract.params, axes_of(model, abstract.params), mesh)
     by_path = {weights.path_name(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path, leaf):
         # Moments are kept in dicts with the paths of the arrays that they belong to.
-        name = getattr(path[-1], "key", None)
-        return by_path.get(name, sharding.replicated(mesh))
+        own = by_path.get(getattr(path[-1], "key", None))
+        if own is None:
+            return sharding.replicated(mesh)
+        own = sharding.split_further(own, leaf.shape, "data") if layout.split_over_data else own
+        return own.with_memory_kind("pinned_host") if layout.offload else own
 
     moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
     one = sharding.replicated(mesh)

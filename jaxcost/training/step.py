@@ -64,6 +64,7 @@ def make_train_step(
     router_losses: Mapping[str, float] = MappingProxyType({}),
     distiller: Distiller | None = None,
     ctc_blank: int | None = None,
+    offload: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss`, `gradient_norm` and
     `skipped`, 1 for a step whose loss or gradient is not finite, which changes nothing but the count of steps.
@@ -76,7 +77,7 @@ def make_train_step(
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
     function takes the teacher's weights as a third argument. With the id of a blank, the loss is that of CTC, in nats a
-    label.
+    label. With `offload`, the optimizer's state comes from host memory; where it goes, the caller's shardings say.
     """
     if distiller is not None and ctc_blank is not None:
         raise ValueError("A distiller compares tokens one by one, which CTC does not; leave out either.")
@@ -120,6 +121,8 @@ def make_train_step(
         return objective + sum(weight * sums[name] for name, weight in router_losses.items() if name in sums), sums
 
     def train_step(state: TrainState, batch: Batch, teacher: weights.Params | None = None):
+        if offload:
+            state = state.replace(optimizer=jax.device_put(state.optimizer, jax.memory.Space.Device))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
         trainable |= state.beside
