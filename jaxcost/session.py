@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -24,6 +25,7 @@ from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_sp
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.evaluation.score import Scorer
+from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, unembedding
 from jaxcost.sharding import MeshConfig
@@ -156,6 +158,23 @@ class Session:
         left = dataclasses.replace(self.experiment, model=resized(self.model.config, params))
         left.check_devices(len(self.devices))
         return params
+
+    def placed(self) -> list[sharding.Placed]:
+        """Where every array of the transformed weights lives on this mesh; nothing is computed."""
+        params = self.abstract_params()
+        return sharding.placed(params, sharding.shardings(params, axes_of(self.model, params), self.mesh))
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which the stages of mesh.stage wait for each other."""
+        sizes, e = dict(self.mesh.shape), self.experiment.execution
+        if sizes["stage"] == 1:
+            return 0.0
+        rows = self.experiment.data.batch_size // self.experiment.training.accumulation
+        ways = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
+        return pipeline.bubble(
+            sizes["stage"], pipeline.microbatches(e.microbatches, sizes["stage"], rows, ways), e.rounds
+        )
 
     @cached_property
     def transformed_config(self) -> ModelConfig:

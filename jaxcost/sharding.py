@@ -157,6 +157,30 @@ def shardings(params: weights.Params, axes: weights.Params, mesh: Mesh) -> weigh
     return weights.map_weights(place, params, axes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where one array of a tree lives."""
+
+    path: str
+    shape: tuple[int, ...]
+    """Of the whole array."""
+    dtype: str
+    spec: PartitionSpec
+    """The mesh axes that split each axis; none are replicated."""
+    device_bytes: int
+    """Bytes of one device's part."""
+
+
+def placed(params: weights.Params, places: weights.Params) -> list[Placed]:
+    """Where every array of a tree of weights lives, by the shardings of `shardings`; arrays may be only described."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = []
+    for (path, a), place in zip(leaves, jax.tree.leaves(places), strict=True):
+        size = math.prod(place.shard_shape(a.shape)) * jax.dtypes.itemsize_bits(a.dtype) // 8
+        found.append(Placed(weights.path_name(path), a.shape, str(a.dtype), place.spec, size))
+    return found
+
+
 def _placed(path, array, names, mesh) -> NamedSharding:
     places = []
     for size, name, split in zip(array.shape, names, mesh_spec(names, mesh.shape), strict=True):

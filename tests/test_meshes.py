@@ -22,7 +22,7 @@ from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.parts import EncoderConfig
-from jaxcost.models.transformer import Transformer, initialize
+from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.config import OptimizerConfig, TrainingConfig
 from jaxcost.training.loop import jitted_step
@@ -89,7 +89,7 @@ def losses(kind, axes, transform=None, steps=STEPS, accumulation=1, **execution)
     params = params if transform is None else transform(params, jax.random.key(1))
     devices = jax.devices()[: math.prod(dataclasses.asdict(mesh_config).values())]
     mesh = sharding.make_mesh(mesh_config, devices)
-    how = {"transform": transform, "accumulation": accumulation}
+    how = {"transform": transform, "accumulation": accumulation, "learning_rate": 2e-3}
     found, _ = small.trained(model, params, batches(kind, steps), mesh, **how)
     return [metrics["loss"] for metrics in found]
 
@@ -191,6 +191,23 @@ def test_moments_are_split_over_data_and_kept_on_the_host_where_the_config_says_
     _, hosted = _moments(OptimizerConfig(offload=True))
     assert kinds == {"device"} and hosted == {"pinned_host"}
     assert split == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_the_table_of_places_says_what_a_device_holds():
+    model = Transformer(DENSE)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2, stage=2), jax.devices())
+    params = jax.eval_shape(lambda key: lora(rank=2)(initialize(model, key)[0], key), jax.random.key(0))
+    places = sharding.shardings(params, axes_of(model, params), mesh)
+    rows = sharding.placed(params, places)
+    held = jax.device_put(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params), places)
+    want = {
+        weights.path_name(path): a.addressable_shards[0].data.nbytes
+        for path, a in jax.tree_util.tree_leaves_with_path(held)
+    }
+    assert {row.path: row.device_bytes for row in rows} == want
+    by_path = {row.path: tuple(row.spec) for row in rows}
+    assert by_path["layers/attention/query/kernel/base"] == ("stage", "fsdp", "tensor")
+    assert by_path["layers/attention/query/kernel/a"] == ("stage", "fsdp", None)
 
 
 def test_masks_pass_through_the_pipeline():
