@@ -32,8 +32,10 @@ from jaxcost.transforms import chain, lora, prune
 DENSE = ModelConfig(
     vocab_size=64, width=32, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8, mlp_width=64, max_length=32
 )
+BIASED = dataclasses.replace(DENSE, mlp_bias=True)
 MODELS = {
     "dense": DENSE,
+    "biased": BIASED,
     "experts": dataclasses.replace(DENSE, experts=4, experts_per_token=2),
     "encoder-decoder": dataclasses.replace(DENSE, encoder=EncoderConfig(num_layers=4)),
 }
@@ -130,14 +132,14 @@ CALIBRATED = {"wanda", "sparsegpt", "factorize whitened", "gptq", "awq", "smooth
 @sweep("name", [name for name in TRANSFORMS if name not in CALIBRATED], quick=0)
 def test_a_transform_trains_on_a_mesh_as_on_one_device(name):
     transform = TRANSFORMS[name]
-    params = jax.eval_shape(lambda: initialize(Transformer(DENSE), jax.random.key(0))[0])
+    params = jax.eval_shape(lambda: initialize(Transformer(BIASED), jax.random.key(0))[0])
     if not any(jax.tree.leaves(weights.trainable_tree(transform.abstract(params)))):
         transform = chain(transform, lora(rank=2))
     if name == "freeze":
         pytest.skip("its two stacks have 3 layers and 1, which no stages divide; the next test has what they do")
     # Random rounding and int8's own differ in the last bits by where they are summed.
-    want = losses("dense", {}, transform)
-    np.testing.assert_allclose(losses("dense", MIXED[7], transform), want, rtol=1e-5)
+    want = losses("biased", {}, transform)
+    np.testing.assert_allclose(losses("biased", MIXED[7], transform), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
