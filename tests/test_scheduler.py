@@ -1,0 +1,226 @@
+"""Continuous batching: what a request gets does not depend on its company, and nothing is compiled for it."""
+
+import contextlib
+import queue
+import threading
+
+import jax
+import numpy as np
+import pytest
+from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, params, prompts, slots
+
+from jaxcost.models.transformer import logits
+from jaxcost.serving.prefix import PrefixCache
+from jaxcost.serving.sampling import Sampling
+from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig
+from jaxcost.serving.slots import Slots, SlotsConfig
+from jaxcost.serving.text import TextStream
+
+
+@contextlib.contextmanager
+def scheduler(config=None, **options):
+    made = Scheduler(slots(), TOKENIZER.decode, config or SchedulerConfig(), **options)
+    try:
+        yield made
+    finally:
+        assert made.close(60)
+
+
+class Asked:
+    """A request that was sent, and what comes of it."""
+
+    def __init__(self, to, prompt, new_tokens=8, **options):
+        self.pieces = queue.Queue()
+        self.prompt_scores = []
+        to.reserve()
+        request = Request(np.asarray(prompt, np.int32), new_tokens, **options)
+        self.ticket = to.submit(request, self.pieces.put, self.prompt_scores.append)
+
+    def all(self):
+        """All pieces, up to the last."""
+        found = [self.pieces.get(timeout=60)]
+        while found[-1].reason is None:
+            found.append(self.pieces.get(timeout=60))
+        return found
+
+    def tokens(self):
+        return np.concatenate([piece.scores.tokens for piece in self.all()])
+
+
+def test_64_clients_get_what_each_gets_alone_and_nothing_is_compiled():
+    asked = prompts(64)
+    lengths = np.random.default_rng(1).integers(1, 30, 64).tolist()
+    want = [alone(prompt, 30)[:length] for prompt, length in zip(asked, lengths, strict=True)]
+    compiled = []
+    got = [None] * 64
+    with scheduler() as running:
+
+        def client(i):
+            # A third of the company draws, asks for log-probabilities and is cut off by a string.
+            Asked(running, asked[i], 5, sampling=Sampling(1.0, 7, 0.9, seed=i), scored=True, stop=("e",))
+            got[i] = Asked(running, asked[i], lengths[i]).tokens()
+
+        def compiled_something(name, *_, **__):
+            compiled.append(name)
+
+        jax.monitoring.register_event_duration_secs_listener(compiled_something)
+        try:
+            threads = [threading.Thread(target=client, args=(i,)) for i in range(64)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            jax.monitoring.unregister_event_duration_listener(compiled_something)
+    assert not [name for name in compiled if "compile" in name or "trace" in name]
+    for i in range(64):
+        np.testing.assert_array_equal(got[i], want[i])
+    assert not running._running and not running.num_waiting
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_company():
+    [prompt], settings = prompts(1), Sampling(0.8, top_k=50, top_p=0.95, repetition_penalty=1.2, seed=11)
+    with scheduler() as running:
+        first = Asked(running, prompt, 12, sampling=settings).tokens()
+        crowd = [Asked(running, p, 12, sampling=Sampling(1.0, seed=i)) for i, p in enumerate(prompts(6, seed=3))]
+        again = Asked(running, prompt, 12, sampling=settings).tokens()
+        other = Asked(running, prompt, 12, sampling=Sampling(0.8, seed=12)).tokens()
+        for one in crowd:
+            one.all()
+    [engines] = engine().generate(params(), [prompt], max_new_tokens=12, sampling=settings)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, engines)
+    assert not np.array_equal(first, other)
+
+
+def test_log_probabilities_are_those_of_the_model():
+    prompt = prompts(1, seed=5)[0]
+    with scheduler() as running:
+        asked = Asked(running, prompt, 6, scored=True, score_prompt=True)
+        pieces = asked.all()
+    tokens = np.concatenate([piece.scores.tokens for piece in pieces])
+    whole = np.concatenate([prompt, tokens])
+    hidden, _ = MODEL.apply({"params": params()}, whole[None])
+    want = jax.nn.log_softmax(logits(CONFIG, params(), hidden[0]), axis=-1)
+    want_own = np.take_along_axis(np.asarray(want)[:-1], whole[1:, None], axis=-1)[:, 0]
+    got = np.concatenate([asked.prompt_scores[0].logprobs, *(piece.scores.logprobs for piece in pieces)])
+    np.testing.assert_allclose(got, want_own, atol=1e-4)
+    top = np.concatenate([piece.scores.top_logprobs for piece in pieces])
+    np.testing.assert_allclose(top, -np.sort(-want[len(prompt) - 1 : -1])[:, : SLOTS.top_logprobs], atol=1e-4)
+
+
+def test_a_request_ends_at_an_id_a_string_or_its_length():
+    prompt = prompts(1, seed=7)[0]
+    tokens = alone(prompt, 20)
+    with scheduler() as running:
+        by_id = Asked(running, prompt, 20, stop_ids=(int(tokens[6]),)).all()
+        text = TOKENIZER.decode(tokens)
+        by_string = Asked(running, prompt, 20, stop=(text[7:9],)).all()
+        by_length = Asked(running, prompt, 20).all()
+    assert by_id[-1].reason == "stop" and sum(len(p.scores.tokens) for p in by_id) == tokens.tolist().index(tokens[6])
+    assert by_string[-1].reason == "stop" and "".join(p.text for p in by_string) == text[: text.index(text[7:9])]
+    assert by_length[-1].reason == "length" and "".join(p.text for p in by_length) == text
+
+
+def test_who_is_gone_or_late_leaves_a_slot_and_the_queue():
+    with scheduler(SchedulerConfig(deadline_seconds=30)) as running:
+        asked = [Asked(running, prompt, 40) for prompt in prompts(12, seed=2)]
+        late = Asked(running, prompts(1)[0], 40, deadline_seconds=1e-6)
+        for one in asked[:9]:
+            one.ticket.cancel()
+        assert late.all()[-1].reason == "deadline"
+        reasons = [one.all()[-1].reason for one in asked]
+        assert set(reasons[9:]) == {"length"} and "cancelled" in reasons[:9]
+        assert running.num_running == running.num_waiting == 0
+        # The slots are whole.
+        np.testing.assert_array_equal(Asked(running, prompts(1)[0], 9).tokens(), alone(prompts(1)[0], 9))
+
+
+def test_a_full_queue_refuses_and_a_closed_one_ends_what_it_took():
+    with scheduler(SchedulerConfig(queue=3)) as running:
+        asked = [Asked(running, prompt, 40) for prompt in prompts(3, seed=4)]
+        with pytest.raises(Overloaded, match="wait already") as refused:
+            running.reserve(8)
+        assert refused.value.retry_after_seconds >= 1
+        running.reserve()
+        with pytest.raises(ValueError, match="more than the 96 that the model takes; ask for at most 86"):
+            running.submit(Request(np.zeros(10, np.int32), 90), print)
+        running.release()
+        assert running.close(60)
+        assert [one.all()[-1].reason for one in asked] == ["length"] * 3
+        with pytest.raises(Closed):
+            running.reserve()
+
+
+def test_a_failure_of_the_device_ends_every_request(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(slots(), "decode", fail)
+    running = Scheduler(slots(), TOKENIZER.decode)
+    asked = [Asked(running, prompt) for prompt in prompts(6)]
+    assert [one.all()[-1].reason for one in asked] == ["error"] * 6
+    assert not running.healthy
+    with pytest.raises(Closed):
+        running.reserve()
+
+
+def test_prompts_that_begin_alike_are_read_once():
+    beginning = prompts(1, seed=8, lengths=(50,))[0]
+    both = [np.concatenate([beginning, end]).astype(np.int32) for end in ([1, 2, 3], [9])]
+    prefixes = PrefixCache(slots(), 1 << 20)
+    with scheduler(prefixes=prefixes) as running:
+        asked = [Asked(running, prompt, 12) for prompt in (*both, both[0][:48], both[0])]
+        got = [one.tokens() for one in asked]
+    for prompt, tokens in zip((*both, both[0][:48], both[0]), got, strict=True):
+        np.testing.assert_array_equal(tokens, alone(prompt, 12))
+    # The last token of a prompt is read in any case.
+    assert asked[3].ticket.cached_tokens == 48 and asked[2].ticket.cached_tokens == 32
+    with pytest.raises(ValueError, match="does not hold a single piece"):
+        PrefixCache(slots(), 10)
+
+
+def test_the_least_recently_used_piece_is_dropped_first():
+    prefixes = PrefixCache(slots(), 5 * 16 * 2 * 2 * 2 * 8 * 4)
+    with scheduler(prefixes=prefixes) as running:
+        for seed in range(4):
+            Asked(running, prompts(1, seed=seed, lengths=(33,))[0], 1).all()
+        assert len(prefixes._held) == 5
+        first = Asked(running, prompts(1, seed=0, lengths=(33,))[0], 1)
+        last = Asked(running, prompts(1, seed=3, lengths=(33,))[0], 1)
+        first.all(), last.all()
+    assert first.ticket.cached_tokens == 0 and last.ticket.cached_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": 0}, "engine.slots is 0"),
+        ({"prefill_tokens": (8, 4)}, "give rising positive numbers"),
+        ({"tokens_per_dispatch": 0}, "engine.tokens_per_dispatch is 0"),
+        ({"max_length": -1}, "engine.max_length is -1"),
+    ],
+)
+def test_slots_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SlotsConfig(**change)
+
+
+def test_slots_are_no_longer_than_the_model():
+    with pytest.raises(ValueError, match="more than the 96 tokens that the model takes"):
+        Slots(MODEL, params(), SlotsConfig(max_length=97))
+
+
+# ---- Text ----
+
+
+def test_text_comes_whole_and_never_beyond_a_stop_string():
+    text = "naïve 🙂 café </s"
+    stream = TextStream(TOKENIZER.decode, ("</stop>",))
+    given = [stream.add(int(token)) for token in TOKENIZER.encode(text)]
+    assert "\ufffd" not in "".join(given) and "".join(given) == text[:-3]
+    assert stream.finish() == "</s" and not stream.stopped
+    stream = TextStream(TOKENIZER.decode, ("bc", "cd"))
+    assert "".join(stream.add(ord(letter)) for letter in "abc") == "a" and stream.stopped
+    broken = TextStream(TOKENIZER.decode)
+    assert "".join([broken.add(0xF0), broken.add(ord("a")), broken.finish()]) == "\ufffda"
