@@ -12,7 +12,7 @@ from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, params, prom
 from jaxcost.models.transformer import logits
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import Sampling
-from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig
+from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig
 from jaxcost.serving.text import TextStream
 
@@ -34,7 +34,8 @@ class Asked:
         self.prompt_scores = []
         to.reserve()
         request = Request(np.asarray(prompt, np.int32), new_tokens, **options)
-        self.ticket = to.submit(request, self.pieces.put, self.prompt_scores.append)
+        self.ticket = Ticket(request, self.pieces.put, self.prompt_scores.append)
+        to.submit(self.ticket)
 
     def all(self):
         """All pieces, up to the last."""
@@ -144,7 +145,7 @@ def test_a_full_queue_refuses_and_a_closed_one_ends_what_it_took():
         assert refused.value.retry_after_seconds >= 1
         running.reserve()
         with pytest.raises(ValueError, match="more than the 96 that the model takes; ask for at most 86"):
-            running.submit(Request(np.zeros(10, np.int32), 90), print)
+            running.submit(Ticket(Request(np.zeros(10, np.int32), 90), print))
         running.release()
         assert running.close(60)
         assert [one.all()[-1].reason for one in asked] == ["length"] * 3

@@ -104,9 +104,22 @@ class Times:
 
 
 class Ticket:
-    """A request that was taken on: what becomes of it."""
+    """A request, and what becomes of it."""
 
-    def __init__(self, request: Request, on_piece: Callable[[Piece], None], on_prompt: Callable[[Scored], None] | None):
+    def __init__(
+        self,
+        request: Request,
+        on_piece: Callable[[Piece], None],
+        on_prompt: Callable[[Scored], None] | None = None,
+    ):
+        """A ticket to submit.
+
+        Args:
+          request: what to do.
+          on_piece: called, by the scheduler's thread, with what is new; the last piece has a reason. It must not block.
+          on_prompt: called once, before that, with the scores of the prompt's tokens from the second on, if they were
+            asked for.
+        """
         self.request = request
         self.times = Times(time.monotonic())
         self.new_tokens = 0
@@ -213,30 +226,14 @@ class Scheduler:
         with self._condition:
             self._reserved -= requests
 
-    def submit(
-        self,
-        request: Request,
-        on_piece: Callable[[Piece], None],
-        on_prompt: Callable[[Scored], None] | None = None,
-    ) -> Ticket:
-        """Queues a request at a place that `reserve` holds.
-
-        Args:
-          request: what to do.
-          on_piece: called, by the scheduler's thread, with what is new; the last piece has a reason. It must not block.
-          on_prompt: called once, before that, with the scores of the prompt's tokens from the second on, if they were
-            asked for.
-
-        Raises:
-          ValueError: the request cannot be met; the place is still held.
-        """
-        self._check(request)
-        ticket = Ticket(request, on_piece, on_prompt)
+    def submit(self, ticket: Ticket) -> None:
+        """Queues a request at a place that `reserve` holds; ValueError, and the place is still held, if it cannot be
+        met."""
+        self._check(ticket.request)
         with self._condition:
             self._reserved -= 1
             self._waiting.append(ticket)
             self._condition.notify()
-        return ticket
 
     def close(self, timeout_seconds: float | None = None) -> bool:
         """Takes on nothing more, ends all that was accepted, and says whether it did so in time."""

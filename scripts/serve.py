@@ -1,0 +1,72 @@
+"""Serves a training's newest checkpoint behind OpenAI's API."""
+
+import dataclasses
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from jaxcost.command_line import run
+from jaxcost.cost.hardware import HardwareConfig
+from jaxcost.serving.api.config import ApiConfig
+from jaxcost.serving.scheduler import SchedulerConfig
+from jaxcost.serving.slots import SlotsConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Serve the newest checkpoint of a training, until it is told to stop (SIGTERM, Ctrl-C)."""
+
+    checkpoint: Positional[Path]
+    """Folder of a training (the --workdir of train.py, a run of a study, or what convert.py made)."""
+    name: str = ""
+    """What clients call the model; the folder's name by default."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 takes requests from other machines."""
+    port: int = 8000
+    """Port to listen at."""
+    keys: Path | None = None
+    """File with API keys, one a line, which only its owner may read; the variable JAXCOST_API_KEYS has further ones."""
+    drain_seconds: float = 60.0
+    """After SIGTERM, requests that were accepted have this long to end."""
+    prefix_cache_bytes: int = 0
+    """Memory for prompts that were read, for those that begin alike; 0 keeps none."""
+    engine: SlotsConfig = SlotsConfig()
+    """How many requests run at once, and in what pieces."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """What is taken on."""
+    api: ApiConfig = ApiConfig()
+    """Limits of the API."""
+    hardware: HardwareConfig = HardwareConfig()
+    """The chips that requests are priced on."""
+    json: Path | None = None
+    """File for the result as JSON, when the server has ended."""
+    debug: bool = False
+    """Show a traceback on failure."""
+
+
+def main(arguments: Arguments) -> dict:
+    """Serves, and returns how much."""
+    from jaxcost.cost.hardware import resolve
+    from jaxcost.serving.api.app import create_app
+    from jaxcost.serving.api.metrics import Metrics
+    from jaxcost.serving.api.protection import read_keys
+    from jaxcost.serving.api.server import serve
+    from jaxcost.serving.load import text_model
+    from jaxcost.session import load_run
+
+    a = arguments
+    keys = read_keys(a.keys)
+    name = a.name or a.checkpoint.resolve().name
+    session, params, step = load_run(a.checkpoint)
+    mesh = session.mesh if session.mesh.size > 1 else None
+    model = text_model(
+        name, session.model, params, session.tokenizer, a.engine, a.scheduler, a.prefix_cache_bytes, mesh=mesh
+    )
+    metrics = Metrics(name, resolve(a.hardware))
+    metrics.watch(model.scheduler)
+    serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    return {"schema": "jaxcost-serve-1", "model": name, "step": step}
+
+
+if __name__ == "__main__":
+    run(main, Arguments)
