@@ -50,6 +50,8 @@ setup(
             "ruff>=0.14,<0.18",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
+            "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
+            "schemathesis>=4.32,<5",
         ],
         "oracles": [
             "torch==2.13.0",

@@ -1,6 +1,7 @@
 """Serves a training's newest checkpoint behind OpenAI's API."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -46,6 +47,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> dict:
     """Serves, and returns how much."""
+    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
+        raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
     from jaxcost.cost.hardware import resolve
     from jaxcost.serving.api.app import create_app
     from jaxcost.serving.api.metrics import Metrics
@@ -58,10 +61,7 @@ def main(arguments: Arguments) -> dict:
     keys = read_keys(a.keys)
     name = a.name or a.checkpoint.resolve().name
     session, params, step = load_run(a.checkpoint)
-    mesh = session.mesh if session.mesh.size > 1 else None
-    model = text_model(
-        name, session.model, params, session.tokenizer, a.engine, a.scheduler, a.prefix_cache_bytes, mesh=mesh
-    )
+    model = text_model(name, session.model, params, session.tokenizer, a.engine, a.scheduler, a.prefix_cache_bytes)
     metrics = Metrics(name, resolve(a.hardware))
     metrics.watch(model.scheduler)
     serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxcost import weights
 from jaxcost.data.tokenizers import Tokenizer
@@ -29,7 +28,6 @@ def text_model(
     scheduler: SchedulerConfig = _SCHEDULER,
     prefix_cache_bytes: int = 0,
     adapters: Mapping[str, int] | None = None,
-    mesh: Mesh | None = None,
 ) -> TextModel:
     """Compiles all that serving runs and starts it.
 
@@ -42,7 +40,6 @@ def text_model(
       scheduler: what is taken on.
       prefix_cache_bytes: memory for prompts that were read; 0 keeps none.
       adapters: numbers of `weights.Adapters` in the weights by their names.
-      mesh: what the weights are spread over.
 
     Raises:
       ValueError: the model continues no texts, a size makes no sense, or the weights give no numbers.
@@ -54,4 +51,4 @@ def text_model(
         raise ValueError(f"The weights of {name} give logits that are no numbers; they are damaged, so name others.")
     prefixes = PrefixCache(made, prefix_cache_bytes) if prefix_cache_bytes else None
     vocabulary = Vocabulary(tokenizer)
-    return TextModel(name, vocabulary, Scheduler(made, vocabulary.decode, scheduler, prefixes, mesh), adapters)
+    return TextModel(name, vocabulary, Scheduler(made, vocabulary.decode, scheduler, prefixes), adapters)

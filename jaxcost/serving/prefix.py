@@ -8,11 +8,9 @@ before them: Kwon et al. 2023 (vLLM), arXiv:2309.06180.
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -27,17 +25,10 @@ class PrefixCache:
         self._slots, self._size = slots, slots.config.prefill_tokens[-1]
         self._held: collections.OrderedDict[bytes, object] = collections.OrderedDict()
         self.queried_tokens = self.hit_tokens = 0
-        state, number = slots.state, jax.ShapeDtypeStruct((), jnp.int32)
-        like = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
-        self._read = jax.jit(self._cut).lower(like(state), number, number).compile()
-        piece = jax.tree.map(
-            lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-            jax.eval_shape(self._cut, state, 0, 0),
-            self._read.output_shardings,
-        )
-        places = jax.tree.map(lambda a: a.sharding, state)
-        write = jax.jit(self._paste, donate_argnums=0, out_shardings=places)
-        self._write = write.lower(like(state), piece, number, number).compile()
+        state, number = slots.state, np.int32(0)
+        self._read = slots.program(self._cut, (), None, state, number, number)
+        piece = self._read(state, number, number)
+        self._write = slots.program(self._paste, 0, slots.places, state, piece, number, number)
         piece_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(piece))
         self._limit = limit_bytes // piece_bytes
         if not self._limit:

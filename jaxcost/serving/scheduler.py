@@ -14,9 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Literal
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import GREEDY, Sampling
@@ -160,7 +158,6 @@ class Scheduler:
         decode: Callable[[np.ndarray], str],
         config: SchedulerConfig = SchedulerConfig(),
         prefixes: PrefixCache | None = None,
-        mesh: Mesh | None = None,
     ):
         """Starts the thread.
 
@@ -169,10 +166,9 @@ class Scheduler:
           decode: the text of ids (tokens,).
           config: limits.
           prefixes: where read prompts are kept for those that begin alike; nothing is kept without.
-          mesh: what the weights are spread over.
         """
         self.slots, self.config, self.prefixes = slots, config, prefixes
-        self._decode_text, self._mesh = decode, mesh
+        self._decode_text = decode
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, _Running] = {}
         self._reserved = 0
@@ -266,11 +262,7 @@ class Scheduler:
 
     def _serve(self) -> None:
         try:
-            if self._mesh is None:
-                self._rounds()
-            else:
-                with jax.set_mesh(self._mesh):
-                    self._rounds()
+            self._rounds()
         except BaseException:
             # Whatever went wrong, nobody may wait for an answer that never comes.
             _LOGGER.exception("The scheduler has failed.")

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.models import optional
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 from jaxcost.serving.sampling import Rows, Sampling, choose
@@ -102,7 +105,9 @@ class Slots:
         self.adapters = _adapters_in(params)
         # A piece may end in padding and a dispatch in tokens that nobody asked for.
         room = self.max_length + max(config.prefill_tokens[-1], config.tokens_per_dispatch)
-        self.state = jax.jit(functools.partial(self._start, room=room))(params)
+        start = functools.partial(self._start, room=room)
+        self.places = _places(params, jax.eval_shape(start, params))
+        self.state = jax.jit(start, out_shardings=self.places)(params)
         self._compile()
 
     # ---- Programs ----
@@ -179,32 +184,31 @@ class Slots:
         return jnp.zeros((*shape, self.top), jnp.float32), jnp.zeros((*shape, self.top), jnp.int32)
 
     def _compile(self) -> None:
-        """Makes every program that serving runs; they raise, and compile nothing, for shapes that are not theirs."""
-        like = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding))
-        params, state = like(self.params), like(self.state)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        places = jax.tree.map(lambda a: a.sharding, self.state)
-
-        def settings(name):
-            a = getattr(self.state.rows, name)
-            return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
-
-        each = {field.name: settings(field.name) for field in dataclasses.fields(Rows)}
-        admit = jax.jit(self._admit, donate_argnums=0, out_shardings=places)
-        self._admit_program = admit.lower(state, number, each, number).compile()
+        """Makes every program that serving runs."""
+        number, piece = np.int32(0), lambda size: np.zeros((size,), np.int32)
+        rows = self.state.rows
+        settings = {f.name: np.zeros((a := getattr(rows, f.name)).shape[1:], a.dtype) for f in dataclasses.fields(Rows)}
+        self._admit_program = self.program(self._admit, 0, self.places, self.state, number, settings, number)
         self._prefill_programs, self._scoring_programs = {}, {}
         for size in self.config.prefill_tokens:
-            piece = jax.ShapeDtypeStruct((size,), jnp.int32)
+            where = (number, piece(size), number, number, piece(size))
             for scored, programs in ((False, self._prefill_programs), (True, self._scoring_programs)):
-                prefill = jax.jit(
-                    functools.partial(self._prefill, scored=scored),
-                    donate_argnums=1,
-                    out_shardings=(places, None) if scored else places,
+                prefill, made = functools.partial(self._prefill, scored=scored), (self.places, None)
+                programs[size] = self.program(
+                    prefill, 1, made if scored else self.places, self.params, self.state, *where
                 )
-                programs[size] = prefill.lower(params, state, number, piece, number, number, piece).compile()
-        active = jax.ShapeDtypeStruct((self.config.slots,), jnp.bool_)
-        decode = jax.jit(self._decode, donate_argnums=1, out_shardings=(places, None))
-        self._decode_program = decode.lower(params, state, active, jax.ShapeDtypeStruct((), jnp.bool_)).compile()
+        active = np.zeros((self.config.slots,), bool)
+        self._decode_program = self.program(
+            self._decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
+        )
+
+    @staticmethod
+    def program(function: Callable, donated: int | tuple[int, ...], places: Any, *arguments: Any) -> Callable:
+        """A function compiled for such arguments, of which some are used up; it compiles nothing when it is called."""
+        jitted = jax.jit(function, donate_argnums=donated, out_shardings=places)
+        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))  # noqa: E731
+        compiled = jitted.lower(*jax.tree.map(like, arguments)).compile()
+        return sharding.runnable(jitted, compiled, *(a for a in arguments if _on_device(a)))
 
     # ---- What the scheduler calls ----
 
@@ -264,6 +268,29 @@ def _chosen(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> jax.Array:
     ways = [Rows(), rows.replace(top_k_B=None, top_p_B=None), rows]
     branches = [lambda way=way: choose(way, logits_BV)[0] for way in ways]
     return lax.switch(jnp.where(sorts, 2, bends.astype(jnp.int32)), branches)
+
+
+def _on_device(tree: Any) -> bool:
+    return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+
+
+def _places(params: weights.Params, state: State) -> Any:
+    """Where the state of sharded weights lives: heads of the cache like those of the weights, all else everywhere.
+
+    None on one device.
+    """
+    found = jax.tree.leaves(params)[0].sharding
+    if not isinstance(found, NamedSharding) or found.mesh.size == 1:
+        return None
+
+    def of_cache(a):
+        spec = sharding.mesh_spec(PartitionSpec(None, None, None, "kv_heads", None), found.mesh.shape)
+        ways = found.mesh.shape.get(spec[3], 1)
+        return NamedSharding(found.mesh, spec if a.shape[3] % ways == 0 else PartitionSpec())
+
+    places = jax.tree.map(lambda _: sharding.replicated(found.mesh), state)
+    key, value = jax.tree.map(of_cache, (state.cache.key, state.cache.value))
+    return places.replace(cache=places.cache.replace(key=key, value=value))
 
 
 def _adapters_in(params: weights.Params) -> int:

@@ -186,7 +186,10 @@ class Generation:
                 if isinstance(what, Piece) and what.reason is not None:
                     left -= 1
                     if what.reason in _ENDS:
-                        raise ApiError(*_ENDS[what.reason])
+                        status, message = _ENDS[what.reason]
+                        # Who is late by the client's own wish is not so by the server's fault.
+                        own = what.reason == "deadline" and self.tickets[index].request.deadline_seconds is not None
+                        raise ApiError(408 if own else status, message)
                 yield index, what
         finally:
             self.cancel()

@@ -1,0 +1,118 @@
+"""scripts/serve.py as a process: it starts, is asked by many, and goes without losing what it took."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import FIELDS, tensors_of, write
+from serving import TOKENIZER
+
+from jaxcost.conversion import import_checkpoint
+from jaxcost.data.pretrained import write_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SMALL = FIELDS | {"vocab_size": 257, "max_position_embeddings": 512, "model_type": "llama"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "source").mkdir()
+    ids = write_tokenizer(TOKENIZER, folder / "source")
+    write(folder / "source", SMALL | ids, tensors_of(SMALL))
+    import_checkpoint(folder / "source", folder / "small", quiet=True)
+    return folder / "small"
+
+
+def command(run, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / "serve.py"), str(run), "--port", "0", *arguments]
+
+
+@contextlib.contextmanager
+def process(run, *arguments):
+    """The script, and the port that it says it serves at."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command(run, *arguments), **options) as started:
+        try:
+            line = started.stdout.readline()
+            assert line.startswith("serving at http://127.0.0.1:"), started.stderr.read()
+            yield started, int(line.rpartition(":")[2])
+        finally:
+            started.kill()
+
+
+def post(port, body):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection, connection.getresponse
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_loses_no_request_that_was_accepted(run, tmp_path):
+    result = tmp_path / "result.json"
+    with process(run, "--json", str(result)) as (started, port):
+        sent = [post(port, {"prompt": "a" * (i + 1), "max_tokens": 300, "ignore_eos": True, "stream": i % 2 == 0})
+                for i in range(24)]  # fmt: skip
+        answers = []
+
+        def read(get):
+            answer = get()
+            answers.append((answer.status, answer.read().decode()))
+
+        threads = [threading.Thread(target=read, args=(get,)) for _, get in sent]
+        for thread in threads:
+            thread.start()
+        # They are all in the server's hands once its log has as many as its queue and slots.
+        wait_until_taken(port, 24)
+        started.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        log = started.stderr.read()
+        assert started.wait(60) == 0, log
+    assert [status for status, _ in answers] == [200] * 24
+    assert all('"finish_reason":"length"' in text.replace('": "', '":"') for _, text in answers)
+    assert json.loads(result.read_text())["model"] == "small"
+    assert "aaa" not in log and '"status": 200' in log
+
+
+def wait_until_taken(port, count):
+    for _ in range(1000):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        gauges = [line for line in lines if line.startswith(("vllm:num_requests_", "vllm:request_success_total"))]
+        if sum(float(line.split()[-1]) for line in gauges) >= count:
+            return
+    raise AssertionError(lines)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
+    def failure(folder, *arguments):
+        done = subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "holds no run" in failure(tmp_path)
+    assert "engine.max_length is 5000, more than the 512" in failure(run, "--engine.max-length", "5000")
+    assert "cannot be listened at" in failure(run, "--host", "203.0.113.7")
+    damaged = [path for path in (run / "checkpoints").rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    largest = max(damaged, key=lambda path: path.stat().st_size)
+    content = np.frombuffer(largest.read_bytes(), np.uint8).copy()
+    content[len(content) // 2 :] = 0
+    whole = largest.read_bytes()
+    try:
+        largest.write_bytes(content.tobytes())
+        assert "damaged" in failure(run)
+    finally:
+        largest.write_bytes(whole)
