@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 
@@ -14,8 +15,10 @@ class _Server(uvicorn.Server):
     """Says that it is not ready as soon as it is told to stop, and ends what it has accepted."""
 
     def handle_exit(self, sig, frame):
+        # uvicorn's own would also raise the signal again at the end, so that a good end would look like a death.
         self.config.app.state.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def serve(app: FastAPI, host: str, port: int, drain_seconds: float = 60.0) -> None:
