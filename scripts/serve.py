@@ -19,6 +19,8 @@ class Arguments:
 
     checkpoint: Positional[Path]
     """Folder of a training (the --workdir of train.py, a run of a study, or what convert.py made)."""
+    adapters: tuple[str, ...] = ()
+    """Fine-tunings of it by lora, served beside it in the same batches: NAME=FOLDER of each one's training."""
     name: str = ""
     """What clients call the model; the folder's name by default."""
     host: str = "127.0.0.1"
@@ -43,6 +45,13 @@ class Arguments:
     """File for the result as JSON, when the server has ended."""
     debug: bool = False
     """Show a traceback on failure."""
+
+
+def _named(adapter: str) -> tuple[str, Path]:
+    name, equals, folder = adapter.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"--adapters {adapter}: write NAME=FOLDER.")
+    return name, Path(folder)
 
 
 def main(arguments: Arguments) -> dict:

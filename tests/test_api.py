@@ -178,6 +178,13 @@ def test_without_a_template_there_is_no_chat():
         client(port).chat.completions.create(model="small", messages=[{"role": "user", "content": "x"}])
 
 
+def test_the_page_needs_nothing_from_elsewhere(server):
+    status, headers, text = ask(server[0], "/", method="GET")
+    assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
+    page = text.decode()
+    assert "http://" not in page and "https://" not in page and 'id="stop"' in page
+
+
 # ---- What is malformed ----
 
 GOOD = {"model": "small", "prompt": "a", "max_tokens": 1}

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, params, prompts, slots
 
-from jaxcost.models.transformer import logits
+from jaxcost import weights
+from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.transformer import Transformer, axes_of, logits
+from jaxcost.serving.adapters import with_adapters
+from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import Sampling
 from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig
 from jaxcost.serving.text import TextStream
+from jaxcost.sharding import MeshConfig, make_mesh, shardings
+from jaxcost.transforms import factorize, lora, prefix_tuning, quantize
 
 
 @contextlib.contextmanager
@@ -210,6 +216,82 @@ def test_slots_that_make_no_sense_are_refused(change, message):
 def test_slots_are_no_longer_than_the_model():
     with pytest.raises(ValueError, match="more than the 96 tokens that the model takes"):
         Slots(MODEL, params(), SlotsConfig(max_length=97))
+
+
+# ---- Adapters ----
+
+
+def tuned(seed, rank=2, **options):
+    """The model with adapters that have moved, as if they had been trained."""
+    made = lora(rank=rank, **options)(params(), jax.random.key(seed))
+    found, rest = weights.partition(made)
+    keys = iter(jax.random.split(jax.random.key(seed + 10), len(found)))
+    moved = {path: a + 0.3 * jax.random.normal(next(keys), a.shape) for path, a in found.items()}
+    return weights.combine(made, moved, rest)
+
+
+def test_adapters_mix_in_a_batch_and_nothing_changes():
+    trees = {"first": tuned(1), "second": tuned(2)}
+    held = Slots(MODEL, with_adapters(params(), trees), SLOTS)
+    running = Scheduler(held, TOKENIZER.decode, prefixes=PrefixCache(held, 1 << 20))
+    prompt = prompts(1, seed=6, lengths=(17,))[0]
+    asked = [Asked(running, prompt, 12, adapter=number) for number in (-1, 0, 1, 0, -1, 1)]
+    got = [one.tokens() for one in asked]
+    assert running.close(60)
+    want = [alone(prompt, 12, own) for own in (params(), *trees.values())]
+    assert len({tuple(tokens) for tokens in want}) == 3
+    for tokens, number in zip(got, (-1, 0, 1, 0, -1, 1), strict=True):
+        np.testing.assert_array_equal(tokens, want[number + 1])
+    # What was read with one adapter is of no use to another.
+    assert [one.ticket.cached_tokens for one in asked[3:]] == [16, 16, 16]
+    assert [one.ticket.cached_tokens for one in asked[:3]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("trees", "message"),
+    [
+        (lambda: {"a": tuned(1), "b": tuned(2, rank=3)}, "a, b cannot be served together: .* ranks 2, 3"),
+        (lambda: {"a": tuned(1, dora=True)}, "adapter a does not fit: .* \\(DoRA\\)"),
+        (lambda: {"a": lora()(params(1), jax.random.key(0))}, "adapter a does not fit: .* is another than the base's"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_by_name(trees, message):
+    with pytest.raises(ValueError, match=message):
+        with_adapters(params(), trees())
+
+
+KINDS = {
+    "int8": quantize(),
+    "int4": quantize(bits=4, group=8),
+    "w8a8": quantize(activations="dynamic"),
+    "low rank": factorize(rank=4),
+    "prefix": prefix_tuning(tokens=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS)
+def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
+    model = Transformer(CONFIG, ExecutionConfig(cache="int8"))
+    own = change(params(), jax.random.key(0))
+    running = Scheduler(Slots(model, own, SLOTS), TOKENIZER.decode)
+    by_itself = Engine(model)
+    for prompt, one in [(p, Asked(running, p, 10)) for p in prompts(6, seed=9, lengths=(17,))]:
+        [want] = by_itself.generate(own, [prompt], max_new_tokens=10)
+        np.testing.assert_array_equal(one.tokens(), want)
+    assert running.close(60)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_served_as_alone():
+    mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
+    places = shardings(params(), axes_of(MODEL, params()), mesh)
+    held = Slots(MODEL, jax.device_put(params(), places), SLOTS)
+    assert held.state.cache.key.sharding.spec[3] == "tensor"
+    running = Scheduler(held, TOKENIZER.decode, prefixes=PrefixCache(held, 1 << 20))
+    for prompt in prompts(4, seed=9):
+        np.testing.assert_array_equal(Asked(running, prompt, 10).tokens(), alone(prompt, 10))
+    assert running.close(60)
 
 
 # ---- Text ----

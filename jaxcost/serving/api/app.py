@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import pathlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from jaxcost.serving.api.tokens import token_routes
 
 _LOGGER = logging.getLogger("jaxcost.serving")
 _LIMITS = ApiConfig()
+_PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
 
 def create_app(
@@ -61,6 +63,11 @@ def create_app(
 
 def _watching(app: FastAPI, model: Any, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["watching"])
+    page = (pathlib.Path(__file__).parent / "page.html").read_text()
+
+    @router.get("/", include_in_schema=False)
+    async def chat_page():
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     @router.get("/health")
     async def health():
