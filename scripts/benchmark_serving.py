@@ -42,7 +42,7 @@ class Arguments:
 def main(arguments: Arguments) -> dict:
     """Prints and returns what each rate came to."""
     from jaxcost.cost.hardware import resolve
-    from jaxcost.serving.load_test import Load, measure, table
+    from jaxcost.serving.benchmark import Load, measure, table
 
     a = arguments
     hardware = resolve(a.hardware)

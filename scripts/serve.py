@@ -60,10 +60,10 @@ def main(arguments: Arguments) -> dict:
         raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
     from jaxcost.cost.hardware import resolve
     from jaxcost.serving.api.app import create_app
+    from jaxcost.serving.api.load import text_model
     from jaxcost.serving.api.metrics import Metrics
     from jaxcost.serving.api.protection import read_keys
     from jaxcost.serving.api.server import serve
-    from jaxcost.serving.load import text_model
     from jaxcost.session import load_run
 
     a = arguments

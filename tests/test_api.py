@@ -21,9 +21,9 @@ from jaxcost.models.transformer import logits
 from jaxcost.serving.api.app import create_app
 from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.generation import TextModel
+from jaxcost.serving.api.load import text_model
 from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.api.protection import read_keys
-from jaxcost.serving.load import text_model
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.scheduler import Scheduler, SchedulerConfig
 from jaxcost.serving.vocabulary import Vocabulary
