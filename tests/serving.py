@@ -8,8 +8,9 @@ from small import QUICK
 
 from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, initialize
-from jaxcost.serving.engine import Engine
+from jaxcost.models.transformer import Transformer, initialize, logits
+from jaxcost.serving.engine import Engine, rows_for
+from jaxcost.serving.sampling import GREEDY
 from jaxcost.serving.slots import Slots, SlotsConfig
 
 TOKENIZER = ByteTokenizer()
@@ -41,12 +42,37 @@ def engine():
 
 
 def alone(prompt, new_tokens, own=None):
-    """The greedy tokens of a prompt by itself, int32 (new_tokens,)."""
-    [made] = engine().generate(params() if own is None else own, [prompt], max_new_tokens=new_tokens)
-    return made
+    """The greedy tokens of a prompt by itself, int32 (new_tokens,); of all lengths by the same programs."""
+    own, each = params() if own is None else own, 16
+    dispatches = -(-new_tokens // each)
+    cache = engine().start(own, batch_size=1, slots=CONFIG.max_length + each)
+    logits_BV, cache = engine().prefill(own, _padded(prompt), np.array([len(prompt)]), cache)
+    made, rows = [], rows_for(GREEDY, [prompt], CONFIG.vocab_size)
+    for _ in range(dispatches):
+        tokens, logits_BV, cache, rows = engine().decode(own, logits_BV, cache, rows, steps=each)
+        made.append(np.asarray(tokens)[0])
+    return np.concatenate(made)[:new_tokens]
 
 
-def prompts(count, seed=0, lengths=(1, 3, 16, 17, 50)):
-    """Random prompts of mixed lengths, but of few: each is a shape to compile where one stands alone."""
+def log_probabilities(tokens):
+    """Of every next token after each of some tokens, float32 (tokens, V), without a cache."""
+    return np.asarray(_log_probabilities()(params(), _padded(tokens)))[: len(tokens)]
+
+
+@functools.cache
+def _log_probabilities():
+    def made(own, tokens):
+        hidden, _ = MODEL.apply({"params": own}, tokens)
+        return jax.nn.log_softmax(logits(CONFIG, own, hidden[0]), axis=-1)
+
+    return jax.jit(made, compiler_options=QUICK)
+
+
+def _padded(tokens):
+    return np.pad(np.asarray(tokens, np.int32), (0, CONFIG.max_length - len(tokens)))[None]
+
+
+def prompts(count, seed=0, lengths=(1, 3, 16, 17, 32, 50)):
+    """Random prompts of mixed lengths, at and beside the ends of pieces."""
     random = np.random.default_rng(seed)
     return [random.integers(0, 256, random.choice(lengths)).astype(np.int32) for _ in range(count)]

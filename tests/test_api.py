@@ -8,16 +8,14 @@ import socket
 import threading
 import time
 
-import jax
 import numpy as np
 import openai
 import pytest
 import uvicorn
-from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, params, slots
+from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, log_probabilities, params, slots
 
 from jaxcost.cost.hardware import HardwareConfig, resolve
 from jaxcost.data.pretrained import read_tokenizer, write_tokenizer
-from jaxcost.models.transformer import logits
 from jaxcost.serving.api.app import create_app
 from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.generation import TextModel
@@ -130,8 +128,7 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(server):
             model="small", prompt=ids, max_tokens=max_tokens, temperature=0, echo=True, logprobs=2
         )
         found = got.choices[0].logprobs
-        hidden, _ = MODEL.apply({"params": params()}, np.array([ids]))
-        want = np.asarray(jax.nn.log_softmax(logits(CONFIG, params(), hidden[0]), axis=-1))
+        want = log_probabilities(ids)
         own = want[np.arange(len(ids) - 1), ids[1:]]
         assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
         np.testing.assert_allclose(found.token_logprobs[1 : len(ids)], own, atol=1e-4)
@@ -395,6 +392,7 @@ def test_a_failure_of_the_model_is_said_to_all(monkeypatch):
         assert ask(port, "/v1/completions", GOOD)[0] == 503
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_refused():
     broken = {**params(), "unembed": {"kernel": params()["unembed"]["kernel"].at[3].set(np.nan)}}
     with pytest.raises(ValueError, match="The weights of small give logits that are no numbers"):

@@ -7,11 +7,11 @@ import threading
 import jax
 import numpy as np
 import pytest
-from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, params, prompts, slots
+from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, log_probabilities, params, prompts, slots
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, axes_of, logits
+from jaxcost.models.transformer import Transformer, axes_of
 from jaxcost.serving.adapters import with_adapters
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
@@ -107,9 +107,8 @@ def test_log_probabilities_are_those_of_the_model():
         pieces = asked.all()
     tokens = np.concatenate([piece.scores.tokens for piece in pieces])
     whole = np.concatenate([prompt, tokens])
-    hidden, _ = MODEL.apply({"params": params()}, whole[None])
-    want = jax.nn.log_softmax(logits(CONFIG, params(), hidden[0]), axis=-1)
-    want_own = np.take_along_axis(np.asarray(want)[:-1], whole[1:, None], axis=-1)[:, 0]
+    want = log_probabilities(whole)
+    want_own = np.take_along_axis(want[:-1], whole[1:, None], axis=-1)[:, 0]
     got = np.concatenate([asked.prompt_scores[0].logprobs, *(piece.scores.logprobs for piece in pieces)])
     np.testing.assert_allclose(got, want_own, atol=1e-4)
     top = np.concatenate([piece.scores.top_logprobs for piece in pieces])
@@ -225,11 +224,13 @@ def tuned(seed, rank=2, **options):
     """The model with adapters that have moved, as if they had been trained."""
     made = lora(rank=rank, **options)(params(), jax.random.key(seed))
     found, rest = weights.partition(made)
-    keys = iter(jax.random.split(jax.random.key(seed + 10), len(found)))
-    moved = {path: a + 0.3 * jax.random.normal(next(keys), a.shape) for path, a in found.items()}
+    random = np.random.default_rng(seed)
+    moved = {path: np.asarray(a) + np.float32(0.3) * random.normal(size=a.shape) for path, a in found.items()}
+    moved = {path: jax.numpy.asarray(a, "float32") for path, a in moved.items()}
     return weights.combine(made, moved, rest)
 
 
+@pytest.mark.slow
 def test_adapters_mix_in_a_batch_and_nothing_changes():
     trees = {"first": tuned(1), "second": tuned(2)}
     held = Slots(MODEL, with_adapters(params(), trees), SLOTS)
