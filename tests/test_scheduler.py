@@ -32,6 +32,22 @@ def scheduler(config=None, **options):
         assert made.close(60)
 
 
+@contextlib.contextmanager
+def compilations():
+    """Names of what JAX traces and compiles meanwhile."""
+    found = []
+
+    def heard(name, *_, **__):
+        if "compile" in name or "trace" in name:
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
 class Asked:
     """A request that was sent, and what comes of it."""
 
@@ -58,7 +74,6 @@ def test_64_clients_get_what_each_gets_alone_and_nothing_is_compiled():
     asked = prompts(64)
     lengths = np.random.default_rng(1).integers(1, 30, 64).tolist()
     want = [alone(prompt, 30)[:length] for prompt, length in zip(asked, lengths, strict=True)]
-    compiled = []
     got = [None] * 64
     with scheduler() as running:
 
@@ -67,19 +82,13 @@ def test_64_clients_get_what_each_gets_alone_and_nothing_is_compiled():
             Asked(running, asked[i], 5, sampling=Sampling(1.0, 7, 0.9, seed=i), scored=True, stop=("e",))
             got[i] = Asked(running, asked[i], lengths[i]).tokens()
 
-        def compiled_something(name, *_, **__):
-            compiled.append(name)
-
-        jax.monitoring.register_event_duration_secs_listener(compiled_something)
-        try:
+        with compilations() as compiled:
             threads = [threading.Thread(target=client, args=(i,)) for i in range(64)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-        finally:
-            jax.monitoring.unregister_event_duration_listener(compiled_something)
-    assert not [name for name in compiled if "compile" in name or "trace" in name]
+    assert not compiled
     for i in range(64):
         np.testing.assert_array_equal(got[i], want[i])
     assert not running._running and not running.num_waiting
@@ -276,11 +285,14 @@ def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
     model = Transformer(CONFIG, ExecutionConfig(cache="int8"))
     own = change(params(), jax.random.key(0))
     running = Scheduler(Slots(model, own, SLOTS), TOKENIZER.decode)
+    asked = prompts(6, seed=9, lengths=(17,))
+    with compilations() as compiled:
+        got = [one.tokens() for one in [Asked(running, prompt, 10) for prompt in asked]]
+    assert running.close(60) and not compiled
     by_itself = Engine(model)
-    for prompt, one in [(p, Asked(running, p, 10)) for p in prompts(6, seed=9, lengths=(17,))]:
+    for prompt, tokens in zip(asked, got, strict=True):
         [want] = by_itself.generate(own, [prompt], max_new_tokens=10)
-        np.testing.assert_array_equal(one.tokens(), want)
-    assert running.close(60)
+        np.testing.assert_array_equal(tokens, want)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.models import optional
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
-from jaxcost.serving.sampling import Rows, Sampling, choose
+from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Slots:
         self.places = _places(params, jax.eval_shape(start, params))
         self.state = jax.jit(start, out_shardings=self.places)(params)
         self._compile()
+        self._warm_up()
 
     # ---- Programs ----
 
@@ -202,9 +203,21 @@ class Slots:
             self._decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
         )
 
+    def _warm_up(self) -> None:
+        """Runs every program once: a jitted function that stands in for one (see `program`) compiles at its first call.
+
+        No slot is taken, and what is written is overwritten.
+        """
+        for size in self.config.prefill_tokens:
+            for scored in (False, True):
+                self.admit(0, GREEDY, np.zeros(1, np.int32))
+                self.prefill(0, np.zeros(size, np.int32), 0, size, scored)
+        self.decode(np.zeros(self.config.slots, bool))
+
     @staticmethod
     def program(function: Callable, donated: int | tuple[int, ...], places: Any, *arguments: Any) -> Callable:
-        """A function compiled for such arguments, of which some are used up; it compiles nothing when it is called."""
+        """A function compiled for such arguments, of which some are used up; it compiles nothing when it is called, or,
+        where `sharding.runnable` must take the jitted function, when it is called again."""
         jitted = jax.jit(function, donate_argnums=donated, out_shardings=places)
         like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))  # noqa: E731
         compiled = jitted.lower(*jax.tree.map(like, arguments)).compile()
