@@ -11,10 +11,8 @@ class ApiConfig:
 
     body_bytes: int = 4_000_000
     """Largest body of a request."""
-    choices: int = 16
+    choices: int = 128
     """Sequences that one request may ask for (`n`, times its prompts)."""
-    prompts: int = 256
-    """Prompts, or texts, of one request."""
     stops: int = 16
     """Stop strings of one request."""
     stop_characters: int = 256
@@ -27,7 +25,7 @@ class ApiConfig:
     """Web pages that may call the API from a browser, such as https://example.org; none by default."""
 
     def __post_init__(self):
-        for field in ("body_bytes", "choices", "prompts", "stops", "stop_characters"):
+        for field in ("body_bytes", "choices", "stops", "stop_characters"):
             if getattr(self, field) < 1:
                 raise ValueError(f"api.{field} is {getattr(self, field)}; it must be at least 1.")
         for field in ("requests_per_minute", "concurrent_requests"):

@@ -127,30 +127,3 @@ class DetokenizeRequest(_Body):
 
     model: str | None = None
     tokens: list[Token]
-
-
-class EmbeddingRequest(_Body):
-    """POST /v1/embeddings."""
-
-    model: str | None = None
-    input: str | list[Token] | list[str] | list[list[Token]]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
-
-
-class ClassifyRequest(_Body):
-    """POST /v1/classify."""
-
-    model: str | None = None
-    input: str | list[str]
-
-
-class RerankRequest(_Body):
-    """POST /v1/rerank."""
-
-    model: str | None = None
-    query: str
-    documents: Annotated[list[str], Field(min_length=1)]
-    top_n: Annotated[int, Field(ge=0)] | None = None
-    return_documents: bool = True
