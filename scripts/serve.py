@@ -59,6 +59,7 @@ def main(arguments: Arguments) -> dict:
     if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
     from jaxcost.cost.hardware import resolve
+    from jaxcost.serving.adapters import with_adapters
     from jaxcost.serving.api.app import create_app
     from jaxcost.serving.api.load import text_model
     from jaxcost.serving.api.metrics import Metrics
@@ -69,8 +70,15 @@ def main(arguments: Arguments) -> dict:
     a = arguments
     keys = read_keys(a.keys)
     name = a.name or a.checkpoint.resolve().name
+    folders = dict(_named(adapter) for adapter in a.adapters)
+    if len({name, *folders}) != 1 + len(a.adapters):
+        raise ValueError("Two of the names of --name and --adapters are the same; give each its own.")
     session, params, step = load_run(a.checkpoint)
-    model = text_model(name, session.model, params, session.tokenizer, a.engine, a.scheduler, a.prefix_cache_bytes)
+    if folders:
+        params = with_adapters(params, {own: load_run(folder)[1] for own, folder in folders.items()})
+    numbers = {own: number for number, own in enumerate(folders)}
+    options = (a.engine, a.scheduler, a.prefix_cache_bytes, numbers)
+    model = text_model(name, session.model, params, session.tokenizer, *options)
     metrics = Metrics(name, resolve(a.hardware))
     metrics.watch(model.scheduler)
     serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)

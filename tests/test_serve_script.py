@@ -15,8 +15,17 @@ import pytest
 from checkpoints import FIELDS, tensors_of, write
 from serving import TOKENIZER
 
+from jaxcost.config import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from jaxcost.conversion import import_checkpoint
 from jaxcost.data.pretrained import write_tokenizer
+from jaxcost.session import Session
+from jaxcost.transforms import lora
 
 ROOT = Path(__file__).parent.parent
 SMALL = FIELDS | {"vocab_size": 257, "max_position_embeddings": 512, "model_type": "llama"}
@@ -97,6 +106,27 @@ def wait_until_taken(port, count):
 
 
 @pytest.mark.slow
+def test_adapters_are_asked_for_by_name(run, tmp_path):
+    experiment = Experiment(
+        start=str(run),
+        data=DataConfig(
+            name="python_text/reference", data_dir=str(tmp_path / "data"), batch_size=8, sequence_length=32
+        ),
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=1),
+        training=TrainingConfig(steps=4, evaluate_every=4),
+        evaluation=EvaluationConfig(max_tokens=64),
+        transforms=(lora(rank=2),),
+    )
+    Session(experiment, quiet=True).train(tmp_path / "tuned")
+    body = {"prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    with process(run, "--adapters", f"other={tmp_path / 'tuned'}", "--name", "base") as (_, port):
+        answers = [json.loads(post(port, body | {"model": name})[1]().read()) for name in ("base", "other", "none")]
+    assert answers[2]["error"]["code"] == "model_not_found"
+    of_base, of_other = (answer["choices"][0]["logprobs"]["token_logprobs"] for answer in answers[:2])
+    assert len(of_base) == len(of_other) == 40 and of_base != of_other
+
+
+@pytest.mark.slow
 def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
     def failure(folder, *arguments):
         done = subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=60)
@@ -105,6 +135,8 @@ def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
 
     assert "holds no run" in failure(tmp_path)
     assert "engine.max_length is 5000, more than the 512" in failure(run, "--engine.max-length", "5000")
+    assert "--adapters x: write NAME=FOLDER" in failure(run, "--adapters", "x")
+    assert "are the same" in failure(run, "--adapters", "small=x")
     assert "cannot be listened at" in failure(run, "--host", "203.0.113.7")
     shutil.copytree(run, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints" / "0" / "tree").rglob("d/*"):
