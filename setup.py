@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxcost", "jaxcost.*"]),
-    package_data={"jaxcost": ["**/*.json"]},
+    package_data={"jaxcost": ["**/*.json", "**/*.html"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",
@@ -53,6 +53,8 @@ setup(
             "pyyaml>=6,<7",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
+            "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
+            "schemathesis>=4.32,<5",
         ],
         "oracles": [
             "torch==2.13.0",

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 selection=${1:-default}
 
 run_default() {
-  use_environment .venv "[test]"
+  use_environment .venv "[test,serve]"
   ruff check .
   ruff format --check .
   python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles" "$@"
@@ -15,7 +15,7 @@ run_default() {
 
 run_slow() {
   # libtpu, which compiles for TPUs that are not there, exists for Linux on x86-64 alone.
-  use_environment .venv "[test,plan]"
+  use_environment .venv "[test,serve,plan]"
   python -m pytest -q -m slow "$@"
   # The compiler for NVIDIA GPUs stays out of the environment: it writes of absent drivers to every script's errors.
   local version
@@ -29,7 +29,7 @@ run_oracles() (
   # torch by itself first: other packages would pull a build with CUDA.
   [ -x .venv-oracles/bin/python ] || "${PYTHON:-python3}" -m venv .venv-oracles
   .venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-  use_environment .venv-oracles "[test,oracles]"
+  use_environment .venv-oracles "[test,serve,oracles]"
   python -m pytest -q -m oracles "$@"
 )
 

@@ -65,6 +65,18 @@ def test_what_is_read_is_what_was_written_to_half_a_step(dtype):
     assert caches.read(held, dtype).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_token_a_row_goes_to_its_slot_and_nowhere_else(dtype):
+    old = jax.random.normal(jax.random.key(1), (3, 9, 2, 8)).astype(dtype)
+    new = jax.random.normal(jax.random.key(2), (3, 1, 2, 8)).astype(dtype)
+    # Behind the end, as a row that nobody reads may be, is the last slot.
+    got = np.asarray(caches.write(old, new, jnp.asarray([[0], [5], [20]])), np.float32)
+    want = np.array(old, np.float32)
+    for row, slot in enumerate((0, 5, 8)):
+        want[row, slot] = np.asarray(new[row, 0], np.float32)
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.slow
 def test_attention_over_codes_errs_by_what_its_keys_and_values_do():
     def one(cache):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxcost.sharding import platform
 from jaxcost.weights import integer_limit, quantization_scale
 
 _BITS = 8
@@ -71,8 +72,17 @@ def write(old: Any, new_BTKh: jax.Array, positions_BT: jax.Array) -> Any:
     def row(cache, new, start):
         return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
 
+    def rows(cache, new):
+        # XLA on a CPU scatters 16-bit floats through a float32 copy of the whole cache: 0.46 against 0.07 ms for one
+        # token of 8 rows in (8, 384, 4, 64).
+        if platform() == "cpu" and new.shape[1] == 1 and cache.dtype in (jnp.bfloat16, jnp.float16):
+            last = cache.shape[1] - 1
+            here_BS11 = (jnp.arange(last + 1) == jnp.minimum(positions_BT[:, :1], last))[..., None, None]
+            return jnp.where(here_BS11, new.astype(cache.dtype), cache)
+        return jax.vmap(row)(cache, new, positions_BT[:, 0])
+
     new = _quantized(new_BTKh) if isinstance(old, Codes) else new_BTKh
-    return jax.tree.map(lambda cache, part: jax.vmap(row)(cache, part, positions_BT[:, 0]), old, new)
+    return jax.tree.map(rows, old, new)
 
 
 def held(x: jax.Array, dtype) -> Any:

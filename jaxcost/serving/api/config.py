@@ -1,0 +1,33 @@
+"""What the API takes and from whom."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiConfig:
+    """Limits of the API."""
+
+    body_bytes: int = 4_000_000
+    """Largest body of a request."""
+    choices: int = 128
+    """Sequences that one request may ask for (`n`, times its prompts)."""
+    stops: int = 16
+    """Stop strings of one request."""
+    stop_characters: int = 256
+    """Length of a stop string."""
+    requests_per_minute: int = 0
+    """Requests of one key (or of all, without keys) a minute; 0 is any number."""
+    concurrent_requests: int = 0
+    """Requests of one key (or of all, without keys) at one time; 0 is any number."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may call the API from a browser, such as https://example.org; none by default."""
+
+    def __post_init__(self):
+        for field in ("body_bytes", "choices", "stops", "stop_characters"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"api.{field} is {getattr(self, field)}; it must be at least 1.")
+        for field in ("requests_per_minute", "concurrent_requests"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"api.{field} is {getattr(self, field)}; it cannot be negative.")

@@ -1,0 +1,89 @@
+"""What Prometheus reads: vLLM's names where it has one, so that its dashboards work, and cost and energy beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from jaxcost.cost.hardware import Hardware
+from jaxcost.serving.scheduler import Reason, Scheduler, Ticket
+
+_SECONDS = (0.001, 0.005, *(0.01 * 2**i for i in range(15)))
+_TOKENS = tuple(2.0**i for i in range(0, 18))
+
+
+class Metrics:
+    """Counts what happens to requests."""
+
+    def __init__(self, name: str, hardware: Hardware | None = None):
+        """`name` is the model's; without hardware nothing is said of money and energy."""
+        self.registry, self.hardware = CollectorRegistry(), hardware
+        self._label = {"model_name": name}
+        self._success = self._make(Counter, "vllm:request_success", "Requests that ended.", "finished_reason")
+        self._prompt = self._make(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
+        self._generation = self._make(Counter, "vllm:generation_tokens", "Tokens made.")
+        seconds = {
+            "first": ("vllm:time_to_first_token_seconds", "From arrival to the first token."),
+            "token": ("vllm:request_time_per_output_token_seconds", "A token after the first, mean of a request."),
+            "between": ("vllm:inter_token_latency_seconds", "Between two tokens after the first."),
+            "whole": ("vllm:e2e_request_latency_seconds", "From arrival to the last token."),
+            "queued": ("vllm:request_queue_time_seconds", "From arrival to a slot."),
+        }
+        self._seconds = {key: self._make(Histogram, *of, buckets=_SECONDS) for key, of in seconds.items()}
+        self._prompt_sizes = self._make(Histogram, "vllm:request_prompt_tokens", "Of a request.", buckets=_TOKENS)
+        self._sizes = self._make(Histogram, "vllm:request_generation_tokens", "Of a request.", buckets=_TOKENS)
+        self._device = self._make(Counter, "jaxcost:request_device_seconds", "Time of the device.")
+        self._usd = self._make(Counter, "jaxcost:request_cost_usd", "Price of that time.")
+        self._kwh = self._make(Counter, "jaxcost:request_energy_kwh", "Energy of that time.")
+        self._errors = self._make(Counter, "jaxcost:http_errors", "Requests that were refused or failed.", "status")
+
+    def _make(self, kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+        made = kind(name, text, ["model_name", *labels], registry=self.registry, **options)
+        return made if labels else made.labels(**self._label)
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Shows what a scheduler has at the time of reading."""
+        gauges = {
+            "vllm:num_requests_running": ("Requests in slots.", lambda: scheduler.num_running),
+            "vllm:num_requests_waiting": ("Requests in the queue.", lambda: scheduler.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of the slots' room in use.", lambda: scheduler.cache_use),
+        }
+        if (prefixes := scheduler.prefixes) is not None:
+            gauges["vllm:prefix_cache_queries"] = ("Tokens looked up.", lambda: prefixes.queried_tokens)
+            gauges["vllm:prefix_cache_hits"] = ("Tokens found.", lambda: prefixes.hit_tokens)
+        for name, (text, value) in gauges.items():
+            self._make(Gauge, name, text).set_function(value)
+
+    def usd(self, device_seconds: float) -> float | None:
+        """Price of so much of the device's time, None where it is unknown."""
+        return None if self.hardware is None else self.hardware.usd(device_seconds)
+
+    def kwh(self, device_seconds: float) -> float | None:
+        """Energy of so much of the device's time, None where it is unknown."""
+        return None if self.hardware is None else self.hardware.kwh(device_seconds)
+
+    def ended(self, ticket: Ticket, reason: Reason) -> None:
+        """Counts a sequence that has ended."""
+        times = ticket.times
+        self._success.labels(finished_reason=reason, **self._label).inc()
+        self._prompt.inc(len(ticket.request.prompt))
+        self._generation.inc(ticket.new_tokens)
+        self._prompt_sizes.observe(len(ticket.request.prompt))
+        self._sizes.observe(ticket.new_tokens)
+        self._seconds["whole"].observe(times.ended - times.arrived)
+        if times.started is not None:
+            self._seconds["queued"].observe(times.started - times.arrived)
+        if times.first_token is not None:
+            self._seconds["first"].observe(times.first_token - times.arrived)
+            if ticket.new_tokens > 1:
+                each = (times.ended - times.first_token) / (ticket.new_tokens - 1)
+                self._seconds["token"].observe(each)
+                self._seconds["between"].observe(each)
+        self._device.inc(ticket.device_seconds)
+        self._usd.inc(self.usd(ticket.device_seconds) or 0)
+        self._kwh.inc(self.kwh(ticket.device_seconds) or 0)
+
+    def failed(self, status: int) -> None:
+        """Counts an answer that says no."""
+        self._errors.labels(status=str(status), **self._label).inc()

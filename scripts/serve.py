@@ -1,0 +1,89 @@
+"""Serves a training's newest checkpoint behind OpenAI's API."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from jaxcost.command_line import run
+from jaxcost.cost.hardware import HardwareConfig
+from jaxcost.serving.api.config import ApiConfig
+from jaxcost.serving.scheduler import SchedulerConfig
+from jaxcost.serving.slots import SlotsConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Serve the newest checkpoint of a training, until it is told to stop (SIGTERM, Ctrl-C)."""
+
+    checkpoint: Positional[Path]
+    """Folder of a training (the --workdir of train.py, a run of a study, or what convert.py made)."""
+    adapters: tuple[str, ...] = ()
+    """Fine-tunings of it by lora, served beside it in the same batches: NAME=FOLDER of each one's training."""
+    name: str = ""
+    """What clients call the model; the folder's name by default."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 takes requests from other machines."""
+    port: int = 8000
+    """Port to listen at."""
+    keys: Path | None = None
+    """File with API keys, one a line, which only its owner may read; the variable JAXCOST_API_KEYS has further ones."""
+    drain_seconds: float = 60.0
+    """After SIGTERM, requests that were accepted have this long to end."""
+    prefix_cache_bytes: int = 0
+    """Memory for prompts that were read, for those that begin alike; 0 keeps none."""
+    engine: SlotsConfig = SlotsConfig()
+    """How many requests run at once, and in what pieces."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """What is taken on."""
+    api: ApiConfig = ApiConfig()
+    """Limits of the API."""
+    hardware: HardwareConfig = HardwareConfig()
+    """The chips that requests are priced on."""
+    json: Path | None = None
+    """File for the result as JSON, when the server has ended."""
+    debug: bool = False
+    """Show a traceback on failure."""
+
+
+def _named(adapter: str) -> tuple[str, Path]:
+    name, equals, folder = adapter.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"--adapters {adapter}: write NAME=FOLDER.")
+    return name, Path(folder)
+
+
+def main(arguments: Arguments) -> dict:
+    """Serves, and returns how much."""
+    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
+        raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
+    from jaxcost.cost.hardware import resolve
+    from jaxcost.serving.adapters import with_adapters
+    from jaxcost.serving.api.app import create_app
+    from jaxcost.serving.api.load import text_model
+    from jaxcost.serving.api.metrics import Metrics
+    from jaxcost.serving.api.protection import read_keys
+    from jaxcost.serving.api.server import serve
+    from jaxcost.session import load_run
+
+    a = arguments
+    keys = read_keys(a.keys)
+    name = a.name or a.checkpoint.resolve().name
+    folders = dict(_named(adapter) for adapter in a.adapters)
+    if len({name, *folders}) != 1 + len(a.adapters):
+        raise ValueError("Two of the names of --name and --adapters are the same; give each its own.")
+    session, params, step = load_run(a.checkpoint)
+    if folders:
+        params = with_adapters(params, {own: load_run(folder)[1] for own, folder in folders.items()})
+    numbers = {own: number for number, own in enumerate(folders)}
+    options = (a.engine, a.scheduler, a.prefix_cache_bytes, numbers)
+    model = text_model(name, session.model, params, session.tokenizer, *options)
+    metrics = Metrics(name, resolve(a.hardware))
+    metrics.watch(model.scheduler)
+    serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    return {"schema": "jaxcost-serve-1", "model": name, "step": step}
+
+
+if __name__ == "__main__":
+    run(main, Arguments)

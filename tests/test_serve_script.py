@@ -1,0 +1,144 @@
+"""scripts/serve.py as a process: it starts, is asked by many, and goes without losing what it took."""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from checkpoints import FIELDS, tensors_of, write
+from serving import TOKENIZER
+
+from jaxcost.config import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from jaxcost.conversion import import_checkpoint
+from jaxcost.data.pretrained import write_tokenizer
+from jaxcost.session import Session
+from jaxcost.transforms import lora
+
+ROOT = Path(__file__).parent.parent
+SMALL = FIELDS | {"vocab_size": 257, "max_position_embeddings": 512, "model_type": "llama"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "source").mkdir()
+    ids = write_tokenizer(TOKENIZER, folder / "source")
+    write(folder / "source", SMALL | ids, tensors_of(SMALL))
+    import_checkpoint(folder / "source", folder / "small", quiet=True)
+    return folder / "small"
+
+
+def command(run, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / "serve.py"), str(run), "--port", "0", *arguments]
+
+
+@contextlib.contextmanager
+def process(run, *arguments):
+    """The script, and the port that it says it serves at."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command(run, *arguments), **options) as started:
+        try:
+            line = started.stdout.readline()
+            assert line.startswith("serving at http://127.0.0.1:"), started.stderr.read()
+            yield started, int(line.rpartition(":")[2])
+        finally:
+            started.kill()
+
+
+def post(port, body):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection, connection.getresponse
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_loses_no_request_that_was_accepted(run, tmp_path):
+    result = tmp_path / "result.json"
+    with process(run, "--json", str(result)) as (started, port):
+        sent = [post(port, {"prompt": "a" * (i + 1), "max_tokens": 300, "ignore_eos": True, "stream": i % 2 == 0})
+                for i in range(24)]  # fmt: skip
+        answers = []
+
+        def read(get):
+            answer = get()
+            answers.append((answer.status, answer.read().decode()))
+
+        threads = [threading.Thread(target=read, args=(get,)) for _, get in sent]
+        for thread in threads:
+            thread.start()
+        # They are all in the server's hands once its log has as many as its queue and slots.
+        wait_until_taken(port, 24)
+        started.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        log = started.stderr.read()
+        assert started.wait(60) == 0, log
+    assert [status for status, _ in answers] == [200] * 24
+    assert all('"finish_reason":"length"' in text.replace('": "', '":"') for _, text in answers)
+    assert json.loads(result.read_text())["model"] == "small"
+    assert "aaa" not in log and '"status": 200' in log
+
+
+def wait_until_taken(port, count):
+    for _ in range(1000):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        gauges = [line for line in lines if line.startswith(("vllm:num_requests_", "vllm:request_success_total"))]
+        if sum(float(line.split()[-1]) for line in gauges) >= count:
+            return
+    raise AssertionError(lines)
+
+
+@pytest.mark.slow
+def test_adapters_are_asked_for_by_name(run, tmp_path):
+    experiment = Experiment(
+        start=str(run),
+        data=DataConfig(
+            name="python_text/reference", data_dir=str(tmp_path / "data"), batch_size=8, sequence_length=32
+        ),
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=1),
+        training=TrainingConfig(steps=4, evaluate_every=4),
+        evaluation=EvaluationConfig(max_tokens=64),
+        transforms=(lora(rank=2),),
+    )
+    Session(experiment, quiet=True).train(tmp_path / "tuned")
+    body = {"prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    with process(run, "--adapters", f"other={tmp_path / 'tuned'}", "--name", "base") as (_, port):
+        answers = [json.loads(post(port, body | {"model": name})[1]().read()) for name in ("base", "other", "none")]
+    assert answers[2]["error"]["code"] == "model_not_found"
+    of_base, of_other = (answer["choices"][0]["logprobs"]["token_logprobs"] for answer in answers[:2])
+    assert len(of_base) == len(of_other) == 40 and of_base != of_other
+
+
+@pytest.mark.slow
+def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
+    def failure(folder, *arguments):
+        done = subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "holds no run" in failure(tmp_path)
+    assert "engine.max_length is 5000, more than the 512" in failure(run, "--engine.max-length", "5000")
+    assert "--adapters x: write NAME=FOLDER" in failure(run, "--adapters", "x")
+    assert "are the same" in failure(run, "--adapters", "small=x")
+    assert "cannot be listened at" in failure(run, "--host", "203.0.113.7")
+    shutil.copytree(run, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "0" / "tree").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert "/checkpoints/0 cannot be read" in failure(tmp_path / "run")
