@@ -33,6 +33,8 @@ class TokenStream:
     """UTF-8 bytes of the documents and 1 a document for its separator: what bits per byte divides by."""
     num_documents: int
     """Documents in the split."""
+    skipped: tuple[str, ...] = ()
+    """Corrupt records that were left out, and why."""
 
 
 def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -54,7 +56,7 @@ def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     path = source.cache_dir / f"{source.label}-{tokenizer.fingerprint}-{key[:16]}.npy"
     stream = _read(path, key)
     if stream is not None:
-        return stream
+        return dataclasses.replace(stream, skipped=source.skipped)
     if path.exists():
         _LOGGER.warning("Tokenising again, because %s is damaged.", path)
     with atomic_write(path) as file:
@@ -64,7 +66,7 @@ def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     with atomic_write(path.with_suffix(".json")) as file:
         description = {"key": key, "text_bytes": text_bytes, "num_documents": len(source), **_description(tokens)}
         file.write(json.dumps(description).encode())
-    return TokenStream(tokens, text_bytes, len(source))
+    return TokenStream(tokens, text_bytes, len(source), source.skipped)
 
 
 class Windows:
