@@ -12,19 +12,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 
-from jaxcost import serialization, sharding, weights
+from jaxcost import objectives, serialization, sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
-from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
+from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
-from jaxcost.evaluation.score import Scorer
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, unembedding
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of, resized
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
@@ -67,12 +67,13 @@ class Session:
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
         config = experiment.model
+        tokens = objectives.least_vocabulary(experiment.data.objective, self.tokenizer)
         if config.vocab_size == 0 and config.of_tokens:
-            config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
-        if config.vocab_size < self.tokenizer.vocab_size and config.of_tokens:
+            config = dataclasses.replace(config, vocab_size=-(-tokens // 128) * 128)
+        if config.vocab_size < tokens and config.of_tokens:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
-                f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
+                f"({tokens}); raise it, or use 0 to take the tokenizer's size."
             )
         experiment.check_devices(len(self.devices))
         self.model = Transformer(config, experiment.execution)
@@ -97,21 +98,28 @@ class Session:
 
     @cached_property
     def train_stream(self):
-        """The training split as tokens."""
-        return tokenize_split(self.experiment.data, self.experiment.data.train_split, self.tokenizer)
+        """The training split as tokens, or as examples."""
+        return self._split(self.experiment.data.train_split)
 
     @cached_property
     def validation_stream(self):
-        """The validation split as tokens."""
-        return tokenize_split(self.experiment.data, self.experiment.data.validation_split, self.tokenizer)
+        """The validation split as tokens, or as examples."""
+        return self._split(self.experiment.data.validation_split)
+
+    def _split(self, split: str) -> objectives.Split:
+        return objectives.open_split(self.experiment.data, split, self.tokenizer, self.model.config)
+
+    def train_batches(self) -> grain.DatasetIterator:
+        """An endless iterator of the batches of the training split, from its beginning."""
+        return objectives.learned_batches(self.experiment.data, self.train_stream, self.tokenizer)
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> Callable[[weights.Params], Any]:
         """Scores weights on the validation split."""
-        self.check_language_model()
+        objectives.check_model(self.experiment.data.objective, self.experiment.model)
         limit = self.experiment.evaluation.max_tokens or None
-        batches = validation_batches(self.experiment.data, self.validation_stream.tokens, limit)
-        return Scorer(self.model, batches, self.tokenizer.token_bytes, self.mesh)
+        split = self.validation_stream
+        return objectives.make_scorer(self.experiment.data, split, self.tokenizer, self.model, self.mesh, limit)
 
     def evaluate(self, params: weights.Params) -> dict[str, float]:
         """The figures that go into the ledger."""
@@ -207,17 +215,16 @@ class Session:
           ValueError: the folder holds a run of another experiment, or the teacher cannot teach this student.
         """
         directory = Path(directory)
-        data = self.experiment.data
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
-        batches = train_batches(data, self.train_stream.tokens)
+        batches = self.train_batches()
         with _alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
             self._claim(directory)
             stored = distilled.get("stored")
             if stored is not None and stored.missing():
-                stored.write(teacher, train_batches(data, self.train_stream.tokens), self.mesh)
+                stored.write(teacher, self.train_batches(), self.mesh)
             return self._fit(directory, batches, make_params, title, distilled)
 
     def teacher(self) -> Teacher:
@@ -240,7 +247,7 @@ class Session:
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
-        self.check_language_model()
+        objectives.check_model(self.experiment.data.objective, self.experiment.model)
         self.train_stream, self.scorer  # noqa: B018
 
     def distiller(self, teacher: Transformer | None) -> Distiller | None:
@@ -278,6 +285,8 @@ class Session:
         distilled: dict[str, Any],
     ) -> Fitted:
         data = self.experiment.data
+        ledger = Ledger(directory / "ledger.jsonl", self.hardware)
+        self._say_data(ledger)
         return fit(
             self.model,
             self.abstract_params(),
@@ -290,7 +299,7 @@ class Session:
             optimizer=self.experiment.optimizer,
             training=self.experiment.training,
             checkpoint=self.experiment.checkpoint,
-            ledger=Ledger(directory / "ledger.jsonl", self.hardware),
+            ledger=ledger,
             progress=Progress(
                 title,
                 self.peak_flops_per_second,
@@ -300,13 +309,18 @@ class Session:
             **distilled,
         )
 
+    def _say_data(self, ledger: Ledger) -> None:
+        """Writes down, once in a run, what of the data was left out or cut, and how many examples there are."""
+        found = objectives.data_report(self.train_stream, self.tokenizer)
+        if found and not any(line["event"] == "data" for line in ledger.lines()):
+            ledger.record(0, event="data", **found)
+
     def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
         hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
-        return weights.contract(hidden_BSD, unembedding(params))
+        return output_of(self.model.config, params)(hidden_BSD)
 
     def _calibration_batches(self) -> Iterator[dict[str, jax.Array]]:
-        batches = train_batches(self.experiment.data, self.train_stream.tokens)
-        for batch in itertools.islice(batches, self.experiment.calibration.batches):
+        for batch in itertools.islice(self.train_batches(), self.experiment.calibration.batches):
             yield sharding.place_batch(batch, self.mesh)
 
     def _kept_as(self, path: str, w: Any) -> Any:
@@ -315,10 +329,11 @@ class Session:
 
     def check_language_model(self) -> None:
         """ValueError if the model is not one that text alone trains."""
-        if not self.experiment.model.language_model:
+        objectives.check_model("next_token", self.experiment.model)
+        if self.experiment.data.objective != "next_token":
             raise ValueError(
-                "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
-                "the vocabulary and no encoder; set model.causal, and leave model.head and model.encoder by default."
+                f"data.objective is {self.experiment.data.objective!r}, and this is for the next token of texts; leave "
+                "it by default."
             )
 
     def _keys(self) -> jax.Array:

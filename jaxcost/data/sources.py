@@ -173,7 +173,8 @@ def _builder(config: DataConfig) -> Any:
     """Returns TFDS's builder for `config.name`."""
     import tensorflow_datasets as tfds
 
-    import jaxcost.data.corpus  # noqa: F401  (registers python_text)
+    import jaxcost.data.corpus
+    import jaxcost.data.synthetic  # noqa: F401  (both register datasets)
 
     data_dir = None if config.data_dir is None else os.path.expanduser(config.data_dir)
     try:
