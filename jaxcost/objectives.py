@@ -10,6 +10,7 @@ import grain
 from jax.sharding import Mesh
 
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
+from jaxcost.data.augmentation.text import AugmentText
 from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
@@ -70,8 +71,9 @@ def learned_batches(config: DataConfig, split: Split, tokenizer: Tokenizer) -> g
     if isinstance(split, TokenStream):
         hide = Masking.of(config.masked_fraction, tokenizer) if config.objective == "masked_tokens" else None
         return train_batches(config, split.tokens, prepare=hide)
-    row = _row(config, tokenizer)
-    return train_batches(config, split, prepare=lambda example, rng: row(example))
+    row, augment = _row(config, tokenizer), AugmentText(config.augment)
+    change = augment.random_map if config.augment.active else lambda example, _: example
+    return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)))
 
 
 def make_scorer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxcost.data.augmentation.config import AugmentConfig
+
 MIN_BPE_VOCAB_SIZE = 257
 """256 bytes and the separator: the smallest byte-level vocabulary that can write any text."""
 
@@ -38,6 +40,8 @@ class DataConfig:
     """Feature that holds the answer to a text; read for that objective alone."""
     masked_fraction: float = 0.15
     """Share of the tokens that are hidden for the objective of masked tokens."""
+    augment: AugmentConfig = AugmentConfig()
+    """How texts with labels or answers are changed while they are learned from."""
     max_corrupt_records: int = 10
     """Records of `sources` that may be corrupt; they are named and left out, and more of them are an error."""
     max_record_bytes: int = 1 << 24
@@ -77,6 +81,11 @@ class DataConfig:
                 f"data.objective is '{self.objective}'; use 'next_token', 'masked_tokens', 'labels' or 'answers'."
             )
         self._check_sources()
+        if self.augment.active and not self.of_examples:
+            raise ValueError(
+                "data.augment changes texts that are learned from one by one; set data.objective to 'labels' or "
+                "'answers', or leave it out."
+            )
         if not 0 < self.masked_fraction < 1:
             raise ValueError(f"data.masked_fraction is {self.masked_fraction}; it must lie between 0 and 1.")
         if self.tokenizer not in ("bytes", "bpe"):
