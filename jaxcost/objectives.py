@@ -95,7 +95,8 @@ def make_scorer(
 def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a person should know of a split: how many records were left out, and how many texts are cut."""
     if isinstance(split, TokenStream):
-        return {"skipped_records": len(split.skipped), "skipped": list(split.skipped[:5])} if split.skipped else {}
+        skipped = {"skipped_records": len(split.skipped), "skipped": list(split.skipped[:5])} if split.skipped else {}
+        return skipped | dict(split.left_out)
     return report(split, tokenizer)
 
 

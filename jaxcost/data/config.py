@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from jaxcost.data.augmentation.config import AugmentConfig
+from jaxcost.data.selection.config import SelectConfig
 
 MIN_BPE_VOCAB_SIZE = 257
 """256 bytes and the separator: the smallest byte-level vocabulary that can write any text."""
@@ -42,6 +43,8 @@ class DataConfig:
     """Share of the tokens that are hidden for the objective of masked tokens."""
     augment: AugmentConfig = AugmentConfig()
     """How texts with labels or answers are changed while they are learned from."""
+    select: SelectConfig = SelectConfig()
+    """Which documents of the train split are left out."""
     max_corrupt_records: int = 10
     """Records of `sources` that may be corrupt; they are named and left out, and more of them are an error."""
     max_record_bytes: int = 1 << 24

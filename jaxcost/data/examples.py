@@ -139,6 +139,7 @@ def report(examples: Examples, tokenizer: Tokenizer) -> dict[str, Any]:
         sizes = [sum(map(len, _turns(tokenizer, example))) - 1 for example in measured]
     return {
         "examples": len(examples),
+        **examples.source.left_out,
         "skipped_records": len(examples.skipped),
         "skipped": list(examples.skipped[:5]),
         "measured_examples": len(measured),

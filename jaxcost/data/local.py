@@ -41,7 +41,7 @@ class Opened:
     """Each record that was left out, and why."""
 
 
-class Sound(Sequence):
+class Chosen(Sequence):
     """Chosen records of several readers, one reader behind the other."""
 
     def __init__(self, readers: Sequence[Records], chosen: np.ndarray):
@@ -98,7 +98,7 @@ def open_local(config: DataConfig, path: Path, split: str, cache_dir: Path) -> O
     if not len(chosen):
         raise ValueError(f"Split '{split}' of '{path}' holds no documents; choose a larger one.")
     identity = {"files": [_identity(config, path, files[name]) for name in used], "parts": parts}
-    return Opened(Sound(readers, chosen), json.dumps(identity), _class_names(path, config.label_field), tuple(skipped))
+    return Opened(Chosen(readers, chosen), json.dumps(identity), _class_names(path, config.label_field), tuple(skipped))
 
 
 def check_corrupt(skipped: Sequence[str], limit: int, where: str) -> None:

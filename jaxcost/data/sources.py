@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from jaxcost.data.config import DataConfig
-from jaxcost.data.local import Opened, open_local
+from jaxcost.data.files import atomic_write
+from jaxcost.data.local import Chosen, Opened, open_local
 
 _LOGGER = logging.getLogger(__name__)
 _TFDS = "tfds:"
@@ -40,6 +44,8 @@ class DocumentSource(Sequence):
     """Names of the labels, where the dataset tells them."""
     skipped: tuple[str, ...] = ()
     """Corrupt records that were left out, and why."""
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Documents that `config.select` left out, by the reason."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -67,11 +73,16 @@ class DocumentSource(Sequence):
 def open_source(config: DataConfig, split: str) -> DocumentSource:
     """Opens a split of `config.sources`, or of the TFDS dataset that `config` names where there are none.
 
+    The train split is without what `config.select` leaves out of it.
+
     Raises:
-      ValueError: what `open_tfds` and `open_local` raise it for.
+      ValueError: what `open_tfds` and `open_local` raise it for, or nothing is left.
     """
-    if not config.sources:
-        return open_tfds(config, split)
+    source = _open_sources(config, split) if config.sources else open_tfds(config, split)
+    return _selected(config, source) if config.select.active and split == config.train_split else source
+
+
+def _open_sources(config: DataConfig, split: str) -> DocumentSource:
     cache_dir = _cache_dir(config, config.data_dir or _default_data_dir())
     opened = [_open_one(config, name, split, cache_dir) for name in config.sources]
     label = re.sub(r"[^\w.]+", "-", f"{'-'.join(Path(name).stem for name in config.sources)[:80]} {split}").strip("-")
@@ -81,6 +92,33 @@ def open_source(config: DataConfig, split: str) -> DocumentSource:
     records = _joined([one.records for one in opened], weights)
     skipped = sum((one.skipped for one in opened), ())
     return DocumentSource(records, config.text_field, identity, label, cache_dir, classes, skipped)
+
+
+def _selected(config: DataConfig, source: DocumentSource) -> DocumentSource:
+    """A train split without duplicates and without what is held out; what is left out is found once, kept on disk."""
+    from jaxcost.data.selection.duplicates import find_contaminated, find_duplicates
+
+    select = config.select
+    held_out = open_source(config, config.validation_split) if select.contamination else None
+    said = {"source": source.identity, "select": dataclasses.astuple(select)}
+    said |= {"held_out": held_out.identity} if held_out else {}
+    identity = json.dumps(said, sort_keys=True)
+    path = source.cache_dir / f"selected-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {"duplicates": [], "contaminated": []}
+        if select.duplicates:
+            found["duplicates"] = sorted(find_duplicates(source, select.duplicates).of)
+        if held_out:
+            found["contaminated"] = sorted(find_contaminated(source, held_out, select.contamination))
+        with atomic_write(path) as file:
+            file.write(json.dumps(found).encode())
+    kept = np.setdiff1d(np.arange(len(source)), np.array(sum(found.values(), []), np.int64))
+    if not len(kept):
+        raise ValueError(f"data.select leaves out all {len(source)} documents of '{source.label}'; raise its likeness.")
+    left_out = {name: len(places) for name, places in found.items()}
+    return dataclasses.replace(source, records=Chosen([source.records], kept), identity=identity, left_out=left_out)
 
 
 def _open_one(config: DataConfig, name: str, split: str, cache_dir: Path) -> DocumentSource | Opened:

@@ -25,7 +25,8 @@ beautiful lovely pretty / ugly unsightly / easy simple / hard difficult / import
 / doctor physician / road street / teacher instructor / test exam / idea notion / use employ utilise / make create
 produce / see notice / look glance / walk stroll / run sprint / eat consume / price charge / cheap inexpensive
 / expensive costly / rich wealthy / strong powerful / weak feeble / clever smart bright / stupid foolish
-/ strange odd weird / quiet silent / loud noisy / near close / whole entire / often frequently / seldom rarely / almost nearly / also too
+/ strange odd weird / quiet silent / loud noisy / near close / whole entire / often frequently
+/ seldom rarely / almost nearly / also too
 / about regarding concerning
 """
 
