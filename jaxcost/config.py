@@ -17,6 +17,7 @@ import tyro
 
 from jaxcost import transforms
 from jaxcost.cost.hardware import HardwareConfig
+from jaxcost.cost.purchases import PriceConfig
 from jaxcost.data.config import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models import context
@@ -55,6 +56,8 @@ class Experiment:
     """What is kept."""
     hardware: HardwareConfig = HardwareConfig()
     """The chips that the run is priced on."""
+    prices: PriceConfig = PriceConfig()
+    """What data cost."""
     start: str = ""
     """Folder of a training, or of an imported checkpoint, that this one goes on from: its model, tokenizer and newest
     weights take the place of this one's, and its transforms come before this one's. New weights if it is empty."""
@@ -101,7 +104,7 @@ class Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
-        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh")}
+        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh", "prices")}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")
         return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)

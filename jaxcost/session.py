@@ -285,7 +285,7 @@ class Session:
         distilled: dict[str, Any],
     ) -> Fitted:
         data = self.experiment.data
-        ledger = Ledger(directory / "ledger.jsonl", self.hardware)
+        ledger = Ledger(directory / "ledger.jsonl", self.hardware, data=self.purchases())
         self._say_data(ledger)
         return fit(
             self.model,
@@ -308,6 +308,16 @@ class Session:
             ),
             **distilled,
         )
+
+    def purchases(self) -> dict[str, Any]:
+        """What the examples of the train split cost: `labels`, tokens and sentences, and `data_usd`, None if unknown.
+
+        Nothing where texts alone are learned.
+        """
+        if not self.experiment.data.of_examples:
+            return {}
+        bought = self.train_stream.bought()
+        return bought | {"data_usd": self.experiment.prices.usd(bought)}
 
     def _say_data(self, ledger: Ledger) -> None:
         """Writes down, once in a run, what of the data was left out or cut, and how many examples there are."""

@@ -9,6 +9,7 @@ import pytest
 from jaxcost.data import DataConfig, open_source, tokenize_split
 from jaxcost.data.selection import SelectConfig
 from jaxcost.data.selection.duplicates import find_contaminated, find_duplicates, likeness
+from jaxcost.data.selection.scores import coreset, el2n, uncertainty
 from jaxcost.data.tokenizers import ByteTokenizer
 
 DRAW = np.random.default_rng(0)
@@ -70,3 +71,30 @@ def test_a_training_leaves_out_what_is_asked_and_says_so(tmp_path):
     assert stream.num_documents == 28 and stream.left_out == source.left_out
     with pytest.raises(ValueError, match="use 0 for none, or a likeness from 0.3 to 1"):
         SelectConfig(duplicates=0.1)
+
+
+# ---- Scores ----
+
+
+def test_uncertainty_is_largest_where_labels_are_equally_likely():
+    shares = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.6, 0.3, 0.1]])
+    np.testing.assert_allclose(uncertainty(shares, "margin"), [1.0, 0.0, 0.7])
+    entropy = uncertainty(shares, "entropy")
+    assert entropy[0] == pytest.approx(np.log(2)) and entropy[1] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="no uncertainty 'variance'"):
+        uncertainty(shares, "variance")
+
+
+def test_el2n_is_the_mean_distance_to_the_label():
+    shares = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
+    np.testing.assert_allclose(el2n(shares, [0, 1]), [np.sqrt(2) / 2, np.sqrt(0.5)])
+
+
+def test_a_coreset_takes_the_farthest_point_each_time():
+    points = np.array([[0.0], [1.0], [10.0], [4.0]])
+    assert coreset(points, 3).tolist() == [3, 2, 0]
+    assert coreset(points, 2, chosen=np.array([0])).tolist() == [2, 3]
+    clusters = np.random.default_rng(0).normal(size=(60, 2)) * 0.1 + np.repeat([[0, 0], [5, 0], [0, 5]], 20, axis=0)
+    assert sorted(coreset(clusters, 3) // 20) == [0, 1, 2]
+    with pytest.raises(ValueError, match="4 of 3 points cannot be chosen"):
+        coreset(points, 4, chosen=np.array([0]))

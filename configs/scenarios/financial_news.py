@@ -16,7 +16,13 @@ from jaxcost.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from jaxcost.data.augmentation import HEDGES, NEGATIONS, AugmentConfig
 from jaxcost.models.config import HeadConfig
+
+MOVES = "up down rose increased grew climbed went jumped rise increase grow climb go"
+MOVES += " fell decreased shrank declined dropped fall decrease shrink decline"
+MATTERS = "sales profit revenue order share margin earnings costs debt loss complaints loans backlog"
+PROTECTED = (*NEGATIONS, *HEDGES, *MOVES.split(), *MATTERS.split())
 
 experiment = Experiment(
     model=ModelConfig(
@@ -35,6 +41,7 @@ experiment = Experiment(
         name="synthetic_financial_news",
         train_split="train[:500]",
         objective="labels",
+        augment=AugmentConfig(synonyms=0.2, insert=0.1, swap=0.1, delete=0.1, keyboard=0.02, protected=PROTECTED),
         tokenizer="bpe",
         bpe_vocab_size=512,
         sequence_length=48,

@@ -31,6 +31,7 @@ class Ledger:
         path: str | os.PathLike[str],
         hardware: hardware_lib.Hardware | None = None,
         clock: Callable[[], float] = time.time,
+        data: Mapping[str, Any] | None = None,
     ):
         """Opens `path`, or starts it; a last line torn by a killed process is dropped.
 
@@ -38,6 +39,7 @@ class Ledger:
             path: the file; its directory is made if it is missing.
             hardware: prices the seconds; without it `usd` and `kwh` are null.
             clock: gives a line's `time`.
+            data: what the data cost, paid before the run: fields of every line, such as `labels` and `data_usd`.
 
         Raises:
             ValueError: a line before the last one is not a JSON object.
@@ -45,6 +47,7 @@ class Ledger:
         self._path = pathlib.Path(path)
         self._hardware = hardware
         self._clock = clock
+        self._data = dict(data or {})
         self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_torn_line()
@@ -100,6 +103,7 @@ class Ledger:
             **self._totals,
             "usd": self._hardware.usd(seconds) if self._hardware else None,
             "kwh": self._hardware.kwh(seconds) if self._hardware else None,
+            **self._data,
         }
         taken = sorted(line.keys() & metrics.keys())
         if taken:

@@ -16,6 +16,14 @@ from jaxcost.data.tokenizers import Tokenizer
 _MEASURED = 10_000
 """Examples whose tokens are counted for the report, the first ones."""
 
+_ORIGIN = ("origin", "teacher", "confidence", "tokens")
+_BOUGHT = {
+    "pseudo_label": ("read_tokens", True),
+    "generated": ("generated_tokens", True),
+    "translated": ("translated_sentences", False),
+}
+"""What an example of each origin costs, and whether that is counted in tokens; a label if it is another."""
+
 Example = dict[str, Any]
 """`text`, and `label`, the number of one, or `answer`, another text."""
 Row = dict[str, np.ndarray]
@@ -50,6 +58,24 @@ class Examples(Sequence):
         if config.objective == "labels":
             return example | {"label": label_number(record[config.label_field], self.labels)}
         return example | {"answer": str(record[config.answer_field])}
+
+    def origin(self, index: int) -> dict[str, str | int]:
+        """Where an example came from and what it cost, as its record says: `origin`, `teacher`, `confidence`, `tokens`.
+
+        Nothing where the record says nothing: a person gave the label.
+        """
+        record = self.source.records[int(self.chosen[index])]
+        return {name: record[name] for name in _ORIGIN if name in record}
+
+    def bought(self) -> dict[str, int]:
+        """What the examples cost, by the names of `cost.purchases.PURCHASES`."""
+        found = dict.fromkeys(("labels", "read_tokens", "generated_tokens", "translated_sentences"), 0)
+        for i in range(len(self)):
+            origin = self.origin(i)
+            kind = origin.get("origin", "label")
+            name, by_tokens = _BOUGHT.get(kind, ("labels", False))
+            found[name] += int(origin.get("tokens", 0)) if by_tokens else 1
+        return found
 
 
 def open_examples(config: DataConfig, split: str) -> Examples:

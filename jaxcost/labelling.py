@@ -1,0 +1,130 @@
+"""Texts that a training's model gives labels, and the folder of data that they make with those that people gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcost import weights
+from jaxcost.data import DataConfig, open_source
+from jaxcost.data.augmentation import AugmentConfig
+from jaxcost.data.examples import Examples, label_row
+from jaxcost.data.files import atomic_folder
+from jaxcost.data.pipeline import batches_in_order
+from jaxcost.data.selection.duplicates import normalized
+from jaxcost.evaluation.labels import Labeller
+from jaxcost.session import Session
+
+
+def labeller(session: Session, texts: Sequence[str]) -> Labeller:
+    """What gives texts the probabilities of their labels with the model of a session.
+
+    Raises:
+      ValueError: the session does not learn labels, or there are no texts.
+    """
+    data = session.experiment.data
+    if data.objective != "labels":
+        raise ValueError(
+            f"The training learns {data.objective!r} and no labels; give one with data.objective 'labels'."
+        )
+    if not len(texts):
+        raise ValueError("There are no texts to label; give a larger split.")
+    rows = [label_row(session.tokenizer, data.sequence_length, {"text": text, "label": 0}) for text in texts]
+    return Labeller(session.model, batches_in_order(rows, data.batch_size), session.mesh)
+
+
+def pseudo_label(
+    session: Session, params: weights.Params, texts: Sequence[str], labels: Sequence[str], threshold: float
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Texts with the labels that a teacher is sure of, and how many were left out and why.
+
+    Source: Lee 2013, Pseudo-label, ICML workshop on challenges in representation learning; with a threshold as in Sohn
+    et al. 2020 (FixMatch), arXiv:2001.07685.
+
+    Args:
+      session: the teacher's.
+      params: its weights.
+      texts: without labels; of texts that are the same but for case, marks and spaces the first counts.
+      labels: names of the labels by number.
+      threshold: probability that the likeliest label must have, from 0 to 1.
+
+    Returns:
+      Records with `text`, `label` (a name), `confidence` and `tokens`, those that the teacher read; counts of
+      `texts`, `duplicates`, `unsure` and `kept`.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold is {threshold}; it is a probability, from 0 to 1.")
+    different = list({normalized(text): text for text in reversed(texts)}.values())[::-1]
+    probabilities_NC = labeller(session, different).probabilities(params)[:, : len(labels)]
+    found = []
+    for text, shares_C in zip(different, probabilities_NC, strict=True):
+        best = int(shares_C.argmax())
+        if shares_C[best] >= threshold:
+            tokens = min(len(session.tokenizer.encode_source(text)), session.experiment.data.sequence_length)
+            record = {"text": text, "label": labels[best], "confidence": float(shares_C[best]), "tokens": tokens}
+            found.append(record)
+    counts = {"texts": len(texts), "duplicates": len(texts) - len(different)}
+    return found, counts | {"unsure": len(different) - len(found), "kept": len(found)}
+
+
+def write_labelled(
+    session: Session,
+    params: weights.Params,
+    teacher: str,
+    folder: Path,
+    *,
+    split: str,
+    threshold: float,
+    sources: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Writes a folder for `data.sources`: labelled examples with pseudo-labelled texts, and the validation split.
+
+    Every record says where it came from (`origin`), and what it cost (`tokens`).
+
+    Args:
+      session: the teacher's; its data are the labelled ones.
+      params: its weights.
+      teacher: what it is called in the records.
+      folder: a new one.
+      split: of texts without labels, in TFDS's notation.
+      threshold: as for `pseudo_label`.
+      sources: where the texts without labels are; the session's own data if none are given.
+
+    Returns:
+      The counts of `pseudo_label`, and `labels`, the number of labelled examples.
+
+    Raises:
+      ValueError: what `open_source` and `pseudo_label` raise it for, or the folder exists already.
+    """
+    data = session.experiment.data
+    plain = dataclasses.replace(
+        data, objective="next_token", augment=AugmentConfig(), sources=sources or data.sources, weights=()
+    )
+    train, validation = session.train_stream, session.validation_stream
+    taken = {normalized(example["text"]) for part in (train, validation) for example in part}
+    texts = [text for text in open_source(plain, split) if normalized(text) not in taken]
+    found, counts = pseudo_label(session, params, texts, train.labels, threshold)
+    pseudo = [record | {"origin": "pseudo_label", "teacher": teacher} for record in found]
+    with atomic_folder(folder) as unfinished:
+        _write(unfinished / "train.jsonl", data, [*_records(train), *pseudo])
+        _write(unfinished / "validation.jsonl", data, _records(validation))
+    return counts | {"labels": len(train)}
+
+
+def _records(examples: Examples) -> list[dict[str, Any]]:
+    """Examples with the names of their labels, and where they came from and what they cost as far as it is known."""
+    found = []
+    for i, example in enumerate(examples):
+        record = {"text": example["text"], "label": examples.labels[example["label"]]}
+        found.append(record | examples.origin(i))
+    return found
+
+
+def _write(path: Path, config: DataConfig, records: Sequence[dict[str, Any]]) -> None:
+    names = {"text": config.text_field, "label": config.label_field}
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps({names.get(name, name): value for name, value in record.items()}) + "\n")
