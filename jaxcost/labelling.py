@@ -6,7 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from jaxcost import weights
 from jaxcost.data import DataConfig, open_source
@@ -15,6 +17,7 @@ from jaxcost.data.examples import Examples, label_row
 from jaxcost.data.files import atomic_folder
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.data.selection.duplicates import normalized
+from jaxcost.data.selection.scores import coreset, uncertainty
 from jaxcost.evaluation.labels import Labeller
 from jaxcost.session import Session
 
@@ -100,18 +103,69 @@ def write_labelled(
       ValueError: what `open_source` and `pseudo_label` raise it for, or the folder exists already.
     """
     data = session.experiment.data
-    plain = dataclasses.replace(
-        data, objective="next_token", augment=AugmentConfig(), sources=sources or data.sources, weights=()
-    )
     train, validation = session.train_stream, session.validation_stream
-    taken = {normalized(example["text"]) for part in (train, validation) for example in part}
-    texts = [text for text in open_source(plain, split) if normalized(text) not in taken]
+    texts = unlabelled(session, split, sources)
     found, counts = pseudo_label(session, params, texts, train.labels, threshold)
     pseudo = [record | {"origin": "pseudo_label", "teacher": teacher} for record in found]
     with atomic_folder(folder) as unfinished:
         _write(unfinished / "train.jsonl", data, [*_records(train), *pseudo])
         _write(unfinished / "validation.jsonl", data, _records(validation))
     return counts | {"labels": len(train)}
+
+
+def unlabelled(session: Session, split: str, sources: tuple[str, ...] = ()) -> list[str]:
+    """The texts of a split that are neither among the session's examples nor among those that it is scored on."""
+    data = session.experiment.data
+    plain = dataclasses.replace(
+        data, objective="next_token", augment=AugmentConfig(), sources=sources or data.sources, weights=()
+    )
+    taken = {
+        normalized(example["text"]) for part in (session.train_stream, session.validation_stream) for example in part
+    }
+    return [text for text in open_source(plain, split) if normalized(text) not in taken]
+
+
+def choose(
+    session: Session,
+    params: weights.Params,
+    *,
+    split: str,
+    count: int,
+    by: Literal["margin", "entropy", "coreset"],
+    sources: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
+    """The texts of a split that are worth a label next, the most wanted first.
+
+    Args:
+      session: of a training on labels.
+      params: its weights.
+      split: of texts without labels, in TFDS's notation.
+      count: texts to choose.
+      by: as `scores.uncertainty` has it, or by `scores.coreset` of the hidden states beside those of the examples.
+      sources: where the texts are; the session's own data if none are given.
+
+    Returns:
+      Records with `text`, and `likeliest`, the name of the likeliest label, with its `share`.
+
+    Raises:
+      ValueError: there are fewer texts, or the session does not learn labels.
+    """
+    texts = unlabelled(session, split, sources)
+    if not 0 < count <= len(texts):
+        raise ValueError(f"{count} of {len(texts)} texts cannot be chosen; ask for 1 to {len(texts)}, or give more.")
+    teacher, labels = labeller(session, texts), session.train_stream.labels
+    probabilities_NC = teacher.probabilities(params)[:, : len(labels)]
+    if by == "coreset":
+        known_ND = labeller(session, [example["text"] for example in session.train_stream]).states(params)
+        points_ND = np.concatenate([known_ND, teacher.states(params)])
+        chosen = coreset(points_ND, count, chosen=np.arange(len(known_ND))) - len(known_ND)
+    else:
+        chosen = np.argsort(-uncertainty(probabilities_NC, by), kind="stable")[:count]
+    best_N = probabilities_NC.argmax(axis=1)
+    return [
+        {"text": texts[i], "likeliest": labels[best_N[i]], "share": float(probabilities_NC[i, best_N[i]])}
+        for i in chosen
+    ]
 
 
 def _records(examples: Examples) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ RECORDS = [{"text": f'Text {i}, "quoted"\nand of two lines é', "label": "ab"[i 
 
 def config(tmp_path, *sources, **changes):
     settings = {"validation_split": "train[8:]", "train_split": "train[:8]", "objective": "labels"}
-    return DataConfig(sources=tuple(map(str, sources)), cache_dir=str(tmp_path / "cache"), **settings | changes)
+    settings |= {"cache_dir": str(tmp_path / "cache")}
+    return DataConfig(sources=tuple(map(str, sources)), **settings | changes)
 
 
 def write_lines(path, records=RECORDS):
@@ -69,13 +70,13 @@ def test_every_format_gives_the_same_records_by_index(tmp_path, name):
 
 
 def test_a_folder_of_text_is_split_by_the_names_in_it(tmp_path):
-    for name in ("train/a.txt", "train/b.md", "valid/c.txt", "trainer.txt"):
+    for name in ("train/a.txt", "train/b.md", "valid/c.txt", "README.md"):
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text(name)
     asked = config(tmp_path, tmp_path / "texts", objective="next_token", train_split="train", validation_split="test")
-    assert list(open_source(asked, "train")) == ["train/a.txt", "train/b.md", "trainer.txt"]
+    assert list(open_source(asked, "train")) == ["train/a.txt", "train/b.md"]
     assert list(open_source(asked, "validation")) == ["valid/c.txt"]
-    assert len(open_source(asked, "train+validation")) == 4
+    assert len(open_source(asked, "train+validation")) == 3
     with pytest.raises(ValueError, match=r"has no split 'test'; choose .* from train, validation, or slices"):
         open_source(asked, "test")
 
@@ -132,6 +133,18 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="2 shares for 1 data.sources"):
         config(tmp_path, empty, weights=(1.0, 2.0))
+
+
+def test_a_byte_order_mark_and_a_large_field_are_read_and_hidden_and_derived_files_are_not(tmp_path):
+    folder, large = tmp_path / "data", "x" * 200_000
+    folder.mkdir()
+    (folder / "a.csv").write_bytes(f'\ufefftext,label\n"{large}",a\n'.encode())
+    (folder / ".hidden.csv").write_text("no header\n")
+    write_parquet(folder / "b.parquet")
+    asked = config(tmp_path, folder, cache_dir=str(folder / "cache"), train_split="train")
+    for _ in range(2):  # the second time, the Parquet file's copy lies in the folder
+        source = open_source(asked, "train")
+        assert source[0] == large and len(source) == 11
 
 
 def test_an_empty_text_file_is_named_and_others_are_read(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from labels import LABELS, experiment, session_of, write_folder
 
 from jaxcost.cost.purchases import PriceConfig
-from jaxcost.labelling import pseudo_label, write_labelled
+from jaxcost.labelling import choose, pseudo_label, write_labelled
 from jaxcost.session import load_run
 from jaxcost.training.config import TrainingConfig
 
@@ -73,3 +73,18 @@ def test_a_price_cannot_be_negative_and_what_was_not_bought_needs_none():
         PriceConfig(label_usd=-1)
     assert PriceConfig(label_usd=0.5).usd({"labels": 4, "read_tokens": 0}) == 2.0
     assert PriceConfig().usd({"labels": 0}) == 0.0 and PriceConfig().usd({"labels": 1}) is None
+
+
+@pytest.mark.parametrize("by", ["margin", "entropy", "coreset"])
+def test_texts_worth_a_label_are_chosen_among_those_without(teacher, folder, by):
+    session, params = teacher
+    found = choose(session, params, split="train[60:]", count=10, by=by)
+    known = {example["text"] for example in session.train_stream}
+    texts = {record["text"] for record in lines(folder / "train.jsonl")[60:]}
+    assert len({record["text"] for record in found}) == 10 and {record["text"] for record in found} <= texts - known
+    shares = [record["share"] for record in found]
+    if by == "margin":
+        everything = choose(session, params, split="train[60:]", count=len(texts - known), by=by)
+        assert max(shares) < min(record["share"] for record in everything[-10:])
+    with pytest.raises(ValueError, match="cannot be chosen; ask for 1 to"):
+        choose(session, params, split="train[60:]", count=1000, by=by)

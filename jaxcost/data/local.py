@@ -64,7 +64,8 @@ def open_local(config: DataConfig, path: Path, split: str, cache_dir: Path) -> O
     """Opens a split of a file or a folder; its records are read once to find the corrupt ones, then by index.
 
     A folder's files are of the split that begins their name, or that of the folder within it that holds them (`train`,
-    `validation` or `test`), and of `train` where none does so. A split may be cut as in TFDS (`train[:95%]`).
+    `validation` or `test`), and other files beside such ones are none of the data; where no name begins so, all are of
+    `train`. A split may be cut as in TFDS (`train[:95%]`).
 
     Args:
       config: names the fields, and says how much may be corrupt.
@@ -78,7 +79,7 @@ def open_local(config: DataConfig, path: Path, split: str, cache_dir: Path) -> O
     path = path.expanduser()
     if not path.exists():
         raise ValueError(f"data.sources names '{path}', which does not exist; give a file or a folder.")
-    files = _files_by_split(path)
+    files = _files_by_split(path, cache_dir)
     if not files:
         raise ValueError(f"'{path}' holds no file that can be read; give one of {', '.join((*_TEXT, *_TABLES))}.")
     used = [name for name in files if re.search(rf"\b({re.escape(name)}|all)\b", split)]
@@ -114,8 +115,8 @@ def check_corrupt(skipped: Sequence[str], limit: int, where: str) -> None:
     _LOGGER.warning("%d corrupt records of %s are left out: %s.", len(skipped), where, said)
 
 
-def _files_by_split(path: Path) -> dict[str, list[Path]]:
-    """The files of each split, in the order of their names."""
+def _files_by_split(path: Path, cache_dir: Path) -> dict[str, list[Path]]:
+    """The files of each split, in the order of their names; hidden ones and what is derived are none."""
     if path.is_file():
         return {"train": [path]} if path.suffix.lower() in (*_TEXT, *_TABLES) else {}
     if (path / "dataset_dict.json").is_file():
@@ -123,13 +124,17 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
         return {name: _saved_files(path / name) for name in names}
     if (path / "state.json").is_file():
         return {"train": _saved_files(path)}
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in (*_TEXT, *_TABLES)]
     found: dict[str, list[Path]] = {}
-    for file in files:
-        named = _SPLITS.match(file.relative_to(path).parts[0])
-        name = named[1].lower() if named else "train"
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        hidden = any(part.startswith(".") for part in parts) or cache_dir.resolve() in file.resolve().parents
+        if hidden or not file.is_file() or file.suffix.lower() not in (*_TEXT, *_TABLES):
+            continue
+        named = _SPLITS.match(parts[0])
+        name = named[1].lower() if named else ""
         found.setdefault(_ALIASES.get(name, name), []).append(file)
-    return found
+    others = found.pop("", [])
+    return found or ({"train": others} if others else {})
 
 
 def _saved_files(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from jaxcost.data.files import atomic_write
 
 _CHUNK_BYTES = 1 << 24
 _NEWLINE, _QUOTE = 10, 34
+csv.field_size_limit(2**31 - 1)  # records have a limit of their own, and the library's is below what texts need
 
 
 class BadRecord(ValueError):
@@ -199,9 +200,9 @@ def parquet(path: Path, fields: Sequence[str], copy: Path) -> ArrowTable:
 
 
 def decoded(content: bytes) -> str:
-    """Text of UTF-8; BadRecord for other bytes."""
+    """Text of UTF-8, without the mark that some programs begin a file with; BadRecord for other bytes."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise BadRecord(f"is not UTF-8 from byte {error.start} on") from error
 

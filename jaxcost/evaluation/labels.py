@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -61,16 +62,27 @@ class Labeller:
         """Batches have one target a row; rows whose `mask` is 0 fill a batch up."""
         self._batches, self._mesh = list(batches), mesh
 
-        def shares(params, batch):
+        def states(params, batch):
             hidden_B1D, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
-            return jax.nn.softmax(output_of(model.config, params)(hidden_B1D)[:, 0])
+            return hidden_B1D
+
+        def shares(params, batch):
+            return jax.nn.softmax(output_of(model.config, params)(states(params, batch))[:, 0])
 
         self._shares = jax.jit(shares)
+        self._states = jax.jit(lambda params, batch: states(params, batch)[:, 0].astype(jnp.float32))
 
     def probabilities(self, params: weights.Params) -> np.ndarray:
         """float32 (N, C), in the order of the texts."""
+        return self._of_each(self._shares, params)
+
+    def states(self, params: weights.Params) -> np.ndarray:
+        """The hidden states that labels are told from, float32 (N, D), in the order of the texts."""
+        return self._of_each(self._states, params)
+
+    def _of_each(self, compute, params: weights.Params) -> np.ndarray:
         with jax.set_mesh(self._mesh):
-            found = [self._shares(params, sharding.place_batch(batch, self._mesh)) for batch in self._batches]
+            found = [compute(params, sharding.place_batch(batch, self._mesh)) for batch in self._batches]
         kept = [np.asarray(f)[b["mask"][:, 0] > 0] for f, b in zip(found, self._batches, strict=True)]
         return np.concatenate(kept)
 
