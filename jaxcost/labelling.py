@@ -102,15 +102,39 @@ def write_labelled(
     Raises:
       ValueError: what `open_source` and `pseudo_label` raise it for, or the folder exists already.
     """
-    data = session.experiment.data
-    train, validation = session.train_stream, session.validation_stream
     texts = unlabelled(session, split, sources)
-    found, counts = pseudo_label(session, params, texts, train.labels, threshold)
-    pseudo = [record | {"origin": "pseudo_label", "teacher": teacher} for record in found]
+    found, counts = pseudo_label(session, params, texts, session.train_stream.labels, threshold)
+    write_folder(session, [record | {"origin": "pseudo_label", "teacher": teacher} for record in found], folder)
+    return counts | {"labels": len(session.train_stream)}
+
+
+def write_folder(session: Session, made: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes a folder for `data.sources`: a session's train split with further records, and its validation split.
+
+    Args:
+      session: learns labels.
+      made: records with `text`, `label`, a name or a number, and `origin`.
+      folder: a new one.
+
+    Raises:
+      ValueError: the folder exists already.
+    """
+    data, train = session.experiment.data, session.train_stream
+    named = [r | {"label": r["label"] if isinstance(r["label"], str) else train.labels[r["label"]]} for r in made]
     with atomic_folder(folder) as unfinished:
-        _write(unfinished / "train.jsonl", data, [*_records(train), *pseudo])
-        _write(unfinished / "validation.jsonl", data, _records(validation))
-    return counts | {"labels": len(train)}
+        _write(unfinished / "train.jsonl", data, [*_records(train), *named])
+        _write(unfinished / "validation.jsonl", data, _records(session.validation_stream))
+
+
+def agreed(
+    session: Session, params: weights.Params, made: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """The records whose label, a number, is the one that a model finds likeliest, and how many are not so."""
+    if not made:
+        return [], 0
+    guesses_N = labeller(session, [record["text"] for record in made]).probabilities(params).argmax(axis=1)
+    kept = [record for record, guess in zip(made, guesses_N, strict=True) if record["label"] == guess]
+    return kept, len(made) - len(kept)
 
 
 def unlabelled(session: Session, split: str, sources: tuple[str, ...] = ()) -> list[str]:

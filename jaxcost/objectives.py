@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
 from jaxcost.data.augmentation.text import AugmentText
-from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report
+from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.evaluation.labels import Labeller
@@ -26,7 +26,8 @@ Split = TokenStream | Examples
 def check_model(objective: str, model: ModelConfig) -> None:
     """ValueError, in one sentence, if a model cannot learn the objective."""
     head, alone = model.head, model.of_tokens and not model.encoder.num_layers
-    if objective in ("next_token", "answers") and not model.language_model:
+    answers = objective == "answers" and model.generates and model.encoder.num_layers and model.source.of_tokens
+    if objective in ("next_token", "answers") and not (model.language_model or answers):
         raise ValueError(
             "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
             "the vocabulary and no encoder; set model.causal, and leave model.head and model.encoder by default."
@@ -49,6 +50,11 @@ def least_vocabulary(objective: str, tokenizer: Tokenizer) -> int:
     return max(size, tokenizer.mask_id + 1) if objective == "masked_tokens" else size
 
 
+def chosen_vocabulary(objective: str, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding table where the config leaves them to the tokenizer: a multiple of 128."""
+    return -(-least_vocabulary(objective, tokenizer) // 128) * 128
+
+
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer, model: ModelConfig) -> Split:
     """A split as what is learned of it: tokens, or examples.
 
@@ -66,12 +72,14 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer, model: Mode
     return examples
 
 
-def learned_batches(config: DataConfig, split: Split, tokenizer: Tokenizer) -> grain.DatasetIterator:
+def learned_batches(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, model: ModelConfig
+) -> grain.DatasetIterator:
     """An endless iterator of batches to learn from; see `train_batches`."""
     if isinstance(split, TokenStream):
         hide = Masking.of(config.masked_fraction, tokenizer) if config.objective == "masked_tokens" else None
         return train_batches(config, split.tokens, prepare=hide)
-    row, augment = _row(config, tokenizer), AugmentText(config.augment)
+    row, augment = _row(config, tokenizer, model), AugmentText(config.augment)
     change = augment.random_map if config.augment.active else lambda example, _: example
     return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)))
 
@@ -85,7 +93,7 @@ def make_scorer(
         if config.objective == "masked_tokens":
             return MaskedScorer(model, Masking.of(config.masked_fraction, tokenizer).hidden(batches), mesh)
         return Scorer(model, batches, tokenizer.token_bytes, mesh)
-    row = _row(config, tokenizer)
+    row = _row(config, tokenizer, model.config)
     batches = batches_in_order([row(example) for example in split], config.batch_size)
     if config.objective == "labels":
         return Labeller(model, batches, mesh)
@@ -100,6 +108,8 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     return report(split, tokenizer)
 
 
-def _row(config: DataConfig, tokenizer: Tokenizer) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    if model.encoder.num_layers:
+        return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
     make = label_row if config.objective == "labels" else answer_row
     return functools.partial(make, tokenizer, config.sequence_length)

@@ -69,7 +69,9 @@ class Session:
         config = experiment.model
         tokens = objectives.least_vocabulary(experiment.data.objective, self.tokenizer)
         if config.vocab_size == 0 and config.of_tokens:
-            config = dataclasses.replace(config, vocab_size=-(-tokens // 128) * 128)
+            config = dataclasses.replace(
+                config, vocab_size=objectives.chosen_vocabulary(experiment.data.objective, self.tokenizer)
+            )
         if config.vocab_size < tokens and config.of_tokens:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
@@ -111,7 +113,7 @@ class Session:
 
     def train_batches(self) -> grain.DatasetIterator:
         """An endless iterator of the batches of the training split, from its beginning."""
-        return objectives.learned_batches(self.experiment.data, self.train_stream, self.tokenizer)
+        return objectives.learned_batches(self.experiment.data, self.train_stream, self.tokenizer, self.model.config)
 
     @cached_property
     def scorer(self) -> Callable[[weights.Params], Any]:

@@ -7,7 +7,8 @@ import pytest
 from labels import LABELS, experiment, session_of, write_folder
 
 from jaxcost.cost.purchases import PriceConfig
-from jaxcost.labelling import choose, pseudo_label, write_labelled
+from jaxcost.labelling import agreed, choose, pseudo_label, write_labelled
+from jaxcost.labelling import write_folder as write_examples
 from jaxcost.session import load_run
 from jaxcost.training.config import TrainingConfig
 
@@ -66,6 +67,18 @@ def test_texts_that_are_the_same_are_labelled_once(teacher):
     assert counts["kept"] == len(none) and counts["unsure"] == 1 - len(none)
     with pytest.raises(ValueError, match="it is a probability, from 0 to 1"):
         pseudo_label(session, params, ["red x"], ("blue", "green", "red"), 1.5)
+
+
+def test_copies_are_kept_where_the_model_agrees_and_written_with_names(teacher, tmp_path):
+    session, params = teacher
+    labels = session.train_stream.labels
+    made = [{"text": f"{word} x", "label": labels.index("red"), "origin": "translated"} for word in ("red", "blue")]
+    kept, disagreed = agreed(session, params, made)
+    assert kept == made[:1] and disagreed == 1 and agreed(session, params, []) == ([], 0)
+    write_examples(session, kept, tmp_path / "out")
+    assert lines(tmp_path / "out" / "train.jsonl")[-1] == {"text": "red x", "label": "red", "origin": "translated"}
+    with pytest.raises(ValueError, match="exists already"):
+        write_examples(session, kept, tmp_path / "out")
 
 
 def test_a_price_cannot_be_negative_and_what_was_not_bought_needs_none():

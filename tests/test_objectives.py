@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from jaxcost.data.masking import Masking
 from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.evaluation.labels import label_score
 from jaxcost.models.config import HeadConfig
+from jaxcost.objectives import chosen_vocabulary
+from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.steps import trace_step
 from jaxcost.transforms import lora, prune
 
@@ -53,6 +56,14 @@ def test_an_encoder_learns_hidden_tokens(folder, tmp_path):
     fitted = session_of(experiment(folder, ENCODER, "masked_tokens")).train(tmp_path)
     assert fitted.losses[-1] < fitted.losses[0] - 2
     assert fitted.metrics["scored_tokens"] > 30 and fitted.metrics["masked_accuracy"] > 0.3
+
+
+def test_a_mask_behind_the_last_token_has_a_row_in_sessions_and_plans(folder):
+    full = types.SimpleNamespace(vocab_size=384, mask_id=384)
+    assert chosen_vocabulary("masked_tokens", full) == 512 and chosen_vocabulary("labels", full) == 384
+    for model, objective in ((ENCODER, "masked_tokens"), (LABELS, "labels")):
+        value = experiment(folder, model, objective)
+        assert session_of(value).model.config.vocab_size == vocabulary_of(value) == 384
 
 
 def test_answers_alone_are_learned(folder, tmp_path):

@@ -155,6 +155,28 @@ def answer_row(tokenizer: Tokenizer, sequence_length: int, example: Example) -> 
     return {"inputs": tokens[:-1], "targets": tokens[1:], "mask": mask.astype(np.float32)}
 
 
+def source_row(tokenizer: Tokenizer, sequence_length: int, start: int, example: Example) -> Row:
+    """What an encoder-decoder reads of a text, and the answer that it is to give.
+
+    Args:
+      tokenizer: makes the tokens.
+      sequence_length: S, of the text and of the answer; what is longer loses its end.
+      start: the token that begins every answer.
+      example: with `text` and `answer`.
+
+    Returns:
+      `source`, int32 (S,), `source_valid`, bool (S,), `inputs` and `targets`, int32 (S,), and `mask`, float32 (S,).
+    """
+    source = tokenizer.encode_source(example["text"])[:sequence_length]
+    answer = _turns(tokenizer, example)[1][:sequence_length]
+    row: Row = {name: np.zeros(sequence_length, np.int32) for name in ("source", "inputs", "targets")}
+    row["source"][: len(source)] = source
+    row["targets"][: len(answer)] = answer
+    row["inputs"][0], row["inputs"][1:] = start, row["targets"][:-1]
+    places = np.arange(sequence_length)
+    return row | {"source_valid": places < len(source), "mask": (places < len(answer)).astype(np.float32)}
+
+
 def report(examples: Examples, tokenizer: Tokenizer) -> dict[str, Any]:
     """How many examples a split has, how many were left out, and how many of the first are cut, as plain values."""
     config = examples.config
