@@ -145,7 +145,11 @@ class Session:
         """
         if self.experiment.start:
             first, params, _ = load_run(Path(self.experiment.start), self.devices)
-            places = sharding.shardings(params, axes_of(first.model, params), self.mesh)
+            if first.model.config.head != self.model.config.head:
+                new = self.base_params()
+                kept = {name: tree for name, tree in params.items() if name not in ("head", "unembed")}
+                params = {name: new[name] for name in new if name not in params} | kept | {"head": new["head"]}
+            places = sharding.shardings(params, axes_of(self.model, params), self.mesh)
             params = weights.map_weights(self._kept_as, jax.device_put(params, places))
             own = self.experiment.transforms[len(first.experiment.transforms) :]
             return self.transformed(chain(*own), params, self._keys()[1])
@@ -287,7 +291,7 @@ class Session:
         distilled: dict[str, Any],
     ) -> Fitted:
         data = self.experiment.data
-        ledger = Ledger(directory / "ledger.jsonl", self.hardware, data=self.purchases())
+        ledger = Ledger(directory / "ledger.jsonl", self.hardware, data=self.purchases)
         self._say_data(ledger)
         return fit(
             self.model,
@@ -311,6 +315,7 @@ class Session:
             **distilled,
         )
 
+    @cached_property
     def purchases(self) -> dict[str, Any]:
         """What the examples of the train split cost: `labels`, tokens and sentences, and `data_usd`, None if unknown.
 
@@ -400,6 +405,8 @@ def read_experiment(directory: Path) -> Experiment:
 def started(experiment: Experiment) -> Experiment:
     """The experiment with the model and the transforms of the folder that it starts from; itself without one.
 
+    Where labels are learned, the head is the experiment's own.
+
     Raises:
       ValueError: the folder holds no run, or the model does not suit the experiment.
     """
@@ -407,7 +414,11 @@ def started(experiment: Experiment) -> Experiment:
         return experiment
     first = read_experiment(Path(experiment.start))
     own = (*first.transforms, *experiment.transforms)
-    return dataclasses.replace(experiment, model=first.model, transforms=own)
+    model = first.model
+    if experiment.data.objective == "labels" and experiment.model.head.outputs:
+        # Labels are told by a head of their own, which starts anew where the folder's is another.
+        model = dataclasses.replace(model, head=experiment.model.head, tie_embeddings=False)
+    return dataclasses.replace(experiment, model=model, transforms=own)
 
 
 def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tuple[Session, weights.Params, int]:

@@ -50,11 +50,11 @@ def main(arguments: Arguments) -> dict:
         "totals": fitted.totals,
         "usd": session.hardware.usd(seconds),
         "kwh": session.hardware.kwh(seconds),
-        **session.purchases(),
+        **session.purchases,
         "workdir": str(arguments.workdir),
     }
     table = Table("figure", "value", title=f"{arguments.config} after {fitted.steps} steps")
-    for name in (*fitted.metrics, "step_seconds", "step_flops", "usd", "kwh", *session.purchases()):
+    for name in (*fitted.metrics, "step_seconds", "step_flops", "usd", "kwh", *session.purchases):
         table.add_row(name, "unknown" if result[name] is None else f"{result[name]:.5g}")
     Console().print(table)
     learned = arguments.experiment.data

@@ -54,7 +54,7 @@ def test_a_student_learns_from_a_teacher_that_is_sure(teacher, folder, tmp_path)
     assert (last["labels"], last["read_tokens"]) == (60, read)
     assert last["data_usd"] == pytest.approx(6 + read * 1e-6)
     unknown = dataclasses.replace(value, prices=PriceConfig(label_usd=0.1))
-    assert session_of(unknown).purchases()["data_usd"] is None
+    assert session_of(unknown).purchases["data_usd"] is None
     # What a label costs does not touch the training, which is done already.
     assert session_of(unknown).train(tmp_path / "student").steps == 4
 

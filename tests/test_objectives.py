@@ -17,6 +17,8 @@ from jaxcost.models.config import HeadConfig
 from jaxcost.objectives import chosen_vocabulary
 from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.steps import trace_step
+from jaxcost.session import load_run
+from jaxcost.training.config import TrainingConfig
 from jaxcost.transforms import lora, prune
 
 TOKENIZER = ByteTokenizer()
@@ -64,6 +66,23 @@ def test_a_mask_behind_the_last_token_has_a_row_in_sessions_and_plans(folder):
     for model, objective in ((ENCODER, "masked_tokens"), (LABELS, "labels")):
         value = experiment(folder, model, objective)
         assert session_of(value).model.config.vocab_size == vocabulary_of(value) == 384
+
+
+def test_labels_are_learned_from_an_encoder_that_learned_hidden_tokens(folder, tmp_path):
+    steps = TrainingConfig(steps=2)
+    session_of(experiment(folder, ENCODER, "masked_tokens", training=steps)).train(tmp_path / "first")
+    _, found, _ = load_run(tmp_path / "first")
+    session = session_of(experiment(folder, LABELS, "labels", start=str(tmp_path / "first"), training=steps))
+    params = session.fresh_params()
+    assert params.keys() == {*found, "head"} - {"unembed"} and params["head"]["output"]["kernel"].shape == (32, 3)
+    np.testing.assert_array_equal(params["embed"]["table"], found["embed"]["table"])
+    assert session.train(tmp_path / "second").metrics["scored_examples"] == 30
+    # And from there on with the same head.
+    again = session_of(experiment(folder, LABELS, "labels", start=str(tmp_path / "second"), training=steps))
+    _, found, _ = load_run(tmp_path / "second")
+    np.testing.assert_array_equal(again.fresh_params()["head"]["output"]["kernel"], found["head"]["output"]["kernel"])
+    with pytest.raises(ValueError, match="The 8 training examples are fewer than one batch of 16"):
+        session_of(experiment(folder, LABELS, "labels", data={"train_split": "train[:8]"})).train(tmp_path / "few")
 
 
 def test_answers_alone_are_learned(folder, tmp_path):

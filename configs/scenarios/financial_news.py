@@ -41,7 +41,7 @@ experiment = Experiment(
         name="synthetic_financial_news",
         train_split="train[:500]",
         objective="labels",
-        augment=AugmentConfig(synonyms=0.2, insert=0.1, swap=0.1, delete=0.1, keyboard=0.02, protected=PROTECTED),
+        augment=AugmentConfig(synonyms=0.3, keyboard=0.02, protected=PROTECTED),
         tokenizer="bpe",
         bpe_vocab_size=512,
         sequence_length=48,

@@ -51,10 +51,12 @@ def train_batches(
     windows = _sequences(config, tokens)
     if len(windows) < config.batch_size:
         made = (
-            f"tokens make {len(windows)} sequences of {config.sequence_length}" if windows is not tokens else "examples"
+            f"tokens make {len(windows)} sequences of {config.sequence_length},"
+            if windows is not tokens
+            else "examples are"
         )
         raise ValueError(
-            f"The {len(tokens)} training {made}, fewer than one batch of {config.batch_size}; lower data.batch_size or "
+            f"The {len(tokens)} training {made} fewer than one batch of {config.batch_size}; lower data.batch_size or "
             "data.sequence_length, or use more data."
         )
     if start_step < 0:

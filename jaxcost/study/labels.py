@@ -130,7 +130,7 @@ def _run(experiment: Experiment, folder: Path, arm: Arm, seed: int, threshold: f
         "arm": arm.name,
         "seed": seed,
         **{name: fitted.metrics[name] for name in ("accuracy", "macro_f1", "nats_per_label")},
-        **session.purchases(),
+        **session.purchases,
         "seconds": fitted.totals["seconds"],
         "compute_usd": session.hardware.usd(fitted.totals["seconds"]),
     }
