@@ -68,6 +68,7 @@ def test_a_mask_behind_the_last_token_has_a_row_in_sessions_and_plans(folder):
         assert session_of(value).model.config.vocab_size == vocabulary_of(value) == 384
 
 
+@pytest.mark.slow
 def test_labels_are_learned_from_an_encoder_that_learned_hidden_tokens(folder, tmp_path):
     steps = TrainingConfig(steps=2)
     session_of(experiment(folder, ENCODER, "masked_tokens", training=steps)).train(tmp_path / "first")
@@ -173,6 +174,7 @@ def test_a_model_that_cannot_learn_the_objective_is_refused_before_anything_star
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_transforms_and_plans_meet_labels_too(folder):
     value = experiment(folder, LABELS, "labels", transforms=(prune(method="wanda"), lora(rank=2)))
     session = session_of(value)
