@@ -3,14 +3,19 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+import small
 
 from jaxcost.data import DataConfig, open_source, tokenize_split
+from jaxcost.data.pipeline import batches_in_order
 from jaxcost.data.selection import SelectConfig
 from jaxcost.data.selection.duplicates import find_contaminated, find_duplicates, likeness
 from jaxcost.data.selection.scores import coreset, el2n, uncertainty
 from jaxcost.data.tokenizers import ByteTokenizer
+from jaxcost.evaluation.score import Scorer, row_nats
+from jaxcost.sharding import MeshConfig, make_mesh
 
 DRAW = np.random.default_rng(0)
 WORDS = ["".join(DRAW.choice(list("abcdefghij"), size)) for size in DRAW.integers(3, 9, 2000)]
@@ -88,6 +93,25 @@ def test_uncertainty_is_largest_where_labels_are_equally_likely():
 def test_el2n_is_the_mean_distance_to_the_label():
     shares = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
     np.testing.assert_allclose(el2n(shares, [0, 1]), [np.sqrt(2) / 2, np.sqrt(0.5)])
+
+
+def test_the_perplexity_of_each_text_adds_up_to_the_score_of_all():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    draw = np.random.default_rng(0)
+    lengths = np.array([5, 2, 7, 1, 3])
+    tokens = draw.integers(1, small.CONFIG.vocab_size, (5, 9))
+    mask = (np.arange(8) < lengths[:, None]).astype(np.float32)
+    rows = [
+        {"inputs": t[:-1].astype(np.int32), "targets": t[1:].astype(np.int32), "mask": m}
+        for t, m in zip(tokens, mask, strict=True)
+    ]
+    batches = list(batches_in_order(rows, 2))
+    found = row_nats(small.MODEL, small.dense_params(), batches, mesh)
+    whole = Scorer(small.MODEL, batches, np.ones(small.CONFIG.vocab_size, int), mesh)(small.dense_params())
+    assert found.shape == (5,) and np.sum(found * lengths) / lengths.sum() == pytest.approx(
+        whole.nats_per_token, rel=1e-5
+    )
+    np.testing.assert_allclose(row_nats(small.MODEL, small.dense_params(), batches[1:], mesh), found[2:], rtol=1e-5)
 
 
 def test_a_coreset_takes_the_farthest_point_each_time():
