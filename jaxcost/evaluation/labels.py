@@ -69,8 +69,12 @@ class Labeller:
         def shares(params, batch):
             return jax.nn.softmax(output_of(model.config, params)(states(params, batch))[:, 0])
 
-        self._shares = jax.jit(shares)
-        self._states = jax.jit(lambda params, batch: states(params, batch)[:, 0].astype(jnp.float32))
+        # Every process of a job reads all of it.
+        whole = sharding.replicated(mesh)
+        self._shares = jax.jit(shares, out_shardings=whole)
+        self._states = jax.jit(
+            lambda params, batch: states(params, batch)[:, 0].astype(jnp.float32), out_shardings=whole
+        )
 
     def probabilities(self, params: weights.Params) -> np.ndarray:
         """float32 (N, C), in the order of the texts."""

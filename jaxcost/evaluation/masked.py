@@ -44,7 +44,7 @@ class MaskedScorer:
             right_BS = jnp.argmax(logits_BSV, axis=-1) == batch["targets"]
             return jnp.stack([jnp.sum(x * batch["mask"]) for x in (nats_BS, right_BS, jnp.ones(nats_BS.shape))])
 
-        self._sums = jax.jit(sums)
+        self._sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: weights.Params) -> MaskedScore:
         """The score of one set of weights."""

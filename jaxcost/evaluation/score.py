@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -75,7 +76,7 @@ def row_nats(model: Transformer, params: weights.Params, batches: Iterable[Batch
     up, are left out.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sums(params, batch):
         hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
         nats_BS = negative_log_likelihood(output_of(model.config, params)(hidden_BSD), batch["targets"])
