@@ -46,11 +46,14 @@ setup(
         # error whatever the script, so it is asked for by itself.
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
+        "watch": ["tensorboardX>=2.6,<3", "wandb>=0.20,<1"],
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.130,<7",
             "ruff>=0.14,<0.18",
+            "jsonschema>=4,<5",
+            "pyyaml>=6,<7",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
         ],

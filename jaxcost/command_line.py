@@ -38,7 +38,7 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
         _keep_memory()
         _compile_once()
         result = main(arguments)
-        if arguments.json is not None:
+        if arguments.json is not None and _is_first():
             with atomic_write(arguments.json) as file:
                 file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
         if result.get("exit_status"):
@@ -51,7 +51,10 @@ def run(main: Callable[[_T], dict[str, Any]], arguments_class: type[_T], argv: S
         said = str(error).strip() or type(error).__name__
         expected = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("jaxcost")
         kind = "" if expected else f"{type(error).__name__}: "
-        _fail(kind + " ".join(said.split()), 1)
+        status = getattr(error, "exit_status", 1)
+        if status != 1:
+            _leave()
+        _fail(kind + " ".join(said.split()), status)
 
 
 def _check_writable(path: Path) -> None:
@@ -71,6 +74,19 @@ def _choose_platform() -> None:
     compilers = importlib.util.find_spec("libtpu") or importlib.util.find_spec("jax_plugins")
     if "JAX_PLATFORMS" not in os.environ and compilers and not tpu:
         jax.config.update("jax_platforms", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
+
+
+def _is_first() -> bool:
+    from jaxcost import hosts
+
+    return hosts.is_first()
+
+
+def _leave() -> None:
+    """Lets the other processes of a job, which end alike, end before the one that they all report to."""
+    from jaxcost import hosts
+
+    hosts.leave()
 
 
 def _fail(message: str, status: int) -> None:

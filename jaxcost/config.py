@@ -20,12 +20,12 @@ from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.cost.purchases import PriceConfig
 from jaxcost.data.config import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
-from jaxcost.models import context
+from jaxcost.models import context, pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import recipes
-from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import CalibrationConfig
 
@@ -54,6 +54,8 @@ class Experiment:
     """What is scored."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What is kept."""
+    watch: WatchConfig = WatchConfig()
+    """What is written for those who watch the run."""
     hardware: HardwareConfig = HardwareConfig()
     """The chips that the run is priced on."""
     prices: PriceConfig = PriceConfig()
@@ -104,10 +106,13 @@ class Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
-        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "study", "mesh", "prices")}
+        kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices")
+        rest = {name: getattr(default, name) for name in kept_out}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")
-        return dataclasses.replace(self, data=data, execution=execution, distill=distill, **rest)
+        optimizer = dataclasses.replace(self.optimizer, split_over_data=False, offload=False)
+        changed = {"data": data, "execution": execution, "distill": distill, "optimizer": optimizer}
+        return dataclasses.replace(self, **changed, **rest)
 
     def check_devices(self, num_devices: int) -> None:
         """ValueError, in one sentence, if the model or the batch cannot be split over so many devices."""
@@ -134,6 +139,21 @@ class Experiment:
                 raise ValueError(f"{name} ({size}) must be a multiple of mesh.{axis} ({sizes[axis]}); change either.")
         if sizes["context"] > 1:
             self._check_context(sizes)
+        if sizes["stage"] > 1:
+            self._check_stages(sizes["stage"], microbatch, rows)
+
+    def _check_stages(self, stages: int, rows: int, ways: int) -> None:
+        e, depths = self.execution, [("model", self.model)]
+        depths += [("model.encoder", self.model.source)] if self.model.encoder.num_layers else []
+        for name, m in depths:
+            period = len(m.groups(0, m.num_layers)[0][1])
+            if m.num_layers % (stages * e.rounds * period):
+                raise ValueError(
+                    f"{name}.num_layers ({m.num_layers}) must be a multiple of mesh.stage x execution.rounds"
+                    f"{' x the layers of model.pattern' if period > 1 else ''} ({stages * e.rounds * period}); change "
+                    "one of them."
+                )
+        pipeline.microbatches(e.microbatches, stages, rows, ways)
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         m, ways = self.model, sizes["fsdp"] * sizes["context"]

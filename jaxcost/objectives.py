@@ -73,15 +73,15 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer, model: Mode
 
 
 def learned_batches(
-    config: DataConfig, split: Split, tokenizer: Tokenizer, model: ModelConfig
+    config: DataConfig, split: Split, tokenizer: Tokenizer, model: ModelConfig, **part: Any
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches to learn from; see `train_batches`."""
+    """An endless iterator of batches to learn from; `part` says which rows, as `train_batches` has it."""
     if isinstance(split, TokenStream):
         hide = Masking.of(config.masked_fraction, tokenizer) if config.objective == "masked_tokens" else None
-        return train_batches(config, split.tokens, prepare=hide)
+        return train_batches(config, split.tokens, prepare=hide, **part)
     row, augment = _row(config, tokenizer, model), AugmentText(config.augment)
     change = augment.random_map if config.augment.active else lambda example, _: example
-    return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)))
+    return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)), **part)
 
 
 def make_scorer(

@@ -7,6 +7,8 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import grain
 import jax
 
-from jaxcost import objectives, serialization, sharding, weights
+from jaxcost import hosts, objectives, serialization, sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
@@ -23,6 +25,7 @@ from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
+from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of, resized
 from jaxcost.sharding import MeshConfig
@@ -30,6 +33,7 @@ from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
 from jaxcost.training.loop import Fitted, fit
 from jaxcost.training.progress import Progress
+from jaxcost.training.watch import Watch
 from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
 from jaxcost.transforms.manifest import check
 
@@ -111,9 +115,11 @@ class Session:
     def _split(self, split: str) -> objectives.Split:
         return objectives.open_split(self.experiment.data, split, self.tokenizer, self.model.config)
 
-    def train_batches(self) -> grain.DatasetIterator:
-        """An endless iterator of the batches of the training split, from its beginning."""
-        return objectives.learned_batches(self.experiment.data, self.train_stream, self.tokenizer, self.model.config)
+    def train_batches(self, **part: Any) -> grain.DatasetIterator:
+        """An endless iterator of the batches of the training split, from its beginning; `part` as `train_batches` has
+        it."""
+        data, tokenizer = self.experiment.data, self.tokenizer
+        return objectives.learned_batches(data, self.train_stream, tokenizer, self.model.config, **part)
 
     @cached_property
     def scorer(self) -> Callable[[weights.Params], Any]:
@@ -169,6 +175,23 @@ class Session:
         left.check_devices(len(self.devices))
         return params
 
+    def placed(self) -> list[sharding.Placed]:
+        """Where every array of the transformed weights lives on this mesh; nothing is computed."""
+        params = self.abstract_params()
+        return sharding.placed(params, sharding.shardings(params, axes_of(self.model, params), self.mesh))
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which the stages of mesh.stage wait for each other."""
+        sizes, e = dict(self.mesh.shape), self.experiment.execution
+        if sizes["stage"] == 1:
+            return 0.0
+        rows = self.experiment.data.batch_size // self.experiment.training.accumulation
+        ways = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
+        return pipeline.bubble(
+            sizes["stage"], pipeline.microbatches(e.microbatches, sizes["stage"], rows, ways), e.rounds
+        )
+
     @cached_property
     def transformed_config(self) -> ModelConfig:
         """The model's config with the sizes that the transforms leave."""
@@ -223,7 +246,8 @@ class Session:
         directory = Path(directory)
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
-        batches = self.train_batches()
+        rows = sharding.own_rows(self.mesh, self.experiment.data.batch_size)
+        batches = self.train_batches(rows=rows, numbered=self.experiment.watch.records)
         with _alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
@@ -291,7 +315,7 @@ class Session:
         distilled: dict[str, Any],
     ) -> Fitted:
         data = self.experiment.data
-        ledger = Ledger(directory / "ledger.jsonl", self.hardware, data=self.purchases)
+        ledger = Ledger(directory / "ledger.jsonl" if hosts.is_first() else None, self.hardware, data=self.purchases)
         self._say_data(ledger)
         return fit(
             self.model,
@@ -306,11 +330,13 @@ class Session:
             training=self.experiment.training,
             checkpoint=self.experiment.checkpoint,
             ledger=ledger,
+            watch=Watch(directory, self.experiment.watch),
+            batch_size=data.batch_size,
             progress=Progress(
                 title,
                 self.peak_flops_per_second,
                 self.model_flops_per_token() * data.batch_size * data.sequence_length,
-                self.quiet,
+                self.quiet or not hosts.is_first(),
             ),
             **distilled,
         )
@@ -359,6 +385,7 @@ class Session:
     def _claim(self, directory: Path) -> None:
         """Writes down what runs in a folder, or checks that the same ran there before."""
         path = directory / DESCRIPTION
+        hosts.meet("before claiming a folder")
         if path.exists():
             before = read_experiment(directory)
             changed = serialization.differences(before.trained_part(), self.experiment.trained_part())
@@ -367,6 +394,9 @@ class Session:
                     f"{directory} holds a run with another {', '.join(changed)}; "
                     "choose another --workdir, or give the same settings to go on with that run."
                 )
+            return
+        hosts.meet("before describing a folder")
+        if not hosts.is_first():
             return
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(directory / TOKENIZER)
@@ -377,10 +407,15 @@ class Session:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process; ValueError if another holds it, or if it is no folder."""
+    """Holds a folder for this job; ValueError if another holds it, or if it is no folder."""
+    if re.match(r"[a-z0-9]+:/", str(directory)):
+        raise ValueError(f"{directory} is an address and no folder; mount the bucket as files (gcsfuse) and name that.")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a folder as --workdir.")
     directory.mkdir(parents=True, exist_ok=True)
+    if not hosts.is_first():
+        yield
+        return
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

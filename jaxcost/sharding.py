@@ -19,13 +19,13 @@ from jaxcost import weights
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters.
-    "vocab": ("tensor",),
+    "vocab": ("tensor", "stage"),
     "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "expert": ("expert",),
-    "layers": (),
+    "layers": ("stage",),
     "rank": (),
     "adapters": (),
     "position": (),
@@ -36,6 +36,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "length": ("context",),
     "residual": ("tensor",),
     "head_dim": (),
+    "stage": ("stage",),
 }
 """Logical axis name → the mesh axes that split it."""
 
@@ -67,6 +68,9 @@ class MeshConfig:
     """Ways that each sequence is split, and the weights like over fsdp (context parallelism, for long sequences)."""
     expert: int = 1
     """Ways that the experts are split (expert parallelism); all other weights and the batch are split as by fsdp."""
+    stage: int = 1
+    """Ways that the layers are split (pipeline parallelism; see `execution.microbatches`), and the vocabulary with
+    them."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -109,6 +113,17 @@ def context_ways(length: int) -> int:
     return ways if ways <= length else 1
 
 
+def stages() -> int:
+    """Stages that the current mesh spreads the layers over."""
+    return jax.sharding.get_abstract_mesh().shape.get("stage", 1)
+
+
+def batch_ways() -> int:
+    """Parts that the current mesh splits the rows of a batch into."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+
+
 def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
     """The mesh axes for each logical axis; axes of size 1 are left out, and no mesh axis is used twice."""
     taken: set[str] = set()
@@ -142,6 +157,30 @@ def shardings(params: weights.Params, axes: weights.Params, mesh: Mesh) -> weigh
     return weights.map_weights(place, params, axes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where one array of a tree lives."""
+
+    path: str
+    shape: tuple[int, ...]
+    """Of the whole array."""
+    dtype: str
+    spec: PartitionSpec
+    """The mesh axes that split each axis; none are replicated."""
+    device_bytes: int
+    """Bytes of one device's part."""
+
+
+def placed(params: weights.Params, places: weights.Params) -> list[Placed]:
+    """Where every array of a tree of weights lives, by the shardings of `shardings`; arrays may be only described."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = []
+    for (path, a), place in zip(leaves, jax.tree.leaves(places), strict=True):
+        size = math.prod(place.shard_shape(a.shape)) * jax.dtypes.itemsize_bits(a.dtype) // 8
+        found.append(Placed(weights.path_name(path), a.shape, str(a.dtype), place.spec, size))
+    return found
+
+
 def _placed(path, array, names, mesh) -> NamedSharding:
     places = []
     for size, name, split in zip(array.shape, names, mesh_spec(names, mesh.shape), strict=True):
@@ -154,6 +193,17 @@ def _placed(path, array, names, mesh) -> NamedSharding:
             )
         places.append(split if divides else None)
     return NamedSharding(mesh, PartitionSpec(*places))
+
+
+def split_further(place: NamedSharding, shape: tuple[int, ...], axis: str) -> NamedSharding:
+    """A sharding that one more mesh axis splits, along the longest axis of an array that it divides; or the same."""
+    mesh, spec = place.mesh, [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        split = () if spec[i] is None else (spec[i],) if isinstance(spec[i], str) else tuple(spec[i])
+        if shape[i] % math.prod(mesh.shape[a] for a in (*split, axis)) == 0 and mesh.shape[axis] > 1:
+            spec[i] = (*split, axis)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return place
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
@@ -177,9 +227,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, mesh_spec(PartitionSpec("batch", "length"), mesh.shape))
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B and S."""
-    return {name: jax.device_put(x, batch_sharding(mesh)) for name, x in batch.items()}
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, int (rows,), ascending; all of them if it is alone."""
+    places = NamedSharding(mesh, mesh_spec(PartitionSpec("batch"), mesh.shape))
+    held = places.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int = 0) -> dict[str, jax.Array]:
+    """A batch of host arrays (B, S) on the devices; ValueError if the mesh does not divide B and S.
+
+    With a `batch_size`, B, the arrays hold the rows of `own_rows` alone, as each of several processes reads its part.
+    """
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return {name: jax.device_put(x, where) for name, x in batch.items()}
+    rows = own_rows(mesh, batch_size) if batch_size else None
+
+    def placed(x: np.ndarray) -> jax.Array:
+        def part(index):
+            if rows is None:
+                return x[index]
+            start, stop, _ = index[0].indices(batch_size)
+            return x[(slice(*np.searchsorted(rows, (start, stop))), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size or len(x), *x.shape[1:]), where, part)
+
+    return {name: placed(x) for name, x in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -103,7 +103,7 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     path = tmp_path / "ledger.jsonl"
     train(open_ledger(path), range(1, 5), {})
     path.write_text("not json\n" + path.read_text())
-    with pytest.raises(ValueError, match="line 1 of .* is not a ledger line"):
+    with pytest.raises(ValueError, match="Line 1 of .* is no JSON object with a step"):
         open_ledger(path)
 
 

@@ -56,7 +56,7 @@ WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "en
 WHISPER |= {"decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_source_positions": 16}
 AUDIO = {"conv_dim": (16, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 6}
 AUDIO |= {"num_conv_pos_embedding_groups": 4}
-WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5}
+WHISPER |= {"max_source_positions": 9, "classifier_proj_size": 16, "num_labels": 5, "decoder_start_token_id": 1}
 OPTIONS = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32},
     "mixtral": EXPERTS,

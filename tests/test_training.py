@@ -29,7 +29,8 @@ from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
 from jaxcost.training import checkpoints
 from jaxcost.training.checkpoints import CheckpointError
-from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from jaxcost.training.clock import LOSSES
+from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
 from jaxcost.training.loop import NonFiniteError
 from jaxcost.training.optimizer import make_optimizer, make_schedule
@@ -202,8 +203,11 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, data_dir):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, data_dir):
     fitted(experiment(data_dir), tmp_path / "good")
     value = experiment(data_dir, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0))
-    with pytest.raises(NonFiniteError, match=r"not finite at step \d+; there is no checkpoint"):
+    with pytest.raises(NonFiniteError, match=r"step 6, the last of 5 in a row; there is no checkpoint"):
         fitted(value, tmp_path / "bad")
+    strict = dataclasses.replace(value, training=TrainingConfig(steps=12, skip_limit=0))
+    with pytest.raises(NonFiniteError, match=r"not finite at step 2; there is no checkpoint"):
+        fitted(strict, tmp_path / "strict")
     # Later than the first checkpoint: it stays, and is whole.
     late = dataclasses.replace(value, optimizer=OptimizerConfig(learning_rate=1e30, schedule="constant", clip_norm=0))
     late = dataclasses.replace(late, training=TrainingConfig(steps=12))
@@ -214,6 +218,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         assert "last good checkpoint" in str(error) or "no checkpoint" in str(error)
     else:
         pytest.fail("a learning rate of 1e30 trained")
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(data_dir):
+    value = experiment(data_dir, transforms=(lora(rank=2),))
+    session = session_of(value)
+    params = session.fresh_params()
+    tx = make_optimizer(value.optimizer, 12)
+    step = jax.jit(make_train_step(session.model, tx, session.transform))
+    state = init_state(params, tx, 0)
+    tokens = np.arange(8 * 32).reshape(8, 32) % 50
+    batch = {"inputs": tokens, "targets": tokens, "mask": np.ones((8, 32), np.float32)}
+    state, first = step(state, batch)
+    broken = batch | {"mask": np.full((8, 32), np.inf, np.float32)}
+    after, result = step(state, broken)
+    assert (float(first["skipped"]), float(result["skipped"])) == (0, 1)
+    assert int(after.step) == int(state.step) + 1
+    for name in ("params", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    again, result = step(after, batch)
+    assert float(result["skipped"]) == 0 and np.isfinite(float(result["loss"]))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (again.params, after.params)), strict=True))
+
+
+def test_the_run_says_what_each_step_came_to_and_where_its_seconds_went(tmp_path, data_dir):
+    watch = WatchConfig(records=True, profile="2:3")
+    done = fitted(experiment(data_dir, watch=watch), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["loss"] for line in lines] == pytest.approx(list(done.losses))
+    assert all(len(set(line["records"])) == 8 and line["seconds"] > 0 and line["skipped"] == 0 for line in lines)
+    assert 0 < lines[-1]["goodput"] <= 1 and set(done.lost_seconds) == set(LOSSES)
+    assert 0 < done.goodput < 1 - done.lost_seconds["compile"] / done.totals["seconds"] + 0.01
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="watch.profile is '3'; give the first and the last step"):
+        WatchConfig(profile="3")
 
 
 def largest_file(folder):
@@ -297,6 +336,7 @@ def test_kill_at_any_moment_and_the_same_command_ends_with_the_same_bits(tmp_pat
         seconds = time.monotonic() - start
     assert bits(tmp_path / "first") == bits(tmp_path / "whole")
 
+    # A notice of preemption saves, a kill does not; either may come while a checkpoint is written.
     draw, kills = random.Random(0), 0
     killed = train_command(tmp_path / "killed", data_dir, *longer)
     while True:
@@ -307,8 +347,8 @@ def test_kill_at_any_moment_and_the_same_command_ends_with_the_same_bits(tmp_pat
             assert process.returncode == 0, said
             break
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.send_signal(draw.choice((signal.SIGKILL, signal.SIGTERM)))
+            process.communicate(timeout=20)
             kills += 1
     assert kills >= 4
     assert bits(tmp_path / "killed") == bits(tmp_path / "whole")

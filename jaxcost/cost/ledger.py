@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxcost.cost import hardware as hardware_lib
+from jaxcost.journal import Journal
 
 _TOTALS = ("seconds", "tokens", "flops", "bytes")
 
@@ -28,34 +26,37 @@ class Ledger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         hardware: hardware_lib.Hardware | None = None,
         clock: Callable[[], float] = time.time,
         data: Mapping[str, Any] | None = None,
     ):
-        """Opens `path`, or starts it; a last line torn by a killed process is dropped.
+        """Opens the file, or starts it.
 
         Args:
-            path: the file; its directory is made if it is missing.
+            path: as `Journal` takes it.
             hardware: prices the seconds; without it `usd` and `kwh` are null.
             clock: gives a line's `time`.
             data: what the data cost, paid before the run: fields of every line, such as `labels` and `data_usd`.
 
         Raises:
-            ValueError: a line before the last one is not a JSON object.
+            ValueError: as `Journal` raises it.
         """
-        self._path = pathlib.Path(path)
+        self._journal = Journal(path)
         self._hardware = hardware
         self._clock = clock
         self._data = dict(data or {})
         self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_torn_line()
 
     @property
     def totals(self) -> dict[str, float]:
         """A copy of the totals so far: `seconds`, `tokens`, `flops`, `bytes`. Plain numbers, to save as JSON."""
         return dict(self._totals)
+
+    @property
+    def usd(self) -> float | None:
+        """What the seconds so far cost; None where the price is unknown."""
+        return self._hardware.usd(self._totals["seconds"]) if self._hardware else None
 
     def restore(self, totals: Mapping[str, float]):
         """Continues from totals saved earlier.
@@ -101,71 +102,19 @@ class Ledger:
             "step": step,
             "event": event,
             **self._totals,
-            "usd": self._hardware.usd(seconds) if self._hardware else None,
+            "usd": self.usd,
             "kwh": self._hardware.kwh(seconds) if self._hardware else None,
             **self._data,
         }
         taken = sorted(line.keys() & metrics.keys())
         if taken:
             raise ValueError(f"the ledger already has a field {taken[0]!r}; give the metric another name.")
-        line |= {name: _plain(value) for name, value in metrics.items()}
-        text = json.dumps(line) + "\n"
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        return line
+        return self._journal.append(line | metrics, on_disk=True)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line of the file, in the order written.
-
-        Raises:
-            ValueError: a line is not a JSON object.
-        """
-        if not self._path.exists():
-            return []
-        return [self._parse(text, number) for number, text in enumerate(self._path.read_text().splitlines(), 1)]
+        """Every line of the file, in the order written."""
+        return self._journal.lines()
 
     def rewind(self, step: int):
         """Drops the lines after `step`, so that a run resumed from its checkpoint writes them anew."""
-        kept = [line for line in self.lines() if line["step"] <= step]
-        self._replace("".join(json.dumps(line) + "\n" for line in kept))
-
-    def _parse(self, text: str, number: int) -> dict[str, Any]:
-        line = _parse_line(text)
-        if line is None:
-            raise ValueError(f"line {number} of {self._path} is not a ledger line; mend or remove it.")
-        return line
-
-    def _drop_torn_line(self):
-        if not self._path.exists():
-            return
-        text = self._path.read_text(errors="replace")
-        whole, newline, torn = text.rpartition("\n")
-        if torn:
-            self._replace(whole + newline)
-        self.lines()
-
-    def _replace(self, text: str):
-        """Puts `text` in the file's place in one step, so that a kill leaves either the old file or the new one."""
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
-
-
-def _parse_line(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) and "step" in line else None
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold: scalars of NumPy and JAX become Python's, and what is not finite None."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        self._journal.rewind(step)

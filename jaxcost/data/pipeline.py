@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 (B, S), and `mask`, float32 (B, S), 1 where the target counts; where documents are kept
 apart also `segments`, int32 (B, S)."""
 
+RECORDS = "records"
+"""The name, beside the arrays of a batch, of the numbers of its windows."""
+
 _PREFETCHED_BATCHES = 4
 
 
@@ -24,6 +28,8 @@ def train_batches(
     config: DataConfig,
     tokens: np.ndarray | Sequence[Any],
     start_step: int = 0,
+    rows: Sequence[int] | None = None,
+    numbered: bool = False,
     prepare: Callable[[Any, np.random.Generator], dict[str, np.ndarray]] | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Iterates for ever over shuffled windows of the tokens, or over shuffled examples.
@@ -37,6 +43,10 @@ def train_batches(
       config: sequence length (S), batch size (B) and seed.
       tokens: integers (N,), such as `TokenStream.tokens`, or examples by index, which `prepare` makes rows of.
       start_step: batches to pass over, at no cost; the same as the state after that many batches.
+      rows: the rows of each batch that are read, in ascending order, as a process of several reads its part; all by
+        default. The batches of the job, and their positions, are the same however many processes share them.
+      numbered: beside the arrays, give the numbers of the windows in the split as `records`, int64 (B,), which are for
+        a log and not for a model.
       prepare: makes of each window or example the row that is learned from, with a generator of its own, drawn anew
         every epoch; what it does depends on nothing else.
 
@@ -61,10 +71,19 @@ def train_batches(
         )
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; give the number of batches already used, 0 to begin.")
-    # Windows are numbered globally up to here, so hosts that load their own share would slice before `batch`.
-    rows = grain.MapDataset.source(windows).seed(config.shuffle_seed).shuffle().repeat()
-    rows = rows if prepare is None else rows.random_map(prepare)
-    batches = rows.batch(config.batch_size, drop_remainder=True)
+    order = grain.MapDataset.range(len(windows)).seed(config.shuffle_seed).shuffle().repeat()
+    # In the same order, as it is shuffled by the same seed; what is drawn for a row depends on its place in it alone.
+    shuffled = grain.MapDataset.source(windows).seed(config.shuffle_seed).shuffle().repeat()
+    shuffled = shuffled if prepare is None else shuffled.random_map(prepare)
+    rows = range(config.batch_size) if rows is None else rows
+
+    def batch(step: int) -> Batch:
+        places = [step * config.batch_size + int(row) for row in rows]
+        found = [shuffled[place] for place in places]
+        made = {name: np.stack([one[name] for one in found]) for name in found[0]}
+        return made | {RECORDS: np.asarray([order[place] for place in places])} if numbered else made
+
+    batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
     iterator = iter(batches.to_iter_dataset(options))
     if start_step:

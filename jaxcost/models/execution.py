@@ -79,6 +79,12 @@ class ExecutionConfig:
     the kernel of `attention`; a ring passes keys and values round; auto trades where it can."""
     cache: Literal["compute", "int8"] = "compute"
     """Keys and values of the tokens seen, when serving: in the compute dtype, or int8 with a scale a token and head."""
+    microbatches: int = 0
+    """Parts that a batch is cut into to pass through the stages of mesh.stage; 0 takes 4 for each stage, or as many as
+    divide it. More shorten the time in which stages wait, and make smaller matmuls."""
+    rounds: int = 1
+    """Times that each microbatch passes through all stages, which hold so many runs of layers each. More shorten the
+    wait as well; every step then moves the weights to the stages that run them."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Unroll the layer scan; auto unrolls on CPU, where a loop costs 1.2 to 1.5 times, and scans elsewhere.
 
@@ -87,6 +93,11 @@ class ExecutionConfig:
     """
 
     def __post_init__(self):
+        if self.microbatches < 0 or self.rounds < 1:
+            raise ValueError(
+                f"execution.microbatches is {self.microbatches} and execution.rounds {self.rounds}; the first cannot "
+                "be negative (0 chooses), the second is at least 1."
+            )
         for name in (*self.save, *self.offload):
             if name not in TENSORS:
                 raise ValueError(f"execution: there is no activation {name!r}; choose from {', '.join(TENSORS)}.")

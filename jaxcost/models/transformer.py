@@ -60,6 +60,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Head, Output, Unembedding, embeddings
 from jaxcost.models.images import Images
 from jaxcost.models.layers import Norm, Table
+from jaxcost.models.pipeline import over_layers
 from jaxcost.models.positions import RelativePositions
 from jaxcost.sharding import constrain
 
@@ -206,7 +207,8 @@ class Transformer(nn.Module):
             nn.meta.unbox(self.get_variable("params", name)) for name in STACKS if self.has_variable("params", name)
         ]
 
-        def step(kinds, kept, x, group):
+        def step(kinds, kept, beside, x, group):
+            positions_BT, valid_BT, source = beside
             made = []
             for kind, (params, cache, held, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
@@ -220,6 +222,7 @@ class Transformer(nn.Module):
         # Behind the last layer there are none.
         further = None if further is None else jnp.pad(further, ((0, 1), (0, 0), (0, 0)))
         start, made, watched = 0, [], None
+        beside = (positions_BT, valid_BT, source)
         for stack in stacks:
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             # The source's keys and values are read, not written, so that a step makes no copy of them.
@@ -235,7 +238,9 @@ class Transformer(nn.Module):
             for groups, kinds, kept in runs:
                 run = _grouped(layers, done, groups, len(kinds))
                 wrapped = e.rematerialize(functools.partial(step, kinds, kept), groups, len(kinds))
-                x_BTD, (*new, sown) = lax.scan(wrapped, x_BTD, run, unroll=e.unrolled(groups))
+                how = {"unroll": e.unrolled(groups), "parts": e.microbatches, "rounds": e.rounds}
+                whole = kv is not None or bool(kept)
+                x_BTD, (*new, sown) = over_layers(wrapped, x_BTD, beside, run, whole=whole, **how)
                 made.append(_ungrouped(new, len(kinds)))
                 done += groups * len(kinds)
                 if kept:

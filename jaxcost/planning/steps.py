@@ -94,7 +94,9 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     batch |= distiller.stored(*shape) if distiller else {}
     batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)
-    step, state = jitted_step(model, shapes, optimizer, transform, experiment.training, mesh, distiller)
+    step, state = jitted_step(
+        model, shapes, optimizer, transform, experiment.training, mesh, distiller, experiment.optimizer
+    )
     trainable, _ = weights.partition(state.params)
     categories = {
         "weights": _device_bytes((state.params, state.beside)),

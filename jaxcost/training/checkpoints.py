@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from jaxcost.hosts import LostHostError
 from jaxcost.training.config import CheckpointConfig
 from jaxcost.weights import path_name
 
@@ -38,6 +39,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if isinstance(error, LostHostError):
+            # What waits for the others would wait for ever.
+            return
         try:
             self.wait()
         except CheckpointError:

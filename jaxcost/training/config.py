@@ -32,6 +32,10 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 never clips."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which the first moment is kept; half the bytes in bfloat16."""
+    split_over_data: bool = False
+    """Split the moments over mesh.data too (ZeRO stage 1): each replica updates its part, and gathers the weights."""
+    offload: bool = False
+    """Keep the moments in host memory, from which each step fetches them."""
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -65,6 +69,8 @@ class TrainingConfig:
     """Weight of the loss that keeps the router's logits small; of no effect without experts."""
     seed: int = 0
     """Seed of the initial weights and of any randomness in a step."""
+    skip_limit: int = 4
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the run."""
 
     def __post_init__(self):
         for field in ("steps", "accumulation", "loss_chunks"):
@@ -72,7 +78,7 @@ class TrainingConfig:
                 raise ValueError(f"training.{field} is {getattr(self, field)}; it must be at least 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed is {self.seed}; it must lie between 0 and 2**32 - 1.")
-        for field in ("evaluate_every", "load_balancing", "router_z"):
+        for field in ("evaluate_every", "load_balancing", "router_z", "skip_limit"):
             if getattr(self, field) < 0:
                 raise ValueError(f"training.{field} is {getattr(self, field)}; it cannot be negative.")
 
@@ -90,3 +96,33 @@ class CheckpointConfig:
         for field in ("every_steps", "keep"):
             if getattr(self, field) < 1:
                 raise ValueError(f"checkpoint.{field} is {getattr(self, field)}; it must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """What is written of a run for those who watch it, beside its ledger."""
+
+    steps: bool = True
+    """Write one JSON line a step, `steps.jsonl` in the run's folder."""
+    records: bool = False
+    """Write in each of those lines which windows of the split the step read."""
+    tensorboard: bool = False
+    """Write the same figures for TensorBoard, in the folder `tensorboard`; takes `jaxcost[watch]`."""
+    wandb: str = ""
+    """Project of Weights & Biases to send the same figures to; takes `jaxcost[watch]` and an account."""
+    profile: str = ""
+    """Steps to trace, as FIRST:LAST; the trace is written to the folder `profile`, for XProf or Perfetto."""
+
+    def __post_init__(self):
+        if self.profile:
+            self.profiled  # noqa: B018
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced; ValueError if `profile` does not name any."""
+        first, _, last = self.profile.partition(":")
+        if not self.profile:
+            return range(0)
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"watch.profile is {self.profile!r}; give the first and the last step, as in 10:12.")
+        return range(int(first), int(last) + 1)

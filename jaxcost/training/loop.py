@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,25 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxcost import sharding, weights
+from jaxcost import hosts, sharding, weights
 from jaxcost.cost.hlo import ProgramCost, compiled_cost
 from jaxcost.cost.ledger import Ledger
+from jaxcost.data.pipeline import RECORDS
 from jaxcost.models.transformer import Transformer, axes_of
 from jaxcost.training.checkpoints import Checkpoints
+from jaxcost.training.clock import Clock
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.training.distill import Distiller, StoredLogits
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.progress import Progress
 from jaxcost.training.step import TrainState, init_state, make_train_step
+from jaxcost.training.watch import Watch
 from jaxcost.transforms import Transform
 from jaxcost.transforms.manifest import check, manifest
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient became infinite or not a number."""
+    """The loss or a gradient was infinite or not a number in too many steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Fitted:
     """The ledger's totals: seconds, tokens, flops, bytes."""
     metrics: dict[str, float]
     """The last evaluation."""
+    skipped_steps: int
+    """Steps that changed nothing, because their loss or gradient was not finite."""
+    lost_seconds: dict[str, float]
+    """Seconds that did not train, by what took them; see `clock.LOSSES`."""
+    goodput: float
+    """The share of the run's seconds that trained."""
 
 
 def fit(
@@ -68,6 +75,8 @@ def fit(
     checkpoint: CheckpointConfig,
     ledger: Ledger,
     progress: Progress,
+    watch: Watch,
+    batch_size: int,
     distiller: Distiller | None = None,
     teacher: weights.Params | None = None,
     stored: StoredLogits | None = None,
@@ -87,6 +96,8 @@ def fit(
       optimizer, training, checkpoint: as their own docstrings say.
       ledger: charged with the seconds, tokens and FLOPs of the run.
       progress: shows the run to a person.
+      watch: writes what each step came to.
+      batch_size: B; where several processes share the job, each one's batches are its `sharding.own_rows` alone.
       distiller: what is learned from a teacher; then one of the next two is given.
       teacher: the weights of a teacher that runs inside of the step, on the mesh.
       stored: what a teacher said of every batch.
@@ -94,83 +105,125 @@ def fit(
     Raises:
       BrokenError: the training broke an invariant of the weights (see `transforms.manifest`), or a checkpoint does.
       NonFiniteError: the loss or the gradient is no longer finite; the checkpoints are left as they are.
+      Preempted: SIGTERM asked to end, and what was done is saved.
+      LostHostError: another process of the job no longer answers.
       CheckpointError: a checkpoint cannot be written or read.
       ValueError: the weights or the batch do not divide the mesh, or nothing in the weights trains.
     """
-    started = time.perf_counter()
+    clock = Clock(ledger)
 
     # ---- State: its shapes and where it lives ----
     tx = make_optimizer(optimizer, training.steps)
-    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh, distiller)
+    jitted, abstract = jitted_step(model, abstract_params, tx, transform, training, mesh, distiller, optimizer)
     places = jax.tree.map(lambda a: a.sharding, abstract)
     taught = () if teacher is None else (teacher,)
 
     def next_batch(step):
         batch = next(batches)
-        return sharding.place_batch(batch if stored is None else stored.read(step, batch), mesh)
+        records = batch.pop(RECORDS, None)
+        batch = batch if stored is None else stored.read(step, batch)
+        return sharding.place_batch(batch, mesh, batch_size), records
 
-    with jax.set_mesh(mesh), progress, Checkpoints(directory / "checkpoints", checkpoint) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        progress,
+        watch,
+        Checkpoints(directory / "checkpoints", checkpoint) as checkpoints,
+        hosts.together(),
+        hosts.Preemption() as preemption,
+    ):
         # ---- Step: compiled ahead of time, so that its cost is known before it runs ----
-        fresh_position = batches.get_state()
-        example = next_batch(1)
-        batches.set_state(fresh_position)
-        compiled = jitted.lower(abstract, example, *taught).compile(compiler_options=sharding.compiler_options(mesh))
-        cost = compiled_cost(compiled)
-        tokens_per_step = example["inputs"].size
+        with clock.losing("compile"):
+            fresh_position = batches.get_state()
+            example, _ = next_batch(1)
+            batches.set_state(fresh_position)
+            options = sharding.compiler_options(mesh)
+            compiled = jitted.lower(abstract, example, *taught).compile(compiler_options=options)
+            cost = compiled_cost(compiled)
+            tokens_per_step = example["inputs"].size
 
         # ---- Start, or restart ----
-        latest = checkpoints.latest()
-        if latest is None:
-            start = jax.jit(_initializer(model, tx, training, distiller), out_shardings=places)
-            state = start(make_params())
+        with clock.losing("start"):
+            latest = checkpoints.latest()
             metrics: dict[str, float] = {}
-            measured = None
-            promised = manifest(state.params)
-        else:
-            state, saved = checkpoints.restore(latest, abstract)
-            promised = check(saved.get("manifest", {}), state.params, step=f"reading {directory}")
-            batches.set_state(saved["position"])
-            ledger.restore(saved["totals"])
-            metrics, measured = saved["metrics"], saved["step_seconds"]
-        done = latest or 0
-        ledger.rewind(done)
+            measured, skipped, promised = None, 0, None
+            if latest is None:
+                start = jax.jit(_initializer(model, tx, training, distiller), out_shardings=places)
+                state = start(make_params())
+                promised = manifest(state.params)
+            else:
+                state, saved = checkpoints.restore(latest, abstract)
+                promised = check(saved.get("manifest", {}), state.params, step=f"reading {directory}")
+                batches.set_state(saved["position"])
+                ledger.restore(saved["totals"])
+                metrics, measured, skipped = saved["metrics"], saved["step_seconds"], saved.get("skipped", 0)
+            done = latest or 0
+            ledger.rewind(done)
+            clock.restore(saved.get("lost", {}) if latest else {}, watch.rewind(done))
 
         # ---- Loop ----
-        clock = _Clock(ledger, started)
         losses: list[float] = []
+        in_a_row = 0
+
+        def finish(step, result, records):
+            """Reads what a step came to, which waits for it."""
+            nonlocal skipped, in_a_row
+            figures = {name: float(value) for name, value in jax.device_get(result).items()}
+            seconds = clock.step_done(tokens_per_step, cost.total_flops)
+            losses.append(figures["loss"])
+            in_a_row = in_a_row + 1 if figures.pop("skipped") else 0
+            skipped += in_a_row > 0
+            if in_a_row > training.skip_limit:
+                raise NonFiniteError(_not_finite(step, figures, in_a_row, checkpoints.latest(), directory))
+            figures |= {"skipped": skipped, "seconds": seconds, **progress.figures(seconds)}
+            figures |= {"goodput": clock.goodput, "usd": ledger.usd, "memory_bytes": _memory_bytes(mesh)}
+            watch.write(step, figures if records is None else figures | {"records": records.tolist()})
+            progress.advance(losses[-1], clock.recent_seconds())
+
         pending = None
         run = sharding.runnable(jitted, compiled, state)
         progress.start(training.steps, done, tokens_per_step)
         for step in range(done + 1, training.steps + 1):
-            state, result = run(state, next_batch(step), *taught)
+            watch.begin(step)
+            with clock.waiting(pending and pending[1]):
+                batch, records = next_batch(step)
+            state, result = run(state, batch, *taught)
             # The step before is read only now, so that the devices never wait for the host.
             if pending is not None:
-                losses.append(_finite(pending, checkpoints, directory))
-                clock.step_done(tokens_per_step, cost.total_flops)
-                progress.advance(losses[-1], clock.recent_seconds())
-            pending = (step, result)
+                finish(*pending)
+            pending = (step, result, records)
 
+            stops = preemption.reached(step)
             evaluates = step == training.steps or (training.evaluate_every and step % training.evaluate_every == 0)
-            saves = step == training.steps or step % checkpoint.every_steps == 0
+            saves = stops or step == training.steps or step % checkpoint.every_steps == 0
             if evaluates or saves:
-                losses.append(_finite(pending, checkpoints, directory))
-                clock.step_done(tokens_per_step, cost.total_flops)
-                progress.advance(losses[-1], clock.recent_seconds())
+                finish(*pending)
                 pending = None
             if evaluates:
-                metrics = {"train_loss": losses[-1], **evaluate(state.params)}
+                with clock.losing("evaluation"):
+                    metrics = {"train_loss": losses[-1], **evaluate(state.params)}
                 clock.charge()
                 ledger.record(step, **metrics)
-            if saves:
+            # What precedes a skipped step may be what broke it: the checkpoint before is the better one to keep.
+            if saves and (in_a_row == 0 or stops or step == training.steps):
                 clock.charge()
-                measured = clock.median_seconds()
-                promised = check(promised, state.params, transform.waived(), "training")
-                saved = {"position": batches.get_state(), "totals": ledger.totals, "metrics": metrics}
-                saved |= {"manifest": promised}
-                checkpoints.save(step, state, saved | {"step_seconds": measured})
-            clock.resume()
+                with clock.losing("checkpoint"):
+                    measured = clock.median_seconds()
+                    promised = check(promised, state.params, transform.waived(), "training")
+                    saved = {"position": batches.get_state(), "totals": ledger.totals, "metrics": metrics}
+                    saved |= {"manifest": promised, "step_seconds": measured, "skipped": skipped, "lost": clock.lost}
+                    checkpoints.save(step, state, saved)
+            if stops and step < training.steps:
+                checkpoints.wait()
+                raise hosts.Preempted(
+                    f"Asked to end; step {step} of {training.steps} is saved in {directory}, and the same command goes "
+                    "on from there."
+                )
         checkpoints.wait()
-    return Fitted(state.params, training.steps, measured, cost, tuple(losses), ledger.totals, metrics)
+        lost, goodput = clock.lost, clock.goodput
+    return Fitted(
+        state.params, training.steps, measured, cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
+    )
 
 
 def jitted_step(
@@ -181,13 +234,16 @@ def jitted_step(
     training: TrainingConfig,
     mesh: Mesh,
     distiller: Distiller | None = None,
+    layout: OptimizerConfig | None = None,
 ) -> tuple[Any, TrainState]:
     """The train step under `jax.jit`, its state donated, and that state's shapes and shardings; nothing is computed.
 
+    `layout` says where the moments live; with the weights that they belong to, if it is not given.
     The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
     """
+    layout = layout or OptimizerConfig()
     abstract = jax.eval_shape(_initializer(model, optimizer, training, distiller), abstract_params)
-    places = _state_shardings(abstract, model, mesh)
+    places = _state_shardings(abstract, model, mesh, layout)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places)
     step = make_train_step(
         model,
@@ -197,6 +253,7 @@ def jitted_step(
         loss_chunks=training.loss_chunks,
         router_losses={"load_balancing": training.load_balancing, "router_z": training.router_z},
         distiller=distiller,
+        offload=layout.offload,
     )
     return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract
 
@@ -214,63 +271,34 @@ def _initializer(
     return start
 
 
-class _Clock:
-    """Charges the run's seconds to the ledger, and times the steps without what happens between them.
-
-    A killed run's seconds since its last checkpoint are lost with its steps.
-    """
-
-    def __init__(self, ledger: Ledger, started: float):
-        self._ledger = ledger
-        self._charged = started
-        self._mark = time.perf_counter()
-        self._seconds: list[float] = []
-
-    def charge(self) -> None:
-        now = time.perf_counter()
-        self._ledger.charge(seconds=now - self._charged)
-        self._charged = now
-
-    def step_done(self, tokens: int, flops: int) -> None:
-        now = time.perf_counter()
-        self._seconds.append(now - self._mark)
-        self._mark = now
-        self._ledger.charge(tokens=tokens, flops=flops)
-
-    def resume(self) -> None:
-        if self._charged > self._mark:
-            self._mark = time.perf_counter()
-
-    def recent_seconds(self) -> float:
-        return statistics.median(self._seconds[-20:])
-
-    def median_seconds(self) -> float:
-        # The first step also pays for what is made on first use.
-        return statistics.median(self._seconds[1:] or self._seconds)
-
-
-def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh) -> TrainState:
+def _state_shardings(abstract: TrainState, model: Transformer, mesh: Mesh, layout: OptimizerConfig) -> TrainState:
     params = sharding.shardings(abstract.params, axes_of(model, abstract.params), mesh)
     by_path = {weights.path_name(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path, leaf):
         # Moments are kept in dicts with the paths of the arrays that they belong to.
-        name = getattr(path[-1], "key", None)
-        return by_path.get(name, sharding.replicated(mesh))
+        own = by_path.get(getattr(path[-1], "key", None))
+        if own is None:
+            return sharding.replicated(mesh)
+        own = sharding.split_further(own, leaf.shape, "data") if layout.split_over_data else own
+        return own.with_memory_kind("pinned_host") if layout.offload else own
 
     moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
     one = sharding.replicated(mesh)
     return TrainState(one, params, moments, one, jax.tree.map(lambda _: one, abstract.beside))
 
 
-def _finite(pending: tuple[int, Any], checkpoints: Checkpoints, directory: Path) -> float:
-    step, result = pending
-    loss, norm = float(result["loss"]), float(result["gradient_norm"])
-    if math.isfinite(loss) and math.isfinite(norm):
-        return loss
-    last = checkpoints.latest()
+def _not_finite(step: int, figures: dict[str, float], in_a_row: int, last: int | None, directory: Path) -> str:
+    what = "gradient" if math.isfinite(figures["loss"]) else "loss"
     kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last} in {directory}"
-    raise NonFiniteError(
-        f"The {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step}; {kept}. "
-        "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or lower optimizer.clip_norm."
+    before = f", the last of {in_a_row} in a row" if in_a_row > 1 else ""
+    return (
+        f"The {what} is not finite at step {step}{before}; {kept}. Lower optimizer.learning_rate, lengthen "
+        "optimizer.warmup_steps, or lower optimizer.clip_norm."
     )
+
+
+def _memory_bytes(mesh: Mesh) -> int | None:
+    """The most that was held so far on one of this process's devices; None where the platform does not count."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")

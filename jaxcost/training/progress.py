@@ -49,12 +49,18 @@ class Progress:
             self._task = self._bar.add_task(self._title, total=steps, completed=done, figures="")
             self._bar.start()
 
+    def figures(self, step_seconds: float) -> dict[str, float | None]:
+        """Tokens a second and model-FLOP utilisation, null where the peak is unknown, of a step of so many seconds."""
+        utilisation = self._model_flops / step_seconds / self._peak if self._peak else None
+        return {"tokens_per_second": self._tokens / step_seconds, "mfu": utilisation}
+
     def advance(self, loss: float, step_seconds: float) -> None:
         """One more step is done."""
         self._done += 1
-        figures = f"loss {loss:.3f}  {self._tokens / step_seconds:,.0f} tokens/s"
-        if self._peak:
-            figures += f"  MFU {self._model_flops / step_seconds / self._peak:.1%}"
+        speed = self.figures(step_seconds)
+        figures = f"loss {loss:.3f}  {speed['tokens_per_second']:,.0f} tokens/s"
+        if speed["mfu"] is not None:
+            figures += f"  MFU {speed['mfu']:.1%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, figures=figures)
         elif time.monotonic() - self._last_line > 15 or self._done == self._steps:

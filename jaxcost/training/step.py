@@ -64,8 +64,10 @@ def make_train_step(
     router_losses: Mapping[str, float] = MappingProxyType({}),
     distiller: Distiller | None = None,
     ctc_blank: int | None = None,
+    offload: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss` and `gradient_norm`.
+    """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss`, `gradient_norm` and
+    `skipped`, 1 for a step whose loss or gradient is not finite, which changes nothing but the count of steps.
 
     `loss` is the mean negative log-likelihood in nats a token over the whole batch, or that of `detection_loss` where
     the head has boxes, in which a microbatch counts by its objects. Only the arrays that train are
@@ -75,7 +77,7 @@ def make_train_step(
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
     function takes the teacher's weights as a third argument. With the id of a blank, the loss is that of CTC, in nats a
-    label.
+    label. With `offload`, the optimizer's state comes from host memory; where it goes, the caller's shardings say.
     """
     if distiller is not None and ctc_blank is not None:
         raise ValueError("A distiller compares tokens one by one, which CTC does not; leave out either.")
@@ -119,6 +121,8 @@ def make_train_step(
         return objective + sum(weight * sums[name] for name, weight in router_losses.items() if name in sums), sums
 
     def train_step(state: TrainState, batch: Batch, teacher: weights.Params | None = None):
+        if offload:
+            state = state.replace(optimizer=jax.device_put(state.optimizer, jax.memory.Space.Device))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trainable, frozen = weights.partition(state.params)
         trainable |= state.beside
@@ -157,7 +161,11 @@ def make_train_step(
         beside = {name: updated[name] for name in state.beside}
         metrics = {name: total / count for name, total in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(kept)
-        return TrainState(state.step + 1, params, optimizer_state, state.key, beside), metrics
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        metrics["skipped"] = 1 - sound.astype(jnp.float32)
+        made, before = (params, optimizer_state, beside), (state.params, state.optimizer, state.beside)
+        made = jax.tree.map(lambda new, old: old if new is old else jnp.where(sound, new, old), made, before)
+        return TrainState(state.step + 1, made[0], made[1], state.key, made[2]), metrics
 
     return train_step
 
