@@ -29,6 +29,9 @@ setup(
         "jinja2>=3.1,<4",  # chat templates of checkpoints
         "sentencepiece>=0.2,<0.3",  # tokenizers of checkpoints that have no tokenizer.json
         "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
+        "pyarrow>=16",  # tables on disk; tensorflow-datasets needs it anyway
+        "pillow>=11",  # changed images; matplotlib needs it anyway
+        "datasketch>=2,<3",  # MinHash
         "numpy>=2,<3",
         "scipy>=1.13,<2",
         "tyro>=1,<2",

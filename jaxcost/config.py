@@ -17,6 +17,7 @@ import tyro
 
 from jaxcost import transforms
 from jaxcost.cost.hardware import HardwareConfig
+from jaxcost.cost.purchases import PriceConfig
 from jaxcost.data.config import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models import context, pipeline
@@ -57,6 +58,8 @@ class Experiment:
     """What is written for those who watch the run."""
     hardware: HardwareConfig = HardwareConfig()
     """The chips that the run is priced on."""
+    prices: PriceConfig = PriceConfig()
+    """What data cost."""
     start: str = ""
     """Folder of a training, or of an imported checkpoint, that this one goes on from: its model, tokenizer and newest
     weights take the place of this one's, and its transforms come before this one's. New weights if it is empty."""
@@ -103,7 +106,8 @@ class Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
         data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
-        rest = {name: getattr(default, name) for name in ("hardware", "checkpoint", "watch", "study", "mesh")}
+        kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices")
+        rest = {name: getattr(default, name) for name in kept_out}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")
         optimizer = dataclasses.replace(self.optimizer, split_over_data=False, offload=False)

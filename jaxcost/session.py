@@ -14,20 +14,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 
-from jaxcost import hosts, serialization, sharding, weights
+from jaxcost import hosts, objectives, serialization, sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
-from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer, tokenize_split, train_batches, validation_batches
+from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer
 from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
-from jaxcost.evaluation.score import Scorer
 from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, unembedding
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of, resized
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
@@ -71,12 +71,15 @@ class Session:
         self.tokenizer = build_tokenizer(experiment.data) if tokenizer is None else tokenizer
         self.quiet = quiet
         config = experiment.model
+        tokens = objectives.least_vocabulary(experiment.data.objective, self.tokenizer)
         if config.vocab_size == 0 and config.of_tokens:
-            config = dataclasses.replace(config, vocab_size=-(-self.tokenizer.vocab_size // 128) * 128)
-        if config.vocab_size < self.tokenizer.vocab_size and config.of_tokens:
+            config = dataclasses.replace(
+                config, vocab_size=objectives.chosen_vocabulary(experiment.data.objective, self.tokenizer)
+            )
+        if config.vocab_size < tokens and config.of_tokens:
             raise ValueError(
                 f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's vocabulary "
-                f"({self.tokenizer.vocab_size}); raise it, or use 0 to take the tokenizer's size."
+                f"({tokens}); raise it, or use 0 to take the tokenizer's size."
             )
         experiment.check_devices(len(self.devices))
         self.model = Transformer(config, experiment.execution)
@@ -101,21 +104,30 @@ class Session:
 
     @cached_property
     def train_stream(self):
-        """The training split as tokens."""
-        return tokenize_split(self.experiment.data, self.experiment.data.train_split, self.tokenizer)
+        """The training split as tokens, or as examples."""
+        return self._split(self.experiment.data.train_split)
 
     @cached_property
     def validation_stream(self):
-        """The validation split as tokens."""
-        return tokenize_split(self.experiment.data, self.experiment.data.validation_split, self.tokenizer)
+        """The validation split as tokens, or as examples."""
+        return self._split(self.experiment.data.validation_split)
+
+    def _split(self, split: str) -> objectives.Split:
+        return objectives.open_split(self.experiment.data, split, self.tokenizer, self.model.config)
+
+    def train_batches(self, **part: Any) -> grain.DatasetIterator:
+        """An endless iterator of the batches of the training split, from its beginning; `part` as `train_batches` has
+        it."""
+        data, tokenizer = self.experiment.data, self.tokenizer
+        return objectives.learned_batches(data, self.train_stream, tokenizer, self.model.config, **part)
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> Callable[[weights.Params], Any]:
         """Scores weights on the validation split."""
-        self.check_language_model()
+        objectives.check_model(self.experiment.data.objective, self.experiment.model)
         limit = self.experiment.evaluation.max_tokens or None
-        batches = validation_batches(self.experiment.data, self.validation_stream.tokens, limit)
-        return Scorer(self.model, batches, self.tokenizer.token_bytes, self.mesh)
+        split = self.validation_stream
+        return objectives.make_scorer(self.experiment.data, split, self.tokenizer, self.model, self.mesh, limit)
 
     def evaluate(self, params: weights.Params) -> dict[str, float]:
         """The figures that go into the ledger."""
@@ -139,7 +151,11 @@ class Session:
         """
         if self.experiment.start:
             first, params, _ = load_run(Path(self.experiment.start), self.devices)
-            places = sharding.shardings(params, axes_of(first.model, params), self.mesh)
+            if first.model.config.head != self.model.config.head:
+                new = self.base_params()
+                kept = {name: tree for name, tree in params.items() if name not in ("head", "unembed")}
+                params = {name: new[name] for name in new if name not in params} | kept | {"head": new["head"]}
+            places = sharding.shardings(params, axes_of(self.model, params), self.mesh)
             params = weights.map_weights(self._kept_as, jax.device_put(params, places))
             own = self.experiment.transforms[len(first.experiment.transforms) :]
             return self.transformed(chain(*own), params, self._keys()[1])
@@ -228,18 +244,17 @@ class Session:
           ValueError: the folder holds a run of another experiment, or the teacher cannot teach this student.
         """
         directory = Path(directory)
-        data = self.experiment.data
         # Whatever is wrong with the data is said before the folder is claimed for this experiment.
         self.open()
-        rows = sharding.own_rows(self.mesh, data.batch_size)
-        batches = train_batches(data, self.train_stream.tokens, rows=rows, numbered=self.experiment.watch.records)
+        rows = sharding.own_rows(self.mesh, self.experiment.data.batch_size)
+        batches = self.train_batches(rows=rows, numbered=self.experiment.watch.records)
         with _alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
             self._claim(directory)
             stored = distilled.get("stored")
             if stored is not None and stored.missing():
-                stored.write(teacher, train_batches(data, self.train_stream.tokens), self.mesh)
+                stored.write(teacher, self.train_batches(), self.mesh)
             return self._fit(directory, batches, make_params, title, distilled)
 
     def teacher(self) -> Teacher:
@@ -262,7 +277,7 @@ class Session:
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
-        self.check_language_model()
+        objectives.check_model(self.experiment.data.objective, self.experiment.model)
         self.train_stream, self.scorer  # noqa: B018
 
     def distiller(self, teacher: Transformer | None) -> Distiller | None:
@@ -300,6 +315,8 @@ class Session:
         distilled: dict[str, Any],
     ) -> Fitted:
         data = self.experiment.data
+        ledger = Ledger(directory / "ledger.jsonl" if hosts.is_first() else None, self.hardware, data=self.purchases)
+        self._say_data(ledger)
         return fit(
             self.model,
             self.abstract_params(),
@@ -312,7 +329,7 @@ class Session:
             optimizer=self.experiment.optimizer,
             training=self.experiment.training,
             checkpoint=self.experiment.checkpoint,
-            ledger=Ledger(directory / "ledger.jsonl" if hosts.is_first() else None, self.hardware),
+            ledger=ledger,
             watch=Watch(directory, self.experiment.watch),
             batch_size=data.batch_size,
             progress=Progress(
@@ -324,13 +341,29 @@ class Session:
             **distilled,
         )
 
+    @cached_property
+    def purchases(self) -> dict[str, Any]:
+        """What the examples of the train split cost: `labels`, tokens and sentences, and `data_usd`, None if unknown.
+
+        Nothing where texts alone are learned.
+        """
+        if not self.experiment.data.of_examples:
+            return {}
+        bought = self.train_stream.bought()
+        return bought | {"data_usd": self.experiment.prices.usd(bought)}
+
+    def _say_data(self, ledger: Ledger) -> None:
+        """Writes down, once in a run, what of the data was left out or cut, and how many examples there are."""
+        found = objectives.data_report(self.train_stream, self.tokenizer)
+        if found and not any(line["event"] == "data" for line in ledger.lines()):
+            ledger.record(0, event="data", **found)
+
     def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
         hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
-        return weights.contract(hidden_BSD, unembedding(params))
+        return output_of(self.model.config, params)(hidden_BSD)
 
     def _calibration_batches(self) -> Iterator[dict[str, jax.Array]]:
-        batches = train_batches(self.experiment.data, self.train_stream.tokens)
-        for batch in itertools.islice(batches, self.experiment.calibration.batches):
+        for batch in itertools.islice(self.train_batches(), self.experiment.calibration.batches):
             yield sharding.place_batch(batch, self.mesh)
 
     def _kept_as(self, path: str, w: Any) -> Any:
@@ -339,10 +372,11 @@ class Session:
 
     def check_language_model(self) -> None:
         """ValueError if the model is not one that text alone trains."""
-        if not self.experiment.model.language_model:
+        objectives.check_model("next_token", self.experiment.model)
+        if self.experiment.data.objective != "next_token":
             raise ValueError(
-                "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
-                "the vocabulary and no encoder; set model.causal, and leave model.head and model.encoder by default."
+                f"data.objective is {self.experiment.data.objective!r}, and this is for the next token of texts; leave "
+                "it by default."
             )
 
     def _keys(self) -> jax.Array:
@@ -406,6 +440,8 @@ def read_experiment(directory: Path) -> Experiment:
 def started(experiment: Experiment) -> Experiment:
     """The experiment with the model and the transforms of the folder that it starts from; itself without one.
 
+    Where labels are learned, the head is the experiment's own.
+
     Raises:
       ValueError: the folder holds no run, or the model does not suit the experiment.
     """
@@ -413,7 +449,11 @@ def started(experiment: Experiment) -> Experiment:
         return experiment
     first = read_experiment(Path(experiment.start))
     own = (*first.transforms, *experiment.transforms)
-    return dataclasses.replace(experiment, model=first.model, transforms=own)
+    model = first.model
+    if experiment.data.objective == "labels" and experiment.model.head.outputs:
+        # Labels are told by a head of their own, which starts anew where the folder's is another.
+        model = dataclasses.replace(model, head=experiment.model.head, tie_embeddings=False)
+    return dataclasses.replace(experiment, model=model, transforms=own)
 
 
 def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tuple[Session, weights.Params, int]:

@@ -61,13 +61,19 @@ def main(arguments: Arguments) -> dict:
         "lost_seconds": fitted.lost_seconds,
         "usd": session.hardware.usd(seconds),
         "kwh": session.hardware.kwh(seconds),
+        **session.purchases,
         "workdir": str(arguments.workdir),
     }
     table = Table("figure", "value", title=f"{arguments.config} after {fitted.steps} steps")
-    for name in ("bits_per_byte", "nats_per_token", "step_seconds", "step_flops", "usd", "kwh"):
+    for name in (*fitted.metrics, "step_seconds", "step_flops", "usd", "kwh", *session.purchases):
         table.add_row(name, "unknown" if result[name] is None else f"{result[name]:.5g}")
     Console().print(table)
-    print(f"next: python scripts/generate.py {arguments.workdir} --prompt 'def '")
+    learned = arguments.experiment.data
+    print(
+        f"next: python scripts/generate.py {arguments.workdir} --prompt 'def '"
+        if learned.objective in ("next_token", "answers")
+        else f"next: python scripts/evaluate.py {arguments.workdir}"
+    )
     return result
 
 

@@ -29,6 +29,7 @@ class Ledger:
         path: str | os.PathLike[str] | None,
         hardware: hardware_lib.Hardware | None = None,
         clock: Callable[[], float] = time.time,
+        data: Mapping[str, Any] | None = None,
     ):
         """Opens the file, or starts it.
 
@@ -36,6 +37,7 @@ class Ledger:
             path: as `Journal` takes it.
             hardware: prices the seconds; without it `usd` and `kwh` are null.
             clock: gives a line's `time`.
+            data: what the data cost, paid before the run: fields of every line, such as `labels` and `data_usd`.
 
         Raises:
             ValueError: as `Journal` raises it.
@@ -43,6 +45,7 @@ class Ledger:
         self._journal = Journal(path)
         self._hardware = hardware
         self._clock = clock
+        self._data = dict(data or {})
         self._totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
 
     @property
@@ -101,6 +104,7 @@ class Ledger:
             **self._totals,
             "usd": self.usd,
             "kwh": self._hardware.kwh(seconds) if self._hardware else None,
+            **self._data,
         }
         taken = sorted(line.keys() & metrics.keys())
         if taken:

@@ -1,4 +1,4 @@
-"""Text from TFDS, tokenised once and handed to a trainer in batches by Grain.
+"""Text from TFDS or files, tokenised once and handed to a trainer in batches by Grain, or learned text by text.
 
 `DataConfig` describes the data, `build_tokenizer` and `tokenize_split` prepare them, `train_batches` and
 `validation_batches` hand them out. Importing this package loads neither TFDS nor Grain.

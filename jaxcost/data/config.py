@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxcost.data.augmentation.config import AugmentConfig
+from jaxcost.data.selection.config import SelectConfig
+
 MIN_BPE_VOCAB_SIZE = 257
 """256 bytes and the separator: the smallest byte-level vocabulary that can write any text."""
 
@@ -15,12 +18,37 @@ class DataConfig:
 
     name: str = "python_text/library"
     """Any TFDS dataset, as `name`, `name/config` or `name/config:version`; python_text needs no download."""
+    sources: tuple[str, ...] = ()
+    """What is read in the place of `name`: files or folders of text, .jsonl, .csv, .parquet or .arrow, folders that
+    `datasets` saved to disk, and TFDS datasets as `tfds:NAME`; several are read one behind the other."""
+    weights: tuple[float, ...] = ()
+    """Shares of each of `sources` in the train split, which are then mixed until the first of them runs out."""
     train_split: str = "train"
     """Split to learn from, in TFDS's notation (`train`, `train[:95%]`)."""
     validation_split: str = "validation"
     """Split to score on; `train[95%:]` beside `train[:95%]` for a dataset that has no such split."""
     text_field: str = "text"
     """Feature of the dataset that holds the text."""
+    objective: Literal["next_token", "masked_tokens", "labels", "answers"] = "next_token"
+    """What is learned: the next token of documents; tokens that are hidden in them, by an encoder; the label of each
+    text; or the next token of the answer to each text."""
+    label_field: str = "label"
+    """Feature that holds the label of a text, by name or number; read for that objective alone."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels in the order of their numbers; those that the dataset tells, or else the different ones of
+    the train split in order, if none are given."""
+    answer_field: str = "answer"
+    """Feature that holds the answer to a text; read for that objective alone."""
+    masked_fraction: float = 0.15
+    """Share of the tokens that are hidden for the objective of masked tokens."""
+    augment: AugmentConfig = AugmentConfig()
+    """How texts with labels or answers are changed while they are learned from."""
+    select: SelectConfig = SelectConfig()
+    """Which documents of the train split are left out."""
+    max_corrupt_records: int = 10
+    """Records of `sources` that may be corrupt; they are named and left out, and more of them are an error."""
+    max_record_bytes: int = 1 << 24
+    """Size from which on a record of `sources` counts as corrupt."""
     data_dir: str | None = None
     """Folder where TFDS keeps its datasets (TFDS's own default if not given)."""
     cache_dir: str | None = None
@@ -51,6 +79,18 @@ class DataConfig:
                 f"data.train_split and data.validation_split are both '{self.train_split}'; give two that don't "
                 "overlap, such as 'train[:95%]' and 'train[95%:]'."
             )
+        if self.objective not in ("next_token", "masked_tokens", "labels", "answers"):
+            raise ValueError(
+                f"data.objective is '{self.objective}'; use 'next_token', 'masked_tokens', 'labels' or 'answers'."
+            )
+        self._check_sources()
+        if self.augment.active and not self.of_examples:
+            raise ValueError(
+                "data.augment changes texts that are learned from one by one; set data.objective to 'labels' or "
+                "'answers', or leave it out."
+            )
+        if not 0 < self.masked_fraction < 1:
+            raise ValueError(f"data.masked_fraction is {self.masked_fraction}; it must lie between 0 and 1.")
         if self.tokenizer not in ("bytes", "bpe"):
             raise ValueError(f"data.tokenizer is '{self.tokenizer}'; use 'bytes' or 'bpe'.")
         if self.packing not in ("concatenate", "first_fit"):
@@ -66,7 +106,28 @@ class DataConfig:
         if not 0 <= self.shuffle_seed < 2**32:
             raise ValueError(f"data.shuffle_seed is {self.shuffle_seed}; it must lie between 0 and 2**32 - 1.")
 
+    def _check_sources(self):
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} shares for {len(self.sources)} data.sources; give one for each."
+            )
+        if not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"data.weights are {self.weights}; each must be above 0, so leave out the other sources.")
+        if self.max_corrupt_records < 0 or self.max_record_bytes < 1:
+            raise ValueError("data.max_corrupt_records cannot be negative, and data.max_record_bytes must be above 0.")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The features that are read, the text's first."""
+        beside = {"labels": (self.label_field,), "answers": (self.answer_field,)}
+        return (self.text_field, *beside.get(self.objective, ()))
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether each text is a sequence of its own, and not a piece of a stream of tokens."""
+        return self.objective in ("labels", "answers")
+
     @property
     def of_segments(self) -> bool:
         """Whether batches say which document each token is of."""
-        return self.separate_documents or self.packing == "first_fit"
+        return not self.of_examples and (self.separate_documents or self.packing == "first_fit")

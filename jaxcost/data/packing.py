@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +34,10 @@ class TokenStream:
     """UTF-8 bytes of the documents and 1 a document for its separator: what bits per byte divides by."""
     num_documents: int
     """Documents in the split."""
+    skipped: tuple[str, ...] = ()
+    """Corrupt records that were left out, and why."""
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Documents that `config.select` left out, by the reason."""
 
 
 def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenStream:
@@ -54,7 +59,7 @@ def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     path = source.cache_dir / f"{source.label}-{tokenizer.fingerprint}-{key[:16]}.npy"
     stream = _read(path, key)
     if stream is not None:
-        return stream
+        return dataclasses.replace(stream, skipped=source.skipped, left_out=source.left_out)
     if path.exists():
         _LOGGER.warning("Tokenising again, because %s is damaged.", path)
     with atomic_write(path) as file:
@@ -64,7 +69,7 @@ def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     with atomic_write(path.with_suffix(".json")) as file:
         description = {"key": key, "text_bytes": text_bytes, "num_documents": len(source), **_description(tokens)}
         file.write(json.dumps(description).encode())
-    return TokenStream(tokens, text_bytes, len(source))
+    return TokenStream(tokens, text_bytes, len(source), source.skipped, source.left_out)
 
 
 class Windows:

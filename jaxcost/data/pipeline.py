@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,12 +26,13 @@ _PREFETCHED_BATCHES = 4
 
 def train_batches(
     config: DataConfig,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Sequence[Any],
     start_step: int = 0,
     rows: Sequence[int] | None = None,
     numbered: bool = False,
+    prepare: Callable[[Any, np.random.Generator], dict[str, np.ndarray]] | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Iterates for ever over shuffled windows of the tokens.
+    """Iterates for ever over shuffled windows of the tokens, or over shuffled examples.
 
     The order is drawn from `config.shuffle_seed` and anew every epoch; an epoch holds every full window once, and a
     batch may span two epochs. A thread prepares a few batches ahead, but `get_state()` is the position after the
@@ -40,12 +41,14 @@ def train_batches(
 
     Args:
       config: sequence length (S), batch size (B) and seed.
-      tokens: integers (N,), such as `TokenStream.tokens`.
+      tokens: integers (N,), such as `TokenStream.tokens`, or examples by index, which `prepare` makes rows of.
       start_step: batches to pass over, at no cost; the same as the state after that many batches.
       rows: the rows of each batch that are read, in ascending order, as a process of several reads its part; all by
         default. The batches of the job, and their positions, are the same however many processes share them.
       numbered: beside the arrays, give the numbers of the windows in the split as `records`, int64 (B,), which are for
         a log and not for a model.
+      prepare: makes of each window or example the row that is learned from, with a generator of its own, drawn anew
+        every epoch; what it does depends on nothing else.
 
     Returns:
       A Grain iterator of batches: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all ones.
@@ -57,20 +60,28 @@ def train_batches(
 
     windows = _sequences(config, tokens)
     if len(windows) < config.batch_size:
+        made = (
+            f"tokens make {len(windows)} sequences of {config.sequence_length},"
+            if windows is not tokens
+            else "examples are"
+        )
         raise ValueError(
-            f"The {len(tokens)} training tokens make {len(windows)} sequences of {config.sequence_length}, fewer than "
-            f"one batch of {config.batch_size}; lower data.batch_size or data.sequence_length, or use more data."
+            f"The {len(tokens)} training {made} fewer than one batch of {config.batch_size}; lower data.batch_size or "
+            "data.sequence_length, or use more data."
         )
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; give the number of batches already used, 0 to begin.")
     order = grain.MapDataset.range(len(windows)).seed(config.shuffle_seed).shuffle().repeat()
+    # In the same order, as it is shuffled by the same seed; what is drawn for a row depends on its place in it alone.
+    shuffled = grain.MapDataset.source(windows).seed(config.shuffle_seed).shuffle().repeat()
+    shuffled = shuffled if prepare is None else shuffled.random_map(prepare)
     rows = range(config.batch_size) if rows is None else rows
 
     def batch(step: int) -> Batch:
-        records = [order[step * config.batch_size + int(row)] for row in rows]
-        found = [windows[record] for record in records]
+        places = [step * config.batch_size + int(row) for row in rows]
+        found = [shuffled[place] for place in places]
         made = {name: np.stack([one[name] for one in found]) for name in found[0]}
-        return made | {RECORDS: np.asarray(records)} if numbered else made
+        return made | {RECORDS: np.asarray([order[place] for place in places])} if numbered else made
 
     batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
@@ -104,20 +115,23 @@ def validation_batches(config: DataConfig, tokens: np.ndarray, max_tokens: int |
     windows = _sequences(config, tokens, keep_last=True)
     if not len(windows):
         raise ValueError(f"The validation split holds {len(tokens)} tokens, none to predict; use a larger one.")
-    return _batches_in_order(windows, config.batch_size, config.sequence_length)
+    return batches_in_order(windows, config.batch_size)
 
 
-def _batches_in_order(windows: Windows, batch_size: int, sequence_length: int) -> Iterator[Batch]:
+def batches_in_order(windows: Sequence[Batch], batch_size: int) -> Iterator[Batch]:
+    """Yields batches of rows in their order; what is left of the last one is zeros."""
     for start in range(0, len(windows), batch_size):
         rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
-        batch = {name: np.zeros((batch_size, sequence_length), array.dtype) for name, array in rows[0].items()}
+        batch = {name: np.zeros((batch_size, *array.shape), array.dtype) for name, array in rows[0].items()}
         for name, array in batch.items():
             array[: len(rows)] = [row[name] for row in rows]
         yield batch
 
 
-def _sequences(config: DataConfig, tokens: np.ndarray, keep_last: bool = False) -> Windows | Rows:
-    """The sequences of a token array; the token that begins it begins every document."""
+def _sequences(config: DataConfig, tokens: np.ndarray | Sequence[Any], keep_last: bool = False) -> Sequence[Any]:
+    """The sequences of a token array; the token that begins it begins every document. Examples are sequences."""
+    if not isinstance(tokens, np.ndarray):
+        return tokens
     if config.packing == "first_fit":
         return Rows(tokens, config.sequence_length)
     separator = int(tokens[0]) if config.separate_documents and len(tokens) else None

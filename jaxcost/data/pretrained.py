@@ -71,6 +71,12 @@ class PretrainedTokenizer:
         """Number of ids."""
         return self._library.size
 
+    @property
+    def mask_id(self) -> int:
+        """The id of the checkpoint's own mask, or the one behind the last."""
+        found = self._library.id_of(self.specials["mask_token"]) if "mask_token" in self.specials else None
+        return self.vocab_size if found is None else found
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of what fixes the ids."""

@@ -1,22 +1,28 @@
-"""Documents of any TFDS text dataset by index: prepared on first use, read without TensorFlow, quietly."""
+"""Documents by index: of any TFDS dataset, prepared on first use and read without TensorFlow, quietly, or of files."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from jaxcost.data.config import DataConfig
+from jaxcost.data.files import atomic_write
+from jaxcost.data.local import Chosen, Opened, open_local
 
 _LOGGER = logging.getLogger(__name__)
+_TFDS = "tfds:"
 _CHATTY_LOGGERS = ("absl", "urllib3", "huggingface_hub")
 
 
@@ -25,15 +31,21 @@ class DocumentSource(Sequence):
     """The documents of one split, as strings, by index."""
 
     records: Sequence[dict[str, Any]]
-    """TFDS's random-access source of records."""
+    """Records by index, such as TFDS's random-access source."""
     text_field: str
-    """Feature that holds the text, as UTF-8 bytes."""
+    """Feature that holds the text, as a string or as UTF-8 bytes."""
     identity: str
     """JSON that tells this content from that of any other dataset, version, split or field."""
     label: str
     """Dataset and split as people name them, safe in a file name."""
     cache_dir: Path
     """Folder for what is derived from the dataset."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels, where the dataset tells them."""
+    skipped: tuple[str, ...] = ()
+    """Corrupt records that were left out, and why."""
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Documents that `config.select` left out, by the reason."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -47,10 +59,85 @@ class DocumentSource(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"Document {index} was asked of {self.label}, which holds {len(self)}.")
-        return self.records[index % len(self)][self.text_field].decode("utf-8", errors="replace")
+        return _as_text(self.records[index % len(self)][self.text_field])
+
+    def record(self, index: int, fields: Sequence[str]) -> dict[str, str | int]:
+        """Returns some features of a record, text as strings and numbers as they are."""
+        record = self.records[index]
+        return {
+            name: _as_text(record[name]) if isinstance(record[name], str | bytes) else int(record[name])
+            for name in fields
+        }
 
 
 def open_source(config: DataConfig, split: str) -> DocumentSource:
+    """Opens a split of `config.sources`, or of the TFDS dataset that `config` names where there are none.
+
+    The train split is without what `config.select` leaves out of it.
+
+    Raises:
+      ValueError: what `open_tfds` and `open_local` raise it for, or nothing is left.
+    """
+    source = _open_sources(config, split) if config.sources else open_tfds(config, split)
+    return _selected(config, source) if config.select.active and split == config.train_split else source
+
+
+def _open_sources(config: DataConfig, split: str) -> DocumentSource:
+    cache_dir = _cache_dir(config, config.data_dir or _default_data_dir())
+    opened = [_open_one(config, name, split, cache_dir) for name in config.sources]
+    label = re.sub(r"[^\w.]+", "-", f"{'-'.join(Path(name).stem for name in config.sources)[:80]} {split}").strip("-")
+    weights = config.weights if split == config.train_split else ()
+    identity = json.dumps({"sources": [one.identity for one in opened], "weights": weights}, sort_keys=True)
+    classes = next((one.classes for one in opened if one.classes), ())
+    records = _joined([one.records for one in opened], weights)
+    skipped = sum((one.skipped for one in opened), ())
+    return DocumentSource(records, config.text_field, identity, label, cache_dir, classes, skipped)
+
+
+def _selected(config: DataConfig, source: DocumentSource) -> DocumentSource:
+    """A train split without duplicates and without what is held out; what is left out is found once, kept on disk."""
+    from jaxcost.data.selection.duplicates import find_contaminated, find_duplicates
+
+    select = config.select
+    held_out = open_source(config, config.validation_split) if select.contamination else None
+    said = {"source": source.identity, "select": dataclasses.astuple(select)}
+    said |= {"held_out": held_out.identity} if held_out else {}
+    identity = json.dumps(said, sort_keys=True)
+    path = source.cache_dir / f"selected-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {"duplicates": [], "contaminated": []}
+        if select.duplicates:
+            found["duplicates"] = sorted(find_duplicates(source, select.duplicates).of)
+        if held_out:
+            found["contaminated"] = sorted(find_contaminated(source, held_out, select.contamination))
+        with atomic_write(path) as file:
+            file.write(json.dumps(found).encode())
+    kept = np.setdiff1d(np.arange(len(source)), np.array(sum(found.values(), []), np.int64))
+    if not len(kept):
+        raise ValueError(f"data.select leaves out all {len(source)} documents of '{source.label}'; raise its likeness.")
+    left_out = {name: len(places) for name, places in found.items()}
+    return dataclasses.replace(source, records=Chosen([source.records], kept), identity=identity, left_out=left_out)
+
+
+def _open_one(config: DataConfig, name: str, split: str, cache_dir: Path) -> DocumentSource | Opened:
+    if name.startswith(_TFDS):
+        return open_tfds(dataclasses.replace(config, name=name.removeprefix(_TFDS), sources=(), weights=()), split)
+    return open_local(config, Path(name), split, cache_dir)
+
+
+def _joined(records: Sequence[Sequence[dict[str, Any]]], weights: Sequence[float]) -> Sequence[dict[str, Any]]:
+    """Records of several sources, one behind the other, or mixed by weights until the first runs out."""
+    import grain
+
+    if len(records) == 1:
+        return records[0]
+    parts = [grain.MapDataset.source(one) for one in records]
+    return grain.MapDataset.mix(parts, weights) if weights else grain.MapDataset.concatenate(parts)
+
+
+def open_tfds(config: DataConfig, split: str) -> DocumentSource:
     """Opens a split of the dataset that `config` names, and prepares the dataset if it is not on disk.
 
     Preparing is atomic: TFDS writes into a folder of its own and renames it, so a build that is killed leaves
@@ -88,7 +175,7 @@ def open_source(config: DataConfig, split: str) -> DocumentSource:
             ) from error
         except Exception as error:
             raise ValueError(_unusable(config, "be read", error)) from error
-    _check_text_field(config, info.features)
+    _check_fields(config, info.features)
     parts = [(Path(part.filename).name, part.skip, part.take) for part in instructions]
     # TFDS gives no size for a slice, so the sizes of the whole splits stand for the content.
     sizes = {name: whole.num_bytes for name, whole in info.splits.items()}
@@ -99,6 +186,7 @@ def open_source(config: DataConfig, split: str) -> DocumentSource:
         identity=json.dumps(identity, sort_keys=True),
         label=re.sub(r"[^\w.]+", "-", f"{info.full_name} {split}").strip("-"),
         cache_dir=_cache_dir(config, os.fspath(builder.data_dir_root)),
+        classes=_class_names(dict(info.features.items()).get(config.label_field)),
     )
 
 
@@ -123,7 +211,8 @@ def _builder(config: DataConfig) -> Any:
     """Returns TFDS's builder for `config.name`."""
     import tensorflow_datasets as tfds
 
-    import jaxcost.data.corpus  # noqa: F401  (registers python_text)
+    import jaxcost.data.corpus
+    import jaxcost.data.synthetic  # noqa: F401  (both register datasets)
 
     data_dir = None if config.data_dir is None else os.path.expanduser(config.data_dir)
     try:
@@ -154,14 +243,37 @@ def _config_names(tfds: Any, name: str) -> list[str]:
         return []
 
 
-def _check_text_field(config: DataConfig, features: Any) -> None:
-    """Raises ValueError unless the dataset's features hold text under `config.text_field`."""
+def _check_fields(config: DataConfig, features: Any) -> None:
+    """Raises ValueError unless the dataset's features hold text under `config.text_field`, and what else is read."""
     import tensorflow_datasets as tfds
 
     texts = sorted(name for name, feature in features.items() if isinstance(feature, tfds.features.Text))
     if config.text_field not in texts:
         choice = f"set data.text_field to one of {', '.join(texts)}" if texts else "set data.name to a text dataset"
         raise ValueError(f"Dataset '{config.name}' has no text feature '{config.text_field}'; {choice}.")
+    for field, setting in zip(config.fields[1:], (f"{config.objective.rstrip('s')}_field",), strict=False):
+        if field not in features:
+            raise ValueError(
+                f"Dataset '{config.name}' has no feature '{field}'; set data.{setting} to one of "
+                f"{', '.join(sorted(features))}."
+            )
+
+
+def _class_names(feature: Any) -> tuple[str, ...]:
+    """The names of a TFDS feature's labels; none if it is of another kind."""
+    import tensorflow_datasets as tfds
+
+    return tuple(feature.names or ()) if isinstance(feature, tfds.features.ClassLabel) else ()
+
+
+def _as_text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("utf-8", errors="replace")
+
+
+def _default_data_dir() -> str:
+    import tensorflow_datasets as tfds
+
+    return str(tfds.core.constants.DATA_DIR)
 
 
 def _cache_dir(config: DataConfig, data_dir_root: str) -> Path:

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """The ids that end a text."""
 
     @property
+    def mask_id(self) -> int:
+        """The id of the token that stands for a hidden one; that behind the last where there is none."""
+
+    @property
     def fingerprint(self) -> str:
         """Hexadecimal name that two tokenisers share only if they give the same ids for every text."""
 
@@ -76,6 +80,7 @@ class ByteTokenizer:
     vocab_size: int = dataclasses.field(default=257, init=False)
     separator_id: int = dataclasses.field(default=SEPARATOR_SYMBOL, init=False)
     stop_ids: tuple[int, ...] = dataclasses.field(default=(SEPARATOR_SYMBOL,), init=False)
+    mask_id: int = dataclasses.field(default=257, init=False)
     fingerprint: str = dataclasses.field(default="bytes", init=False)
 
     @property
@@ -140,6 +145,11 @@ class BpeTokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The separator."""
         return (self.separator_id,)
+
+    @property
+    def mask_id(self) -> int:
+        """The id behind the last."""
+        return self.vocab_size
 
     @functools.cached_property
     def fingerprint(self) -> str:

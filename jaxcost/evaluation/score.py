@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxcost import sharding, weights
 from jaxcost.evaluation.batch import Batch, beside_inputs
-from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.evaluation.losses import cross_entropy, negative_log_likelihood
 from jaxcost.models.transformer import Transformer, output_of
 
 
@@ -21,7 +23,7 @@ class EvaluationConfig:
     """How much of the validation split is scored."""
 
     max_tokens: int = 65_536
-    """Tokens scored, the first of the split; 0 scores all of it."""
+    """Tokens scored, the first of the split; 0 scores all of it. Of texts with labels or answers all are scored."""
 
     def __post_init__(self):
         if self.max_tokens < 0:
@@ -65,3 +67,22 @@ class Scorer:
             total_nats += float(nats)
             total_tokens += int(tokens)
         return Score(total_nats / math.log(2) / self._bytes, total_nats / total_tokens, total_tokens)
+
+
+def row_nats(model: Transformer, params: weights.Params, batches: Iterable[Batch], mesh: Mesh) -> np.ndarray:
+    """Mean negative log-likelihood of each row's targets, float32 (N,): the logarithm of its perplexity.
+
+    How hard a text is for a model, such as to leave out what it finds hardest. Rows without targets, which fill a batch
+    up, are left out.
+    """
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def sums(params, batch):
+        hidden_BSD, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
+        nats_BS = negative_log_likelihood(output_of(model.config, params)(hidden_BSD), batch["targets"])
+        return jnp.sum(nats_BS * batch["mask"], axis=1), jnp.sum(batch["mask"], axis=1)
+
+    with jax.set_mesh(mesh):
+        found = [jax.device_get(sums(params, sharding.place_batch(batch, mesh))) for batch in batches]
+    nats_N, counts_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return nats_N[counts_N > 0] / counts_N[counts_N > 0]

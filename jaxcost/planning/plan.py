@@ -9,6 +9,7 @@ from jaxcost import sharding
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
 from jaxcost.data import build_tokenizer
+from jaxcost.objectives import chosen_vocabulary
 from jaxcost.planning import cache, memory
 from jaxcost.planning.steps import StepName, teacher_of, trace_step
 from jaxcost.planning.topology import StepPlan, compile_step, read_step, topology_chip, topology_devices
@@ -118,7 +119,8 @@ def vocabulary_of(experiment: Experiment) -> int:
         raise ValueError("model.images is on, and plans are of batches of tokens; set model.images.patch to 0.")
     if experiment.model.audio.channels:
         raise ValueError("model.audio is on, and plans are of batches of tokens; give a model without it.")
-    return experiment.model.vocab_size or -(-build_tokenizer(experiment.data).vocab_size // 128) * 128
+    data = experiment.data
+    return experiment.model.vocab_size or chosen_vocabulary(data.objective, build_tokenizer(data))
 
 
 def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_size: int | None = None) -> Plan:

@@ -81,9 +81,16 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     answers = shape if experiment.model.head.pooling == "none" else (shape[0], 1)
     shapes_of = {"inputs": shape, "targets": answers, "mask": answers}
     batch = {name: jax.ShapeDtypeStruct(shapes_of[name], dtype) for name, dtype in dtypes.items()}
+    if experiment.data.objective == "labels":
+        batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
     if experiment.data.of_segments:
         batch["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch |= {"source": _source(model, shape[0])} if model.config.encoder.num_layers else {}
+    if model.config.encoder.num_layers:
+        texts = {
+            "source": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "source_valid": jax.ShapeDtypeStruct(shape, jnp.bool_),
+        }
+        batch |= texts if experiment.data.objective == "answers" else {"source": _source(model, shape[0])}
     batch |= distiller.stored(*shape) if distiller else {}
     batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)

@@ -1,0 +1,115 @@
+"""What an experiment learns, by its `data.objective`: which model that takes, its data, its batches, its score."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import grain
+from jax.sharding import Mesh
+
+from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
+from jaxcost.data.augmentation.text import AugmentText
+from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
+from jaxcost.data.masking import Masking
+from jaxcost.data.pipeline import batches_in_order
+from jaxcost.evaluation.labels import Labeller
+from jaxcost.evaluation.masked import MaskedScorer
+from jaxcost.evaluation.score import Scorer
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import Transformer
+
+Split = TokenStream | Examples
+
+
+def check_model(objective: str, model: ModelConfig) -> None:
+    """ValueError, in one sentence, if a model cannot learn the objective."""
+    head, alone = model.head, model.of_tokens and not model.encoder.num_layers
+    answers = objective == "answers" and model.generates and model.encoder.num_layers and model.source.of_tokens
+    if objective in ("next_token", "answers") and not (model.language_model or answers):
+        raise ValueError(
+            "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
+            "the vocabulary and no encoder; set model.causal, and leave model.head and model.encoder by default."
+        )
+    if objective == "masked_tokens" and (model.causal or not head.of_vocabulary or not alone):
+        raise ValueError(
+            "data.objective is 'masked_tokens', which takes an encoder with logits of the vocabulary; turn "
+            "model.causal off, and leave model.head.outputs and model.encoder by default."
+        )
+    if objective == "labels" and (not head.outputs or head.pooling == "none" or head.boxes or not alone):
+        raise ValueError(
+            "data.objective is 'labels', which takes a model of tokens that gives one answer for each; set "
+            "model.head.outputs to the number of labels, and model.head.pooling to 'first', 'last' or 'mean'."
+        )
+
+
+def least_vocabulary(objective: str, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding table that the tokens of an objective need: those of the tokenizer, and of a mask."""
+    size = tokenizer.vocab_size
+    return max(size, tokenizer.mask_id + 1) if objective == "masked_tokens" else size
+
+
+def chosen_vocabulary(objective: str, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding table where the config leaves them to the tokenizer: a multiple of 128."""
+    return -(-least_vocabulary(objective, tokenizer) // 128) * 128
+
+
+def open_split(config: DataConfig, split: str, tokenizer: Tokenizer, model: ModelConfig) -> Split:
+    """A split as what is learned of it: tokens, or examples.
+
+    Raises:
+      ValueError: the split cannot be opened, or has more labels than the model.
+    """
+    if not config.of_examples:
+        return tokenize_split(config, split, tokenizer)
+    examples = open_examples(config, split)
+    if len(examples.labels) > model.head.outputs and config.objective == "labels":
+        raise ValueError(
+            f"The data have {len(examples.labels)} labels, more than model.head.outputs ({model.head.outputs}); "
+            "raise it."
+        )
+    return examples
+
+
+def learned_batches(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, model: ModelConfig, **part: Any
+) -> grain.DatasetIterator:
+    """An endless iterator of batches to learn from; `part` says which rows, as `train_batches` has it."""
+    if isinstance(split, TokenStream):
+        hide = Masking.of(config.masked_fraction, tokenizer) if config.objective == "masked_tokens" else None
+        return train_batches(config, split.tokens, prepare=hide, **part)
+    row, augment = _row(config, tokenizer, model), AugmentText(config.augment)
+    change = augment.random_map if config.augment.active else lambda example, _: example
+    return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)), **part)
+
+
+def make_scorer(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, model: Transformer, mesh: Mesh, max_tokens: int | None
+) -> Callable[[Any], Any]:
+    """What scores weights on a split: a function from them to a dataclass of figures."""
+    if isinstance(split, TokenStream):
+        batches = validation_batches(config, split.tokens, max_tokens)
+        if config.objective == "masked_tokens":
+            return MaskedScorer(model, Masking.of(config.masked_fraction, tokenizer).hidden(batches), mesh)
+        return Scorer(model, batches, tokenizer.token_bytes, mesh)
+    row = _row(config, tokenizer, model.config)
+    batches = batches_in_order([row(example) for example in split], config.batch_size)
+    if config.objective == "labels":
+        return Labeller(model, batches, mesh)
+    return Scorer(model, batches, tokenizer.token_bytes, mesh)
+
+
+def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a person should know of a split: how many records were left out, and how many texts are cut."""
+    if isinstance(split, TokenStream):
+        skipped = {"skipped_records": len(split.skipped), "skipped": list(split.skipped[:5])} if split.skipped else {}
+        return skipped | dict(split.left_out)
+    return report(split, tokenizer)
+
+
+def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    if model.encoder.num_layers:
+        return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
+    make = label_row if config.objective == "labels" else answer_row
+    return functools.partial(make, tokenizer, config.sequence_length)

@@ -1,0 +1,46 @@
+"""The comparison of what labels, changed copies and teachers buy: what each arm is trained on, and what it cost."""
+
+import dataclasses
+
+import pytest
+from labels import LABELS, experiment, write_folder
+
+from jaxcost.cost.purchases import PriceConfig
+from jaxcost.data.augmentation import AugmentConfig
+from jaxcost.study.labels import Arm, arms, gain, run_labels
+from jaxcost.training.config import TrainingConfig
+
+
+@pytest.mark.slow
+def test_every_arm_is_trained_once_and_priced_with_its_teacher(tmp_path):
+    changes = {"data": {"augment": AugmentConfig(synonyms=0.2, swap=0.2)}, "training": TrainingConfig(steps=20)}
+    value = experiment(write_folder(tmp_path), LABELS, "labels", prices=PriceConfig(0.5, 0.001), **changes)
+    compared = arms(32, (48,), 120)
+    found = run_labels(value, tmp_path / "runs", compared, (0, 1), threshold=0.0, quiet=True)
+    rows = {(row["arm"], row["seed"]): row for row in found["rows"]}
+    assert len(rows) == 2 * len(compared) == 14
+    plain, changed, pseudo = (rows[f"32 labels{way}", 0] for way in ("", ", augmented", ", pseudo-labels"))
+    assert plain["labels"] == changed["labels"] == pseudo["labels"] == 32 and rows["120 labels", 0]["labels"] == 120
+    assert plain["data_usd"] == 16 and pseudo["data_usd"] == 16 + 0.001 * pseudo["read_tokens"] > 16.5
+    assert pseudo["compute_usd"] > changed["compute_usd"]
+    assert plain["nats_per_label"] != changed["nats_per_label"] != pseudo["nats_per_label"]
+    again = run_labels(value, tmp_path / "runs", compared, (0, 1), threshold=0.0, quiet=True)
+    assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in found["rows"]]
+    with pytest.raises(ValueError, match="has no teacher; put one with as many labels"):
+        run_labels(value, tmp_path / "alone", (Arm("taught", 32, True, "labels"),), (0,), quiet=True)
+
+
+def test_a_gain_holds_if_it_does_for_every_seed():
+    rows = [{"arm": arm, "seed": seed, "accuracy": a} for arm, seed, a in (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.4))]
+    rows.append({"arm": "b", "seed": 1, "accuracy": 0.8})
+    found = gain({"rows": rows}, "a", "b")
+    assert found["gains"] == pytest.approx([0.1, -0.1]) and found["mean"] == pytest.approx(0) and not found["holds"]
+    rows[-1]["accuracy"] = 0.6
+    assert gain({"rows": rows}, "a", "b")["holds"]
+
+
+def test_a_config_without_labels_or_augmentation_is_refused(tmp_path):
+    value = experiment(tmp_path, LABELS, "labels")
+    with pytest.raises(ValueError, match="give a config with data.objective 'labels' and a data.augment"):
+        run_labels(value, tmp_path, arms(1, (), 2), (0,))
+    assert dataclasses.astuple(arms(1, (), 2)[1]) == ("1 labels, augmented", 1, True, "no")

@@ -1,0 +1,187 @@
+"""What is learned: labels, answers and hidden tokens, end to end through a session, and what each refuses."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+from labels import ENCODER, LABELS, experiment, session_of, write_folder
+
+from jaxcost.data import DataConfig
+from jaxcost.data.examples import answer_row, label_row, open_examples
+from jaxcost.data.masking import Masking
+from jaxcost.data.tokenizers import ByteTokenizer
+from jaxcost.evaluation.labels import label_score
+from jaxcost.models.config import HeadConfig
+from jaxcost.objectives import chosen_vocabulary
+from jaxcost.planning.plan import vocabulary_of
+from jaxcost.planning.steps import trace_step
+from jaxcost.session import load_run
+from jaxcost.training.config import TrainingConfig
+from jaxcost.transforms import lora, prune
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("texts"))
+
+
+def test_labels_are_learned_and_an_interrupted_run_ends_alike(folder, tmp_path):
+    value = experiment(folder, LABELS, "labels")
+    fitted = session_of(value).train(tmp_path / "whole")
+    assert fitted.metrics["accuracy"] == fitted.metrics["macro_f1"] == 1.0
+    assert fitted.metrics["scored_examples"] == 30
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["data", "evaluation", "evaluation"]
+    assert (lines[0]["examples"], lines[0]["truncated_examples"], lines[0]["skipped_records"]) == (120, 0, 0)
+
+    broken = session_of(value)
+    evaluate, calls = broken.evaluate, []
+
+    def interrupt(params):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(params)
+
+    broken.evaluate = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(tmp_path / "broken")
+    again = session_of(value).train(tmp_path / "broken")
+    assert again.metrics == fitted.metrics and again.losses == fitted.losses[20:]
+
+
+def test_an_encoder_learns_hidden_tokens(folder, tmp_path):
+    fitted = session_of(experiment(folder, ENCODER, "masked_tokens")).train(tmp_path)
+    assert fitted.losses[-1] < fitted.losses[0] - 2
+    assert fitted.metrics["scored_tokens"] > 30 and fitted.metrics["masked_accuracy"] > 0.3
+
+
+def test_a_mask_behind_the_last_token_has_a_row_in_sessions_and_plans(folder):
+    full = types.SimpleNamespace(vocab_size=384, mask_id=384)
+    assert chosen_vocabulary("masked_tokens", full) == 512 and chosen_vocabulary("labels", full) == 384
+    for model, objective in ((ENCODER, "masked_tokens"), (LABELS, "labels")):
+        value = experiment(folder, model, objective)
+        assert session_of(value).model.config.vocab_size == vocabulary_of(value) == 384
+
+
+@pytest.mark.slow
+def test_labels_are_learned_from_an_encoder_that_learned_hidden_tokens(folder, tmp_path):
+    steps = TrainingConfig(steps=2)
+    session_of(experiment(folder, ENCODER, "masked_tokens", training=steps)).train(tmp_path / "first")
+    _, found, _ = load_run(tmp_path / "first")
+    session = session_of(experiment(folder, LABELS, "labels", start=str(tmp_path / "first"), training=steps))
+    params = session.fresh_params()
+    assert params.keys() == {*found, "head"} - {"unembed"} and params["head"]["output"]["kernel"].shape == (32, 3)
+    np.testing.assert_array_equal(params["embed"]["table"], found["embed"]["table"])
+    assert session.train(tmp_path / "second").metrics["scored_examples"] == 30
+    # And from there on with the same head.
+    again = session_of(experiment(folder, LABELS, "labels", start=str(tmp_path / "second"), training=steps))
+    _, found, _ = load_run(tmp_path / "second")
+    np.testing.assert_array_equal(again.fresh_params()["head"]["output"]["kernel"], found["head"]["output"]["kernel"])
+    with pytest.raises(ValueError, match="The 8 training examples are fewer than one batch of 16"):
+        session_of(experiment(folder, LABELS, "labels", data={"train_split": "train[:8]"})).train(tmp_path / "few")
+
+
+def test_answers_alone_are_learned(folder, tmp_path):
+    model = dataclasses.replace(ENCODER, causal=True)
+    fitted = session_of(experiment(folder, model, "answers", data={"text_field": "label"})).train(tmp_path)
+    assert fitted.metrics["nats_per_token"] < 0.5
+    words = [json.loads(line)["answer"] for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert fitted.metrics["scored_tokens"] == sum(len(word) + 1 for word in words)
+
+
+def test_an_answer_row_asks_for_the_answer_and_its_end_alone():
+    example = {"text": "abc", "answer": "de"}
+    row = answer_row(TOKENIZER, 8, example)
+    assert row["inputs"].tolist() == [256, 97, 98, 99, 100, 101, 256, 0]
+    assert row["targets"][row["mask"] > 0].tolist() == [100, 101, 256]
+    # The text gives way to the answer, and an answer that is too long loses its end.
+    row = answer_row(TOKENIZER, 4, example)
+    assert row["inputs"].tolist() == [98, 99, 100, 101][:4] and row["targets"].tolist() == [99, 100, 101, 256]
+    assert row["mask"].tolist() == [0, 1, 1, 1]
+    row = answer_row(TOKENIZER, 2, {"text": "abc", "answer": "defg"})
+    assert row["targets"].tolist() == [100, 101] and row["mask"].tolist() == [1, 1]
+
+
+def test_a_label_row_keeps_the_first_tokens():
+    row = label_row(TOKENIZER, 4, {"text": "abcdef", "label": 2})
+    assert row["inputs"].tolist() == [97, 98, 99, 100] and row["valid"].all()
+    row = label_row(TOKENIZER, 4, {"text": "ab", "label": 2})
+    assert row["valid"].tolist() == [True, True, False, False] and row["targets"].tolist() == [2]
+
+
+def test_masking_hides_as_much_as_asked_and_nothing_that_is_padding():
+    masking = Masking(0.2, 257, 256, 257)
+    tokens = np.where(np.arange(40_000) % 10 == 0, 256, np.arange(40_000) % 100).reshape(4, -1)
+    valid = np.ones(tokens.shape, np.float32)
+    valid[3] = 0
+    row = masking({"inputs": tokens, "targets": tokens, "mask": valid}, np.random.default_rng(0))
+    asked = row["mask"] > 0
+    np.testing.assert_array_equal(row["targets"], tokens)
+    assert not asked[3].any() and not asked[tokens == 256].any()
+    assert asked[:3][tokens[:3] != 256].mean() == pytest.approx(0.2, abs=0.01)
+    assert (row["inputs"][asked] == 257).mean() == pytest.approx(0.8, abs=0.02)
+    assert (row["inputs"][asked] == tokens[asked]).mean() == pytest.approx(0.1, abs=0.02)
+    np.testing.assert_array_equal(row["inputs"][~asked], tokens[~asked])
+
+
+def test_label_scores_are_those_of_the_definition():
+    probabilities = np.array([[0.7, 0.2, 0.1, 0], [0.6, 0.3, 0.1, 0], [0.1, 0.8, 0.1, 0], [0.2, 0.5, 0.3, 0]])
+    score = label_score(probabilities, np.array([0, 1, 1, 2]))
+    # F1: label 0 has one hit of two given, label 1 one of two given and two there, label 2 none; label 3 is not met.
+    assert score.accuracy == 0.5 and score.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert score.nats_per_label == pytest.approx(-np.mean(np.log([0.7, 0.3, 0.8, 0.3])))
+    with pytest.raises(ValueError, match="1 labels to score among 4"):
+        label_score(probabilities[:1], np.array([4]))
+
+
+def test_labels_out_of_range_are_named_and_counted(folder, tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [("red", 0), ("x", "purple"), ("y", 7), ("blue", "blue")]
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    config = DataConfig(sources=(str(path),), objective="labels", labels=("red", "blue"), cache_dir=str(tmp_path))
+    examples = open_examples(config, "train")
+    assert [example["label"] for example in examples] == [0, 1]
+    assert examples.skipped[0] == "record 1 has the label 'purple', which is none of red, blue"
+    with pytest.raises(ValueError, match="2 records of .* are corrupt, more than data.max_corrupt_records"):
+        open_examples(dataclasses.replace(config, max_corrupt_records=1), "train")
+    # Without names, the labels are those of the train split, numbers by size.
+    path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in (10, 9, 10)))
+    examples = open_examples(dataclasses.replace(config, labels=()), "train")
+    assert examples.labels == ("9", "10") and [example["label"] for example in examples] == [1, 0, 1]
+
+
+def test_a_model_that_cannot_learn_the_objective_is_refused_before_anything_starts(folder, tmp_path):
+    fewer = dataclasses.replace(LABELS, head=HeadConfig(outputs=2, pooling="mean"))
+    cases = [
+        (LABELS, "next_token", "takes a causal model"),
+        (ENCODER, "labels", "set model.head.outputs to the number of labels"),
+        (dataclasses.replace(ENCODER, causal=True), "masked_tokens", "turn model.causal off"),
+        (fewer, "labels", r"have 3 labels, more than model.head.outputs \(2\)"),
+        (
+            dataclasses.replace(ENCODER, vocab_size=257),
+            "masked_tokens",
+            r"smaller than the tokenizer's vocabulary \(258\)",
+        ),
+    ]
+    for model, objective, said in cases:
+        with pytest.raises(ValueError, match=said):
+            session_of(experiment(folder, model, objective)).train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_transforms_and_plans_meet_labels_too(folder):
+    value = experiment(folder, LABELS, "labels", transforms=(prune(method="wanda"), lora(rank=2)))
+    session = session_of(value)
+    params = session.fresh_params()
+    assert 0 <= session.evaluate(params)["accuracy"] <= 1
+    step = trace_step("train", value, session.model.config.vocab_size, session.mesh)
+    batch = next(session.train_batches())
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        name: (a.shape, a.dtype) for name, a in step.arguments[1].items()
+    }
