@@ -15,6 +15,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 _MANY_MAPPINGS = 20_000
+_FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planning", "test_planning_choices"}
+_FOR_TPUS |= {"test_quantize_served", "test_shrink", "test_study"}
+"""Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
+
+
+def pytest_collection_modifyitems(items):
+    """Of several workers, one runs all tests of a file, and one all that compile for TPUs."""
+    for item in items:
+        group = "libtpu" if item.path.stem in _FOR_TPUS and item.get_closest_marker("slow") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True, scope="module")

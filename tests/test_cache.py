@@ -90,6 +90,7 @@ def test_attention_over_codes_errs_by_what_its_keys_and_values_do():
     assert 1e-5 < error < 0.02
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_nearly_all_those_of_the_exact_cache():
     prompts = list(np.asarray(sequences(24, 6, 2000)))
     exact = Engine(Transformer(CONFIG)).generate(trained(), prompts, max_new_tokens=16)

@@ -84,6 +84,7 @@ def inputs_of_up(params, tokens):
     return np.stack(found)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_what_the_weights_meet():
     w = params()
     found = calibrate(forward, w, batches(), {UP: "gram", "unembed/kernel": "norms"})
@@ -98,6 +99,7 @@ def test_statistics_are_those_of_what_the_weights_meet():
     assert found["unembed/kernel"].gram is None
 
 
+@pytest.mark.slow
 @sweep("capacity", [0.0, 4.0], quick=1)
 def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(capacity):
     config = dataclasses.replace(CONFIG, num_layers=2, experts=4, experts_per_token=2, capacity_factor=capacity)
@@ -124,6 +126,7 @@ def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(cap
     assert np.all(jnp.any(stored["layers"]["mlp"]["up"]["kernel"].codes != 0, axis=(-2, -1)))
 
 
+@pytest.mark.slow
 def test_statistics_on_a_mesh_are_those_of_one_device():
     w = params()
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -161,6 +161,7 @@ def temporaries(ways, method, length, mesh, chip, **model):
     return topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip(chip)).cost.temp_bytes
 
 
+@pytest.mark.slow
 def test_a_devices_temporaries_fall_with_the_axis():
     one, four = (temporaries(ways, "ring", 1024, mesh_of(fsdp=4 // ways, context=ways), "cpu") for ways in (1, 4))
     assert four < one / 3

@@ -85,6 +85,7 @@ def test_experts_cost_the_rows_that_they_have_room_for(name):
     assert closed == pytest.approx(compiled, rel=1e-3)
 
 
+@pytest.mark.slow
 @sweep("name", ["plain", "masked", "lora", "low rank", "top layers", "norms", "prefix", "bottleneck"], quick=2)
 def test_an_encoder_costs_what_its_source_is_long(name):
     compiled, closed = compiled_and_closed(TRANSFORMS[name], "never", ENCODED)

@@ -371,6 +371,7 @@ def test_training_on_a_mesh_is_that_on_one_device(sizes):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_microbatches_count_by_their_objects():
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
     batch = batch_of(4)

@@ -213,6 +213,7 @@ def watched(model, params, tokens):
     return out, sown[WATCHED][HEADS]
 
 
+@pytest.mark.slow
 @sweep(("top_layers", "remat"), [(2, "none"), (None, "none"), (1, "full")], quick=1)
 def test_what_is_seen_is_the_last_layers_and_nothing_else_changes(top_layers, remat):
     config = dataclasses.replace(
@@ -266,6 +267,7 @@ def step_of(config, accumulation=1, chunks=1, options=QUICK):
     return jax.jit(step, compiler_options=options), state, batch, Teacher(teacher, taught)
 
 
+@pytest.mark.slow
 def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
     step, state, batch, teacher = step_of(DistillConfig(logits=1.0), options={})
     places = [path[-1] for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)]
@@ -304,6 +306,7 @@ def test_a_learned_projection_trains_beside_the_weights_and_a_fixed_one_does_not
     assert state.beside == {} and step(state, batch, teacher.params)[0].beside == {}
 
 
+@pytest.mark.slow
 def test_a_student_learns_to_attend_as_its_teacher_does():
     step, state, batch, teacher = step_of(DistillConfig(attention=1.0, values=1.0, labels=0.0))
     student = Transformer(dataclasses.replace(SMALL, vocab_size=VOCABULARY), ExecutionConfig(unroll="never"))
@@ -391,6 +394,7 @@ def test_a_student_on_a_mesh_learns_what_one_device_would_teach_it(tmp_path, dat
     assert one.cost.total_flops > plain.cost.total_flops and one.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_distilled_run_goes_on_where_it_stopped_and_is_loaded_again(tmp_path, data_dir, taught):
     config = DistillConfig(teacher=str(taught), logits=0.5, hidden=0.5)
     whole = session_of(experiment(data_dir, distill=config)).train(tmp_path / "whole")
@@ -422,6 +426,7 @@ def test_what_a_teacher_said_is_stored_once_and_read_by_step(tmp_path, data_dir,
     assert first.cost.total_flops == online.cost.total_flops
 
 
+@pytest.mark.slow
 def test_a_student_may_start_as_layers_of_its_teacher(tmp_path, data_dir, taught):
     student = dataclasses.replace(BIG, num_layers=2)
     config = DistillConfig(teacher=str(taught), logits=1.0, from_layers=True)

@@ -272,6 +272,7 @@ def in_pieces(config, params, **options):
     return logits(config, params, jnp.concatenate([first, rest], 1))
 
 
+@pytest.mark.slow
 @sweep("position", ["relative", "rope", "learned"], quick=1)
 def test_a_cache_gives_what_the_whole_sequence_gives(position):
     config = dataclasses.replace(SMALL, position=position)
@@ -281,6 +282,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(position):
     assert 0 < np.max(np.abs(approximate - ours(config, params))) < 0.1
 
 
+@pytest.mark.slow
 @sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=1)
 def test_a_cache_holds_what_transforms_put_before_the_text_and_under_it(transform):
     params = transform(made(), jax.random.key(1))
@@ -359,6 +361,7 @@ def test_buckets_are_single_distances_and_then_ranges():
     np.testing.assert_array_equal(both, [3, 2, 1, 0, 5, 6, 7])
 
 
+@pytest.mark.slow
 def test_both_stacks_get_smaller():
     rotary = dataclasses.replace(SMALL, position="rope")
     params = shrink(mlp=0.5, heads=0.5, head_dim=8, layers=1)(made(rotary))
@@ -415,6 +418,7 @@ def test_what_cannot_be_is_said_in_one_sentence():
             dataclasses.replace(SMALL, **changes, **({"encoder": EncoderConfig(**encoder)} if encoder else {}))
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy_and_more_find_what_is_as_likely():
     params, prompts = made(), [np.array([0]), np.array([0, 5, 7]), np.array([3])]
     sources = [row[:n] for row, n in zip(SOURCES, LENGTHS, strict=True)]

@@ -227,6 +227,7 @@ def made(kind):
     return config, start(jax.random.key(0))
 
 
+@pytest.mark.slow
 @sweep("kind", ["post", *(kind for kind in KINDS if kind != "post")], quick=1)
 def test_padding_changes_nothing(kind):
     config, params = made(kind)

@@ -93,6 +93,7 @@ def test_blocks_are_those_of_the_equations():
     np.testing.assert_allclose(np.asarray(got)[VALID], want[VALID], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_next_items_after_a_history_are_those_of_the_full_forward():
     engine, params = Engine(Transformer(SASREC)), made()
     want = forward()(params, HISTORIES, VALID)[np.arange(3), LENGTHS - 1]

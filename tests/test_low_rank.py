@@ -105,6 +105,7 @@ def test_whitening_stands_dead_dependent_and_large_inputs(x):
         assert output_error(params["layers"]["kernel"], thin, x) < 0.05
 
 
+@pytest.mark.slow
 def test_whitening_sharded_weights_gives_what_whitening_whole_ones_does():
     x, params = (
         normal((64, 16), 1),

@@ -347,6 +347,7 @@ def test_methods_that_may_give_weights_back_waive_that_themselves():
     assert chain(prune(method="movement", gradual=moving), prune(budget="global")).waived() == ()
 
 
+@pytest.mark.slow
 @sweep(
     "moving",
     [

@@ -426,6 +426,7 @@ def losses(name, mesh_name):
     return np.array(found), jax.device_get(state)
 
 
+@pytest.mark.slow
 @sweep("mesh_name", MESHES, quick=1)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_training_on_a_mesh_equals_training_on_one_device(name, mesh_name):
@@ -519,6 +520,7 @@ def step_flops(transform, unroll):
     return compiled_cost(step.lower(state, batch).compile()).flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", ["always", "never"])
 def test_lora_spares_the_weight_gradients_of_what_is_frozen(unroll):
     full, adapted = step_flops(chain(), unroll), step_flops(lora(rank=4, alpha=8), unroll)

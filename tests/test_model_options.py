@@ -207,6 +207,7 @@ def by_hand(q, k, v, window, scale, soft_cap):
     return out
 
 
+@pytest.mark.slow
 @sweep("length", [13, 7, 12], quick=1)
 @pytest.mark.parametrize("scores", [Scores(), Scores(3), Scores(4, 0.7), Scores(5, 0.0, 1.5), Scores(0, 0.0, 2.0)])
 def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):

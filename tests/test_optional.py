@@ -107,6 +107,7 @@ def test_bottlenecks_change_nothing_at_first_and_prompts_start_as_embeddings():
 # ---- The model ----
 
 
+@pytest.mark.slow
 @sweep("config", CONFIGS, quick=1)
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name, config):

@@ -91,6 +91,7 @@ def mixture(**options):
     return dataclasses.replace(EXPERIMENT, model=model)
 
 
+@pytest.mark.slow
 def test_experts_may_be_split():
     assert {c.experiment.mesh.expert for c in found()} == {1}
     assert {c.experiment.mesh.expert for c in found(mixture())} == {1, 2, 4}

@@ -106,6 +106,7 @@ def test_the_error_of_a_layer_is_that_of_its_outputs():
     assert found.error(w8a8) > 1.1 * found.error(quantize(rules=LAYER)) and found.error(smooth(rules=LAYER)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_claims_about_layers_hold(tmp_path, name):
     (row,) = reproduce(Bench(tmp_path), list(chosen(CLAIMS, [name])), (0, 1), lambda _: None)

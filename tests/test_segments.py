@@ -201,6 +201,7 @@ def test_the_loss_of_packed_rows_is_that_of_documents_one_at_a_time():
     assert total(together) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_and_in_microbatches_learns_from_documents_apart():
     batch = {"inputs": np.random.default_rng(0).integers(0, 32, (8, 20))}
     batch |= {"targets": batch["inputs"], "mask": np.ones((8, 20), np.float32)}

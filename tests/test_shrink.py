@@ -94,6 +94,7 @@ def close(got, want):
 # ---- What stays is the model without what went ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fewer_channels_are_the_model_with_their_rows_zeroed(name):
     config, params = CONFIGS[name], dense(CONFIGS[name])
@@ -305,6 +306,7 @@ def experiment(data_dir, **changes):
 SMALLER = shrink(heads=2, head_dim=4, mlp=0.5, layers=2, importance="activations")
 
 
+@pytest.mark.slow
 def test_a_smaller_model_trains_restores_and_generates(tmp_path):
     session = Session(experiment(tmp_path, transforms=(SMALLER,)), quiet=True, devices=jax.devices()[:1])
     fitted = session.train(tmp_path / "run")

@@ -152,6 +152,7 @@ def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     assert session.mesh.size == 8 and session.evaluate(params)["bits_per_byte"] == trained.metrics["bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_a_run_opens_on_one_device_where_its_mesh_does_not_fit(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path)
     assert load_run(tmp_path, jax.devices()[:2])[0].mesh.size == 1
@@ -379,6 +380,7 @@ def test_no_array_of_the_state_becomes_wider_from_step_to_step(kept, accumulatio
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
+@pytest.mark.slow
 def test_a_narrow_first_moment_halves_its_bytes_and_trains_alike(tmp_path, data_dir):
     losses, sizes = {}, {}
     for dtype in ("float32", "bfloat16"):
@@ -421,6 +423,7 @@ def first(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_weights_of_another(data_dir, first, tmp_path):
     _, found, _ = load_run(first)
     # The model asked for is another one: that of the folder takes its place.
