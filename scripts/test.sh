@@ -10,13 +10,13 @@ run_default() {
   use_environment .venv "[test,serve]"
   ruff check .
   ruff format --check .
-  python -m pytest -q -n 2 --dist loadgroup -m "not slow and not oracles" "$@"
+  python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles" "$@"
 }
 
 run_slow() {
   # libtpu, which compiles for TPUs that are not there, exists for Linux on x86-64 alone.
   use_environment .venv "[test,serve,plan]"
-  python -m pytest -q -n 2 --dist loadgroup -m slow "$@"
+  python -m pytest -q -n 2 --dist loadfile -m slow "$@"
   # The compiler for NVIDIA GPUs stays out of the environment: it writes of absent drivers to every script's errors.
   local version
   version=$(python -c 'import jaxlib; print(jaxlib.__version__)')

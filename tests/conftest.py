@@ -20,11 +20,16 @@ _FOR_TPUS |= {"test_quantize_served", "test_shrink", "test_study"}
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
 
 
-def pytest_collection_modifyitems(items):
-    """Of several workers, one runs all tests of a file, and one all that compile for TPUs."""
-    for item in items:
-        group = "libtpu" if item.path.stem in _FOR_TPUS and item.get_closest_marker("slow") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config, log):
+    """Of several workers, one runs all tests of a file, and of the slow ones one all files that compile for TPUs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::", 1)[0]
+            return "tpu" if config.option.markexpr == "slow" and Path(file).stem in _FOR_TPUS else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
