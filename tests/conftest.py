@@ -20,6 +20,7 @@ _FOR_TPUS |= {"test_quantize_served", "test_shrink", "test_study"}
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Of several workers, one runs all tests of a file, and of the slow ones one all files that compile for TPUs."""
     from xdist.scheduler import LoadScopeScheduling
