@@ -53,9 +53,10 @@ class Watch:
 
     def rewind(self, step: int) -> float:
         """Drops what was written after `step`, which is done again; returns the seconds that it had taken."""
-        dropped = self._steps.rewind(step)
+        hosts.meet("before forgetting steps")
+        dropped = self._steps.rewind(step) if hosts.is_first() else []
         if hosts.is_first():
-            # Of processes that are no longer there, too.
+            # One process mends the files of all, those of processes that are no longer there among them.
             for path in self._directory.glob(STEPS.replace(".", "-*.")):
                 Journal(path).rewind(step)
         hosts.meet("after forgetting steps")
