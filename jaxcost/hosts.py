@@ -22,7 +22,6 @@ HEARTBEAT_SECONDS = 20
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-
 _LOST = ("Gloo", "NCCL", "Connection closed", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 """What the runtimes say when a peer is gone."""
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -220,6 +221,11 @@ def runnable(jitted: Callable, compiled: Callable, *arguments) -> Callable:
     narrow = [leaf for leaf in jax.tree.leaves(arguments) if jax.dtypes.itemsize_bits(leaf.dtype) < 8]
     on_cpu = any(device.platform == "cpu" for leaf in narrow for device in leaf.devices())
     return jitted if on_cpu else compiled
+
+
+def microbatches(x: jax.Array, n: int) -> jax.Array:
+    """A batch (B, ...) as n microbatches (n, B / n, ...): strided, so that each takes rows of every device's part."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

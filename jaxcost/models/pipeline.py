@@ -84,8 +84,7 @@ def over_layers(
     stage_S = jnp.arange(stages)
 
     def cut(a):
-        # Strided, so that each microbatch takes rows from every device's part of the batch.
-        return jnp.moveaxis(a.reshape(rows // parts, parts, *a.shape[1:]), 1, 0)
+        return sharding.microbatches(a, parts)
 
     def joined(a):
         return jnp.moveaxis(a, 0, 1).reshape(rows, *a.shape[2:])

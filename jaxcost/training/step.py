@@ -18,7 +18,7 @@ from jaxcost.evaluation.detection import detection_loss
 from jaxcost.evaluation.losses import cross_entropy, ctc_loss
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
-from jaxcost.sharding import constrain
+from jaxcost.sharding import constrain, microbatches
 from jaxcost.training.distill import Distiller
 from jaxcost.transforms import Transform
 
@@ -140,13 +140,13 @@ def make_train_step(
                 new = grad(trainable, frozen, state.params, batch, jax.random.fold_in(key, index), teacher)
                 return (index + 1, *jax.tree.map(jnp.add, tuple(sums), new)), None
 
-            microbatches = {name: _microbatches(x, accumulation) for name, x in batch.items()}
+            parts = {name: microbatches(x, accumulation) for name, x in batch.items()}
             names = ("loss", *(LOSSES if model.config.experts else ()))
             zeros = (
                 jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), trainable),
                 dict.fromkeys(names, jnp.zeros(())),
             )
-            (_, gradient, sums), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), microbatches)
+            (_, gradient, sums), _ = lax.scan(one, (jnp.zeros((), jnp.int32), *zeros), parts)
 
         gradient = jax.tree.map(lambda g: g / count, gradient)
         kept = weights.kept_gradients(state.params, gradient)
@@ -168,8 +168,3 @@ def make_train_step(
         return TrainState(state.step + 1, made[0], made[1], state.key, made[2]), metrics
 
     return train_step
-
-
-def _microbatches(x_BS: jax.Array, n: int) -> jax.Array:
-    # Strided, so that each microbatch takes rows from every device's part of the batch.
-    return jnp.moveaxis(x_BS.reshape(x_BS.shape[0] // n, n, *x_BS.shape[1:]), 1, 0)
