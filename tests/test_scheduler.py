@@ -16,9 +16,10 @@ from jaxcost.serving.adapters import with_adapters
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import Sampling
-from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig, Ticket
+from jaxcost.serving.scheduler import Request, Scheduler, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig
 from jaxcost.serving.text import TextStream
+from jaxcost.serving.worker import Closed, Overloaded, SchedulerConfig
 from jaxcost.sharding import MeshConfig, make_mesh, shardings
 from jaxcost.transforms import factorize, lora, prefix_tuning, quantize
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.models import optional
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
+from jaxcost.serving.programs import compiled
 from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose
 
 
@@ -189,22 +189,20 @@ class Slots:
         number, piece = np.int32(0), lambda size: np.zeros((size,), np.int32)
         rows = self.state.rows
         settings = {f.name: np.zeros((a := getattr(rows, f.name)).shape[1:], a.dtype) for f in dataclasses.fields(Rows)}
-        self._admit_program = self.program(self._admit, 0, self.places, self.state, number, settings, number)
+        self._admit_program = compiled(self._admit, 0, self.places, self.state, number, settings, number)
         self._prefill_programs, self._scoring_programs = {}, {}
         for size in self.config.prefill_tokens:
             where = (number, piece(size), number, number, piece(size))
             for scored, programs in ((False, self._prefill_programs), (True, self._scoring_programs)):
                 prefill, made = functools.partial(self._prefill, scored=scored), (self.places, None)
-                programs[size] = self.program(
-                    prefill, 1, made if scored else self.places, self.params, self.state, *where
-                )
+                programs[size] = compiled(prefill, 1, made if scored else self.places, self.params, self.state, *where)
         active = np.zeros((self.config.slots,), bool)
-        self._decode_program = self.program(
+        self._decode_program = compiled(
             self._decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
         )
 
     def _warm_up(self) -> None:
-        """Runs every program once: a jitted function that stands in for one (see `program`) compiles at its first call.
+        """Runs every program once: a jitted function that stands in for one compiles when first called (`compiled`).
 
         No slot is taken, and what is written is overwritten.
         """
@@ -213,15 +211,6 @@ class Slots:
                 self.admit(0, GREEDY, np.zeros(1, np.int32))
                 self.prefill(0, np.zeros(size, np.int32), 0, size, scored)
         self.decode(np.zeros(self.config.slots, bool))
-
-    @staticmethod
-    def program(function: Callable, donated: int | tuple[int, ...], places: Any, *arguments: Any) -> Callable:
-        """A function compiled for such arguments, of which some are used up; it compiles nothing when it is called, or,
-        where `sharding.runnable` must take the jitted function, when it is called again."""
-        jitted = jax.jit(function, donate_argnums=donated, out_shardings=places)
-        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))  # noqa: E731
-        compiled = jitted.lower(*jax.tree.map(like, arguments)).compile()
-        return sharding.runnable(jitted, compiled, *(a for a in arguments if _on_device(a)))
 
     # ---- What the scheduler calls ----
 
@@ -281,10 +270,6 @@ def _chosen(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> jax.Array:
     ways = [Rows(), rows.replace(top_k_B=None, top_p_B=None), rows]
     branches = [lambda way=way: choose(way, logits_BV)[0] for way in ways]
     return lax.switch(jnp.where(sorts, 2, bends.astype(jnp.int32)), branches)
-
-
-def _on_device(tree: Any) -> bool:
-    return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
 
 
 def _places(params: weights.Params, state: State) -> Any:
