@@ -68,6 +68,8 @@ setup(
             "qwix>=0.1.8,<0.2",
             "bitsandbytes>=0.50,<0.51",
             "llmcompressor>=0.14,<0.15",
+            "litellm>=1.106,<2",  # clients that the server answers unchanged
+            "lm-eval[api]>=0.4.13,<0.5",
         ],
     },
 )

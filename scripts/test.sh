@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `oracles`, `browser`, `all`.
-# `oracles` compares with torch, transformers and peft, in an environment of its own (.venv-oracles).
+# `oracles` compares with torch, transformers and peft, and lets further clients ask the API, in an environment of its
+# own (.venv-oracles).
 # `browser` looks at pages in Chromium, which it installs where apt-get is there and may.
 set -euo pipefail
 cd "$(dirname "$0")/.."
