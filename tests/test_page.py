@@ -1,4 +1,4 @@
-"""The chat page in Chromium: what is typed is answered as it comes, stopped when asked, and refused in so many words."""
+"""The chat page in Chromium: what is typed is answered as it comes, stopped when asked, refused in so many words."""
 
 import hashlib
 import re
