@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from jaxcost.cost.hardware import Hardware
 from jaxcost.serving.scheduler import Scheduler
@@ -20,6 +20,7 @@ class Metrics:
     def __init__(self, name: str, hardware: Hardware | None = None):
         """`name` is the model's; without hardware nothing is said of money and energy."""
         self.registry, self.hardware = CollectorRegistry(), hardware
+        ProcessCollector(registry=self.registry)  # memory and processor time
         self._label = {"model_name": name}
         self._success = self._make(Counter, "vllm:request_success", "Requests that ended.", "finished_reason")
         self._prompt = self._make(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
