@@ -34,6 +34,10 @@ class Arguments:
     """After SIGTERM, requests that were accepted have this long to end."""
     prefix_cache_bytes: int = 0
     """Memory for prompts that were read, for those that begin alike; 0 keeps none."""
+    canary_seconds: float = 300.0
+    """Where the folder holds a canary (scripts/canary.py), time between two of its rounds."""
+    canary_tolerance: float = 0.02
+    """Nats a token by which its score may differ without a word in the log."""
     engine: SlotsConfig = SlotsConfig()
     """How many requests run at once, and in what pieces, where texts are continued."""
     batches: BatchesConfig = BatchesConfig()
@@ -70,6 +74,7 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.serving.api.pooling import Labels
     from jaxcost.serving.api.protection import read_keys
     from jaxcost.serving.api.server import serve
+    from jaxcost.serving.canary import Watch, read
     from jaxcost.session import load_run
 
     a = arguments
@@ -92,7 +97,15 @@ def main(arguments: Arguments) -> dict:
         model = pooled_model(*served, a.batches, a.scheduler, labels and Labels(*labels))
     metrics = Metrics(name, resolve(a.hardware))
     metrics.watch(model.worker)
-    serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    watch = None
+    if session.model.config.language_model and (canary := read(a.checkpoint)) is not None:
+        watch = Watch(canary, model.worker, every_seconds=a.canary_seconds, tolerance=a.canary_tolerance)
+        metrics.watch_canary(watch)
+    try:
+        serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    finally:
+        if watch is not None:
+            watch.close()
     return {"schema": "jaxcost-serve-1", "model": name, "step": step}
 
 

@@ -45,8 +45,8 @@ class SlotsConfig:
     decode_slots: tuple[int, ...] = ()
     """Slots that a decode program is for, rising up to `slots`; by default 2, and all."""
     decode_lengths: tuple[int, ...] = ()
-    """Tokens of each slot that a decode program is for, rising, besides all of them; by default 128, 512, 2048 ... up to half of
-    them. One program is compiled for each of these and each number of slots."""
+    """Tokens of each slot that a decode program is for, rising, besides all of them; by default 128, 512, 2048 ... up
+    to half of them. One program is compiled for each of these and each number of slots."""
     top_logprobs: int = 20
     """Likeliest tokens that a request may ask the log-probabilities of."""
 

@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from jaxcost.cost.hardware import Hardware
+from jaxcost.serving.canary import Watch
 from jaxcost.serving.scheduler import Scheduler
 from jaxcost.serving.worker import Job, Reason, Worker
 
@@ -55,6 +56,18 @@ class Metrics:
         if isinstance(worker, Scheduler) and (prefixes := worker.prefixes) is not None:
             gauges["vllm:prefix_cache_queries"] = ("Tokens looked up.", lambda: prefixes.queried_tokens)
             gauges["vllm:prefix_cache_hits"] = ("Tokens found.", lambda: prefixes.hit_tokens)
+        for name, (text, value) in gauges.items():
+            self._make(Gauge, name, text).set_function(value)
+
+    def watch_canary(self, canary: Watch) -> None:
+        """Shows what a canary says at the time of reading; its score is no number before the first round."""
+        score = lambda: float("nan") if canary.nats_per_token is None else canary.nats_per_token  # noqa: E731
+        gauges = {
+            "jaxcost:canary_nats_per_token": ("Score of the canary.", score),
+            "jaxcost:canary_reference_nats_per_token": ("When it was chosen.", lambda: canary.canary.nats_per_token),
+            "jaxcost:canary_drifted": ("Whether they differ.", lambda: canary.drifted),
+            "jaxcost:canary_rounds": ("Times that it was scored.", lambda: canary.rounds),
+        }
         for name, (text, value) in gauges.items():
             self._make(Gauge, name, text).set_function(value)
 
