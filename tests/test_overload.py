@@ -11,12 +11,12 @@ from jaxcost.serving.benchmark import BadServer
 from jaxcost.serving.overload import overload
 
 HARDWARE = resolve(HardwareConfig("h100", 1))
-OPTIONS = {"times": 10, "seconds": 5, "burst": 8, "new_tokens": (40, 60), "deadline_seconds": 2.0}
+OPTIONS = {"times": 10, "seconds": 5, "burst": 6, "new_tokens": (200, 250), "deadline_seconds": 10.0}
 
 
 @pytest.mark.slow
 def test_an_overload_passes(run):  # noqa: F811
-    with process(run, "--scheduler.queue", "8", *FEW) as (_, port):
+    with process(run, "--scheduler.queue", "4", *FEW, "--engine.max-length", "300") as (_, port):
         found = overload(f"http://127.0.0.1:{port}", "none", HARDWARE, **OPTIONS)
     load = found.load
     assert load.failed == 0 and load.answered > 0 and load.refused > load.answered

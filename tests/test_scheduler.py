@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 
@@ -209,8 +210,16 @@ def test_the_least_recently_used_piece_is_dropped_first():
     assert first.ticket.cached_tokens == 0 and last.ticket.cached_tokens == 32
 
 
+@functools.cache
+def held_in_parts():
+    """Slots with several decode programs."""
+    return Slots(
+        MODEL, params(), dataclasses.replace(SLOTS, prefill_tokens=(16,), decode_slots=(2, 4), decode_lengths=(48,))
+    )
+
+
 def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatch):
-    held = Slots(MODEL, params(), dataclasses.replace(SLOTS, decode_slots=(1, 4), decode_lengths=(48,)))
+    held = held_in_parts()
     called, programs = [], held._decode_programs
     noted = {key: lambda *a, key=key: (called.append(key), programs[key](*a))[1] for key in programs}
     monkeypatch.setattr(held, "_decode_programs", noted)
@@ -222,16 +231,25 @@ def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatc
         asked = [Asked(running, prompt, 20) for prompt in (long, short, *crowd)]
         got = [one.tokens() for one in asked]
     assert running.close(60) and not compiled
-    # Alone, a request grows through all lengths of the first slot; a crowd uses all slots.
+    # Alone, a request grows through all lengths of the first slots; a crowd uses all.
     whole = held._lengths[-1]
-    assert by_itself == {(1, 48), (1, whole)} and set(called) >= {(4, 48), (4, whole)}
+    assert by_itself == {(2, 48), (2, whole)} and set(called) >= {(4, 48), (4, whole)}
     for prompt, tokens in zip((long, short, *crowd), got, strict=True):
         np.testing.assert_array_equal(tokens, alone(prompt, 20))
+    # And not up to rounding: the programs give the same bits.
+    found = []
+    for program in programs.values():
+        held.admit(0, GREEDY, short)
+        for start, count in held.pieces(30):
+            held.prefill(0, short[:30], start, count)
+        held.state, _ = program(held.params, held.state, np.arange(4) == 0, np.bool_(False))
+        found.append(np.asarray(held.state.logits[0]))
+    assert len(found) == 4 and all(np.array_equal(logits, found[0]) for logits in found)
 
 
 def test_a_prompt_half_read_is_left_as_it_is_by_a_shorter_step():
     """A step that is shorter than what a neighbour holds already must not write into it."""
-    held = Slots(MODEL, params(), dataclasses.replace(SLOTS, decode_lengths=(24,)))
+    held = held_in_parts()
     long, short = prompts(2, seed=5, lengths=(50,))
     short = short[:3]
     for slot, prompt in enumerate((long, short)):

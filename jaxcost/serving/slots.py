@@ -43,7 +43,8 @@ class SlotsConfig:
     tokens_per_dispatch: int = 4
     """Tokens that every slot decodes between two looks by the host."""
     decode_slots: tuple[int, ...] = ()
-    """Slots that a decode program is for, rising up to `slots`; by default 2, and all."""
+    """Slots that a decode program is for, rising up to `slots`; by default 2, and all. On a CPU, a program
+    for 1 has other kernels than those for more, whose last bits may differ."""
     decode_lengths: tuple[int, ...] = ()
     """Tokens of each slot that a decode program is for, rising, besides all of them; by default 128, 512, 2048 ... up
     to half of them. One program is compiled for each of these and each number of slots."""
