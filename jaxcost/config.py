@@ -24,7 +24,7 @@ from jaxcost.models import context, pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
-from jaxcost.study import recipes
+from jaxcost.study import recipes, space
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import CalibrationConfig
@@ -105,7 +105,7 @@ class Experiment:
     def trained_part(self) -> Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
-        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
+        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None, group_field="")
         kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices")
         rest = {name: getattr(default, name) for name in kept_out}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
@@ -245,6 +245,7 @@ _EXPRESSIONS = {
     tuple[recipes.Recipe, ...]: vars(recipes)
     | {"DistillConfig": DistillConfig}
     | {name: getattr(transforms, name) for name in transforms.__all__},
+    tuple[space.Space, ...]: vars(space) | {name: getattr(transforms, name) for name in transforms.__all__},
     tuple[recipes.Budget, ...]: vars(recipes),
 }
 """Fields that are written as Python on the command line, and the names that the Python may use."""
