@@ -33,7 +33,7 @@ setup(
         "pillow>=11",  # changed images; matplotlib needs it anyway
         "datasketch>=2,<3",  # MinHash
         "numpy>=2,<3",
-        "scipy>=1.13,<2",
+        "scipy>=1.15,<2",
         "tyro>=1,<2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",

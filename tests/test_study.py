@@ -14,6 +14,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
 from jaxcost.study import compare, report, run
 from jaxcost.study.recipes import Budget, Recipe, StudyConfig
+from jaxcost.study.trials import Trials
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.transforms import RuleError, factorize, lora, prune, quantize, rule
 
@@ -74,7 +75,7 @@ def finished(tmp_path_factory):
 def test_every_row_has_what_machines_read(finished):
     _, folder, result = finished
     assert json.loads((folder / "study.json").read_text()) == result
-    assert result["schema"] == "jaxcost-study-1"
+    assert result["schema"] == "jaxcost-study-2"
     assert set(result["baselines"]) == {"unigram", "trigram", "five_gram"}
     names = [row["name"] for row in result["rows"]]
     assert names == ["control", "sparse", "thin", "codes", "control_shifted", "adapter"]
@@ -123,7 +124,7 @@ def test_a_second_run_repeats_nothing(finished, monkeypatch):
     def never(*args, **kwargs):
         pytest.fail("a finished recipe was run again")
 
-    monkeypatch.setattr(run, "_run_recipe", never)
+    monkeypatch.setattr(Trials, "_row", never)
     again = run.run_study(experiment, folder, quiet=True, devices=jax.devices()[:1])
     assert again["rows"] == result["rows"] and again["totals"] == result["totals"]
 
@@ -142,10 +143,8 @@ def test_a_changed_recipe_is_run_again_and_the_others_are_not(finished, monkeypa
     experiment, folder, _ = finished
     recipes = (Recipe("sparse", transforms=(prune(sparsity=0.6),)), *experiment.study.recipes[1:])
     changed = dataclasses.replace(experiment, study=dataclasses.replace(experiment.study, recipes=recipes))
-    done, original = [], run._run_recipe
-    monkeypatch.setattr(
-        run, "_run_recipe", lambda session, recipe, *rest: done.append(recipe.name) or original(session, recipe, *rest)
-    )
+    done, original = [], Trials._row
+    monkeypatch.setattr(Trials, "_row", lambda trials, recipe: done.append(recipe.name) or original(trials, recipe))
     run.run_study(changed, folder, quiet=True, devices=jax.devices()[:1])
     assert done == ["sparse"]
 
@@ -184,6 +183,7 @@ def row(name, score, cost, task="base", control=False):
         "transforms": [],
         "score": score,
         "score_before_recovery": score,
+        "recovery_steps": 1,
         "kwh": None,
         "step_flops": cost,
         **costs,
