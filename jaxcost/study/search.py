@@ -52,7 +52,7 @@ class Candidate:
     prices: tuple[Price, ...] = ()
     """Estimated, of what each rung adds to the one before."""
     status: str = "not_started"
-    why: str | None = "The search chose others."
+    why: str | None = None
     predicted: tuple[float, float] | None = None
     beforehand: dict[str, Any] = dataclasses.field(default_factory=dict)
     stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -179,7 +179,9 @@ class Search:
             "control": sum((one.price for one in self.controls), Price()),
             "verification": self._estimator.verification() if self._study.verify.on else Price(),
         }
-        whole = sum((one.price for one in self.candidates if one.counted), Price())
+        # Recipes that differ in their finish alone share a training, which a study pays once.
+        trained = {dataclasses.replace(one.recipe, name="shared", finish=()): one for one in (*self.controls, *others)}
+        whole = sum((one.price for one in trained.values()), Price())
         self._purse = [(b, self._allowed(b, whole)) for b in self._study.budgets if b.of == "study"]
         mean = [sum((one.prices[r] for one in others), Price()) * (1 / len(others)) for r in range(len(study.rungs))]
         dearest = max((one.price for one in (*others, *self.controls)), key=lambda price: price.seconds)
@@ -282,17 +284,15 @@ class Search:
         queue = [self.candidates.index(one) for one in self._others()]
         start = self.candidates.index(self.controls[0])
         spread = surrogate.spread_order(self._table, start, queue)
-        started = 0
-        while spread and started < self.starts[0]:
-            chosen, predicted = self._next(spread, started)
+        while spread:
+            chosen, predicted = self._next(spread)
             spread.remove(chosen)
             one = self.candidates[chosen]
             one.predicted = predicted
             if self._affords(one, 0) and self._beforehand(one):
                 self._advance(one, 0)
-                started += one.going
 
-    def _next(self, spread: list[int], started: int) -> tuple[int, tuple[float, float] | None]:
+    def _next(self, spread: list[int]) -> tuple[int, tuple[float, float] | None]:
         """The candidate to start next, and what the surrogate says of it, with its standard deviation.
 
         The first few spread over the space. Then it is the lowest of mean less standard deviation: what may be best.
@@ -302,7 +302,7 @@ class Search:
         mean, error = surrogate.predict(self._table, tried, scores)
         if not self._study.search.surrogate or mean is None:
             return spread[0], None
-        few = started < max(3, self.starts[0] // 3)
+        few = len(tried) <= max(3, self.starts[0] // 3)
         chosen = spread[0] if few else min(spread, key=lambda i: mean[i] - error[i])
         return chosen, (float(mean[chosen]), float(error[chosen]))
 
