@@ -24,6 +24,7 @@ from jaxcost.planning.topology import PlanningUnavailable
 from jaxcost.session import Session, alone_in
 from jaxcost.study import compare, report
 from jaxcost.study.accounts import Accounts, Price
+from jaxcost.study.candidates import Plan
 from jaxcost.study.estimates import Estimator, count, probe
 from jaxcost.study.recipes import Recipe
 from jaxcost.study.result import SCHEMA
@@ -64,8 +65,8 @@ def run_study(
         dense = jax.eval_shape(base.base_params)
         if study.spaces:
             speed = probe(base, workdir / "base", workdir / "probe.json", machine)
-            search = Search(base, dense, Estimator(base, speed))
-            _say_estimate(search, base, console)
+            plan = Plan(base, dense, Estimator(base, speed))
+            _say_estimate(plan, console)
         else:
             # A recipe that cannot work fails here, before anything is trained.
             for recipe in recipes:
@@ -82,8 +83,9 @@ def run_study(
         # ---- Recipes: transform, recover, score, price ----
         trials = Trials(base, trained.params, workdir, machine)
         if study.spaces:
-            search.run(trials, accounts, console.print)
-            found = _searched(search, base)
+            search = Search(plan, trials, accounts, console.print)
+            search.run()
+            found = _searched(search, plan)
         else:
             found = _grid(trials, recipes, accounts, console)
 
@@ -94,7 +96,7 @@ def run_study(
 
         # ---- Report ----
         baselines = _baselines(base)
-        estimated = search.estimated if study.spaces else None
+        estimated = plan.estimated if study.spaces else None
         budgets = () if study.spaces else study.budgets
         compared = compare.compare(found["rows"], budgets, baselines, trained.metrics["bits_per_byte"])
         flags = [] if verification is None else verification.pop("flags")
@@ -150,24 +152,24 @@ def _grid(trials: Trials, recipes: Sequence[Recipe], accounts: Accounts, console
     }
 
 
-def _searched(search: Search, base: Session) -> dict[str, Any]:
+def _searched(search: Search, plan: Plan) -> dict[str, Any]:
     """What a search came to, in the form of `_grid`."""
     best = search.finalists()
     answer = best[0] if best else None
-    controls = [one.recipe.name for one in search.controls]
-    finalists = [one for one in search.candidates if one.seeds]
+    controls = [one.recipe.name for one in plan.controls]
+    finalists = [one for one in plan.candidates if one.status == "finalist"]
     rows = []
-    for one in search.candidates:
+    for one in plan.candidates:
         if one.row is not None:
             row = one.row | {"control": one.recipe.name in controls}
             rows.append(row | {"score_interval": interval(one.seeds) if one.seeds else None})
     return {
         "rows": rows,
         "recommended": answer and answer.recipe.name,
-        "control": search.control_of(answer).recipe.name if answer else controls[0],
+        "control": plan.control_of(answer).recipe.name if answer else controls[0],
         "nothing": "" if answer else search.nothing_meets(),
         "candidate": answer,
-        "trials": [trial_of(one, one.recipe.name in controls, base.hardware) for one in search.candidates],
+        "trials": [trial_of(one, one.recipe.name in controls, plan.hardware) for one in plan.candidates],
         "finalists": [
             {
                 "name": one.recipe.name,
@@ -199,12 +201,12 @@ def _row(rows: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any] | N
     return next((row for row in rows if row["name"] == name), None)
 
 
-def _say_estimate(search: Search, base: Session, console: Console) -> None:
-    whole = sum(search.estimated.values(), Price())
-    usd = base.hardware.usd(whole.seconds)
+def _say_estimate(plan: Plan, console: Console) -> None:
+    whole = sum(plan.estimated.values(), Price())
+    usd = plan.hardware.usd(whole.seconds)
     money = "price unknown" if usd is None else f"{usd:.2g} USD"
     console.print(
-        f"estimate: {search.starts[0]} of {len(search.candidates) - len(search.controls)} recipes started, "
+        f"estimate: {plan.starts[0]} of {len(plan.candidates) - len(plan.controls)} recipes started, "
         f"{whole.seconds:,.0f} s, {money}"
     )
 

@@ -60,9 +60,9 @@ def main(arguments: Arguments) -> dict:
 
 def _compare(arguments: Arguments, seed: int) -> dict:
     from jaxcost.session import Session
+    from jaxcost.study.candidates import Plan
     from jaxcost.study.estimates import Estimator, probe
     from jaxcost.study.run import run_study
-    from jaxcost.study.search import Search
     from jaxcost.study.trials import Trials
 
     started = time.perf_counter()
@@ -86,13 +86,13 @@ def _compare(arguments: Arguments, seed: int) -> dict:
     trained = base.train(folder / "search" / "base")
     trials = Trials(base, trained.params, folder / "grid", found["machine"])
     speed = probe(base, folder / "search" / "base", folder / "search" / "probe.json", found["machine"])
-    search = Search(base, jax.eval_shape(base.base_params), Estimator(base, speed))
-    tried = {one.recipe: one for one in search.candidates if one.going}
+    plan = Plan(base, jax.eval_shape(base.base_params), Estimator(base, speed))
+    tried = {one.recipe: one for one in plan.candidates if one.going}
     scores, flops = {}, {}
     for recipe, one in tried.items():
         stage = trials.stage(recipe, one.rungs[-1])
         flops[stage["recovery"]] = stage["recovery_totals"]["flops"]
-        if one not in search.controls:
+        if one not in plan.controls:
             scores[recipe.name] = stage["score"]
     best = min(scores, key=scores.get)
     name = found["answer"]["recipe"]
