@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +18,10 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.session import alone_in
+from jaxcost.session import Session, alone_in
 from jaxcost.study import run, surrogate
+from jaxcost.study.estimates import count
+from jaxcost.study.measure import weight_bytes
 from jaxcost.study.recipes import Budget, Recipe, SearchConfig, StudyConfig, VerifyConfig
 from jaxcost.study.space import Choice, Range, Space, each, features
 from jaxcost.study.trials import Trials
@@ -68,10 +76,29 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.fixture(scope="module")
+def bases():
+    """Trainings of the base, by the step that they were stopped at."""
+    return {}
+
+
 @pytest.fixture
-def made_up(monkeypatch):
-    """Trials whose scores are made up; returns the stages and rows that were computed, in order."""
-    done = []
+def made_up(monkeypatch, bases):
+    """Trials whose scores are made up; returns the stages and rows that were computed, in order.
+
+    The base is trained once for all tests, and no page is written.
+    """
+    done, train = [], Session.train
+
+    def trained(session, directory, make_params=None, title="train", teacher=None, until=None):
+        if until not in bases:
+            bases[until] = train(session, directory, make_params, title, teacher, until)
+        return bases[until]
+
+    monkeypatch.setattr(Session, "train", trained)
+    monkeypatch.setattr(run, "_baselines", lambda _: {"unigram": 5.0, "trigram": 3.0, "five_gram": 2.0})
+    monkeypatch.setattr(run.report, "draw", lambda *_: None)
+    monkeypatch.setattr(run.report, "write", lambda *_: None)
 
     def stage(trials, recipe, steps, seed):
         done.append((recipe.name, steps, seed))
@@ -88,7 +115,8 @@ def made_up(monkeypatch):
         costs = ("weight_bytes", "step_flops", "step_seconds", "inference_flops_per_token", "usd", "hours", "kwh")
         costs += ("flops", "decode_seconds_per_token", "usd_per_million_tokens", "kwh_per_million_tokens")
         sparsity, _, codes = options(recipe)
-        found = dict.fromkeys(costs, 1.0) | {"checkpoint_bytes": 1000 * (1 - sparsity) / (4 if codes else 1)}
+        share = 0.25 if codes else 1.0
+        found = dict.fromkeys(costs, 1.0) | {"weight_bytes": share, "checkpoint_bytes": 1000 * (1 - sparsity) * share}
         return {
             **last,
             **found,
@@ -135,7 +163,7 @@ def test_a_space_is_every_combination_with_names_that_stay():
 
 
 def test_recipes_that_a_description_does_not_tell_apart_have_names_of_their_own():
-    space = Space(transforms=(Choice(each(prune, sparsity=0.5, scope=Choice(("matrix", "output")))),))
+    space = Space(transforms=(Choice(each(prune, sparsity=0.5, block=Choice((64, 128)))),))
     names = list(space.settings())
     assert len(set(names)) == 2 and all(name.startswith("prune_50-") for name in names)
 
@@ -191,7 +219,8 @@ def test_the_surrogate_ranks_what_it_has_not_seen():
 
 
 def test_it_finds_the_best_within_its_budget_and_pays_no_more(tmp_path, data_dir, made_up):
-    result = search(experiment(data_dir, finalists=2, seeds=3), tmp_path)
+    most = Budget("most of the grid", "flops", share=0.7, of="study")
+    result = search(experiment(data_dir, budgets=(most,), finalists=2, seeds=3), tmp_path)
     best = min(
         (name for name in SPACE.settings()), key=lambda name: score(Recipe(name, **SPACE.settings()[name]), 8, 0)
     )
@@ -316,9 +345,7 @@ def test_what_nothing_meets_says_what_the_cheapest_costs(tmp_path, data_dir, mad
 
 
 def test_a_budget_that_pays_for_nothing_says_what_the_least_is(tmp_path, data_dir, made_up):
-    with pytest.raises(
-        ValueError, match=r"allows 1 flops, and the least that this search takes is estimated at .*base"
-    ):
+    with pytest.raises(ValueError, match=r"allows 1 flops, and the least that this search takes is .*base"):
         search(experiment(data_dir, budgets=(Budget("one", "flops", at_most=1.0, of="study"),)), tmp_path)
     assert not made_up
 
@@ -337,10 +364,6 @@ def test_two_studies_in_one_folder_are_refused(tmp_path, data_dir):
 
 
 def test_counts_are_what_the_weights_then_are(data_dir):
-    from jaxcost.session import Session
-    from jaxcost.study.estimates import count
-    from jaxcost.study.measure import weight_bytes
-
     base = Session(experiment(data_dir), quiet=True, devices=jax.devices()[:1])
     dense = jax.eval_shape(base.base_params)
     params = base.base_params()
@@ -351,3 +374,50 @@ def test_counts_are_what_the_weights_then_are(data_dir):
         assert count(base, recipe, dense).weight_bytes == weight_bytes(made)
     thin, whole = (count(base, recipe, dense).step_flops for recipe in (Recipe("b", (factorize(),)), Recipe("a")))
     assert thin < whole
+
+
+# ---- The whole, with real trainings ----
+
+SMALL = Space(transforms=(Choice((None, prune())),), finish=(Choice((None, quantize())),))
+PROGRAM = """
+import sys
+from pathlib import Path
+import jax
+from test_search import SMALL, real
+from jaxcost.study.run import run_study
+run_study(real(sys.argv[1]), Path(sys.argv[2]), quiet=True, devices=jax.devices()[:1])
+"""
+
+
+def real(data_dir):
+    """A search of three recipes, all of it real."""
+    budgets = (Budget("all", "flops", share=1.0, of="study"), Budget("bytes", "checkpoint_bytes", share=0.9))
+    value = experiment(data_dir, (SMALL,), budgets, rungs=(0.5, 1.0), seeds=2, finalists=1)
+    verify = VerifyConfig(resamples=200, safety_tokens=4)
+    return dataclasses.replace(value, study=dataclasses.replace(value.study, verify=verify, decode_tokens=8))
+
+
+@pytest.mark.slow
+def test_a_real_search_survives_kills_at_any_moment(tmp_path, data_dir):
+    whole = search(real(data_dir), tmp_path / "whole")
+    assert whole["answer"]["recipe"] and whole["verification"]["test"]["examples"] > 8
+    assert json.loads((tmp_path / "whole" / "study.json").read_text()) == whole
+    command = [sys.executable, "-c", PROGRAM, str(data_dir), str(tmp_path / "killed")]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
+    draw, seen = random.Random(0), {}
+    for _ in range(40):
+        process = subprocess.Popen(command, env=environment)
+        try:
+            assert process.wait(draw.uniform(8, 25)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for path in (tmp_path / "killed").glob("recipes/*/*.json"):
+            assert seen.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert len(seen) > 3
+    result = json.loads((tmp_path / "killed" / "study.json").read_text())
+    assert result["answer"]["recipe"] == whole["answer"]["recipe"]
+    for one, other in zip(result["trials"], whole["trials"], strict=True):
+        assert [s["score"] for s in one["stages"]] == [s["score"] for s in other["stages"]]
+    assert all(path.stat().st_mtime_ns == before for path, before in seen.items())
