@@ -66,7 +66,8 @@ class Plan:
         self.estimator = estimator
         self.limits = [b for b in self.study.budgets if b.of == "recipe"]
         _check_known(self.study.budgets, self.hardware)
-        self.candidates = [self._counted(base, recipe, dense) for recipe in self.study.complete()]
+        counts: dict[Recipe, Counted | ValueError] = {}
+        self.candidates = [self._candidate(base, recipe, dense, counts) for recipe in self.study.complete()]
         controls = [one for one in self.candidates if is_control(one.recipe)]
         self.controls = list({one.rungs[-1]: one for one in reversed(controls)}.values())[::-1]
         for one in self.others():
@@ -74,16 +75,25 @@ class Plan:
         self._check_any_left()
         self.starts, self.estimated = self._plan()
 
-    def _counted(self, base: Session, recipe: Recipe, dense: weights.Params) -> Candidate:
+    def _candidate(
+        self, base: Session, recipe: Recipe, dense: weights.Params, counts: dict[Recipe, Counted | ValueError]
+    ) -> Candidate:
         steps = self.study.steps_of(recipe)
         one = Candidate(recipe, tuple(max(1, round(share * steps)) for share in self.study.search.rungs))
-        try:
-            one.counted = count(base, recipe, dense)
-        except ValueError as error:
+        # Neither the rate nor the steps change a count, and tracing takes a tenth of a second.
+        alike = dataclasses.replace(recipe, name="alike", learning_rate=None, recovery_steps=None)
+        if alike not in counts:
+            try:
+                counts[alike] = count(base, recipe, dense)
+            except ValueError as error:
+                counts[alike] = error
+        counted = counts[alike]
+        if isinstance(counted, ValueError):
             if is_control(recipe):
-                raise
-            one.stop("failed", str(error))
+                raise counted
+            one.stop("failed", str(counted))
             return one
+        one.counted = counted
         before = (0, *one.rungs[:-1])
         prices = [
             self.estimator.stage(one.counted, recipe, now - then) for then, now in zip(before, one.rungs, strict=True)
