@@ -95,7 +95,9 @@ class Experiment:
                 "distill.from_layers makes new weights, and start has some already; leave one of them out."
             )
         recipe_steps = (step for recipe in self.study.recipes for step in (*recipe.transforms, *recipe.finish))
-        for one in _each((*self.transforms, *recipe_steps)):
+        choices = (choice for one in self.study.spaces for choice in (*one.transforms, *one.finish))
+        space_steps = (step for choice in choices for step in choice.values if isinstance(step, transforms.Transform))
+        for one in _each((*self.transforms, *recipe_steps, *space_steps)):
             if isinstance(one, transforms.shrink) and one.heads is not None and one.head_dim != self.model.head_dim:
                 raise ValueError(
                     f"shrink: head_dim is {one.head_dim}, but model.head_dim is {self.model.head_dim}; make them the "

@@ -169,12 +169,17 @@ class Plan:
             "control": sum((one.price for one in self.controls), Price()),
             "verification": self.estimator.verification() if self.study.verify.on else Price(),
         }
-        # Recipes that differ in their finish alone share a training, which a study pays once.
-        trained = {dataclasses.replace(one.recipe, name="shared", finish=()): one for one in (*self.controls, *others)}
-        whole = sum((one.price for one in trained.values()), Price())
-        self.purse = [(b, self._allowed(b, whole)) for b in self.study.budgets if b.of == "study"]
         mean = [sum((one.prices[r] for one in others), Price()) * (1 / len(others)) for r in range(len(study.rungs))]
         dearest = max((one.price for one in (*others, *self.controls)), key=lambda price: price.seconds)
+
+        def seeds(finalists):
+            return dearest * ((finalists + 1) * (study.seeds - 1))
+
+        # Recipes that differ in their finish alone share a training, which a study pays once.
+        trained = {dataclasses.replace(one.recipe, name="shared", finish=()): one for one in (*self.controls, *others)}
+        whole = sum((one.price for one in trained.values()), seeds(min(study.finalists, len(others))))
+        whole += fixed["verification"]
+        self.purse = [(b, self._allowed(b, whole)) for b in self.study.budgets if b.of == "study"]
 
         def counts(starts):
             found = [starts]
@@ -183,12 +188,11 @@ class Plan:
             return found
 
         def parts(starts):
-            seeds = (min(study.finalists, starts) + 1) * (study.seeds - 1)
             tried = sum((price * n for price, n in zip(mean, counts(starts), strict=True)), Price())
-            return fixed | {"search": tried, "finalists": dearest * seeds}
+            return fixed | {"search": tried, "finalists": seeds(min(study.finalists, starts))}
 
         cheapest = min((one.price for one in others), key=lambda price: price.seconds)
-        least = fixed | {"search": cheapest, "finalists": dearest * 2 * (study.seeds - 1)}
+        least = fixed | {"search": cheapest, "finalists": seeds(1)}
         short = self.short(sum(least.values(), Price()))
         if short is not None:
             budget, limit = short

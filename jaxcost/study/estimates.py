@@ -19,6 +19,7 @@ from jaxcost.study.accounts import Price
 from jaxcost.study.measure import weight_bytes
 from jaxcost.study.recipes import Recipe
 from jaxcost.study.trials import fingerprint, write_json
+from jaxcost.training.checkpoints import Checkpoints
 from jaxcost.transforms import chain
 
 _PROBED_STEPS = 4
@@ -49,23 +50,25 @@ class Probe:
 def probe(base: Session, folder: Path, path: Path, machine: dict[str, Any]) -> Probe:
     """Does the first steps of the base's training in its folder, or finds at `path` what they came to.
 
-    Raises what `Session.train` raises.
+    Of a training that is further already, all that it did is the measurement. Raises what `Session.train` raises.
     """
     key = fingerprint(base.experiment, machine)
     if path.exists():
         found = json.loads(path.read_text())
         if found.pop("fingerprint") == key:
             return Probe(**found)
-    steps = min(_PROBED_STEPS, base.experiment.training.steps)
+    training, checkpoint = base.experiment.training, base.experiment.checkpoint
+    steps = max(min(_PROBED_STEPS, training.steps), _done(folder))
     fitted = base.train(folder, title="base, first steps", until=steps)
     lost = fitted.lost_seconds
+    scorings = 1 + (steps // training.evaluate_every if training.evaluate_every else 0)
     found = Probe(
         step_seconds=fitted.step_seconds,
         step_flops=fitted.cost.total_flops,
         closed_flops=_step_flops(base, base.abstract_params()),
         compile_seconds=lost["compile"] + lost["start"],
-        scoring_seconds=lost["evaluation"],
-        checkpoint_seconds=lost["checkpoint"],
+        scoring_seconds=lost["evaluation"] / scorings,
+        checkpoint_seconds=lost["checkpoint"] / (1 + steps // checkpoint.every_steps),
     )
     write_json(path, dataclasses.asdict(found) | {"fingerprint": key})
     return found
@@ -134,6 +137,15 @@ class Estimator:
     def verification(self) -> Price:
         """Comparing the finalist with the control."""
         return self.scoring() * _SCORINGS_OF_A_VERIFICATION
+
+
+def _done(folder: Path) -> int:
+    """The step that a training's newest checkpoint is of; 0 without one."""
+    path = folder / "checkpoints"
+    if not path.is_dir():
+        return 0
+    with Checkpoints(path) as checkpoints:
+        return checkpoints.latest() or 0
 
 
 def _step_flops(base: Session, params: weights.Params) -> float:

@@ -77,7 +77,7 @@ class Budget:
     """The cost that is limited."""
     share: float | None = None
     """The most a recipe may cost, where the control of its task is 1; of a study, the base's cost and this share of
-    what it would cost to train every recipe to the end beside it."""
+    what the rest would cost if every recipe were trained to the end."""
     at_most: float | None = None
     """The most it may cost in the metric's own unit: bytes, FLOPs, seconds, USD, hours or kWh."""
     of: Literal["recipe", "study"] = "recipe"
