@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcost.config import Experiment
+from jaxcost.config import Experiment, load
 from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
@@ -168,6 +168,13 @@ def test_recipes_that_a_description_does_not_tell_apart_have_names_of_their_own(
     space = Space(transforms=(Choice(each(prune, sparsity=0.5, block=Choice((64, 128)))),))
     names = list(space.settings())
     assert len(set(names)) == 2 and all(name.startswith("prune_50-") for name in names)
+
+
+def test_the_config_of_a_search_is_the_space_that_it_says():
+    study = load("configs/search.py").study
+    recipes = study.complete()
+    assert len(recipes) == 61 and recipes[0].name == "control"
+    assert {budget.of for budget in study.budgets} == {"study", "recipe"}
 
 
 def test_each_number_of_steps_has_its_control():
