@@ -54,9 +54,10 @@ class Search:
 
         Raises what trying the control raises, and what ends a study: CheckpointError, Preempted, LostHostError.
         """
+        for control in self._plan.controls:
+            self._beforehand(control)
         for rung in range(len(self._search.rungs)):
             for control in self._plan.controls:
-                self._beforehand(control)
                 self._advance(control, rung)
             self._first_rung() if rung == 0 else self._later_rung(rung)
         for one in (*self._plan.controls, *self._finished()):
@@ -157,9 +158,7 @@ class Search:
 
     def _price(self, one: Candidate, rung: int) -> Price:
         """Of a rung; of scoring alone where another recipe's training has come as far."""
-        data = self._trials.session(one.recipe).experiment.data
-        tokens = one.rungs[rung] * data.batch_size * data.sequence_length
-        if self._accounts.has_paid(self._trials.training_of(one.recipe), tokens):
+        if self._accounts.has_paid(self._trials.training_of(one.recipe), self._trials.tokens(one.rungs[rung])):
             return self._plan.estimator.scoring()
         return one.prices[rung]
 

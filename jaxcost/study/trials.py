@@ -93,8 +93,12 @@ class Trials:
         if recipe.task not in self._tasks:
             self._tasks[recipe.task] = self._base.reopen(recovery)
         self._tasks[recipe.task].open()
-        session = self._tasks[recipe.task].derive(recovery)
-        return session
+        return self._tasks[recipe.task].derive(recovery)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens that so many steps of any recovery learn from."""
+        data = self._base.experiment.data
+        return steps * data.batch_size * data.sequence_length
 
     def training_of(self, recipe: Recipe, seed: int = 0) -> str:
         """The name of the recipe's training, which recipes that differ in their finish alone share."""
