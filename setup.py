@@ -59,6 +59,7 @@ setup(
             "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
             "schemathesis>=4.32,<5",
         ],
+        "browser": ["playwright>=1.50,<2"],  # drives the system's Chromium
         "oracles": [
             "torch==2.13.0",
             "transformers>=5,<6",
