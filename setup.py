@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxcost", "jaxcost.*"]),
-    package_data={"jaxcost": ["**/*.json", "**/*.html"]},
+    package_data={"jaxcost": ["**/*.json", "**/*.html", "study/pages/*.css", "study/pages/*.js", "CITATION.cff"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",

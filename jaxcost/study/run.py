@@ -58,8 +58,8 @@ def run_study(
 ) -> dict[str, Any]:
     """Walks the whole loop in a folder and returns what `study.json` there holds; what was finished is not repeated.
 
-    Writes `study.json`, `ledger.jsonl`, `pareto.png` and `report.html`. A recipe is finished when its row is written;
-    a killed study goes on with the others when it is started again.
+    Writes `study.json`, `ledger.jsonl` and what `report.write` adds. A recipe is finished when its row is written; a
+    killed study goes on with the others when it is started again.
 
     Raises what `Session.train` raises.
     """
@@ -124,9 +124,8 @@ def run_study(
         "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
         **compare.compare(rows, study.budgets, baselines, trained.metrics["bits_per_byte"]),
     }
-    report.draw(result, workdir / "pareto.png")
-    report.write(result, workdir / "report.html", workdir / "pareto.png")
     _write_json(workdir / "study.json", result)
+    report.write(result, workdir)
     return result
 
 
