@@ -23,6 +23,8 @@ class Column:
     """Times the value is the printed number: 1e-6 for bytes that are printed as MB."""
     axis: str = ""
     """The name of this cost on an axis of the picture, the unit included; empty for what is no cost."""
+    timed: bool = False
+    """Whether it rests on a clock, so that a second run gives another figure."""
 
     def text(self, row: Row) -> str:
         """The printed figure; `unknown` where it is None."""
@@ -42,14 +44,26 @@ COLUMNS = (
     Column("weight_bytes", "in memory, MB", "{:,.1f}", 1e-6, "weights in memory, MB"),
     Column("trainable_parameters", "trains", "{:,}"),
     Column("step_flops", "step, GFLOP", "{:,.1f}", 1e-9, "FLOPs of a training step, GFLOP"),
-    Column("step_seconds", "step, ms", "{:,.1f}", 1e3, "time of a training step, ms"),
+    Column("step_seconds", "step, ms", "{:,.1f}", 1e3, "time of a training step, ms", timed=True),
     Column("inference_flops_per_token", "decode, MFLOP/token", "{:,.1f}", 1e-6, "FLOPs of a decoded token, MFLOP"),
-    Column("decode_tokens_per_second", "decode, tokens/s", "{:,.0f}"),
-    Column("decode_seconds_per_token", "latency, ms/token", "{:,.3f}", 1e3, "latency of a decoded token, ms"),
-    Column("usd", "recovery, USD", "{:.2g}", axis="money of the recovery, USD"),
-    Column("kwh", "recovery, kWh", "{:.2g}", axis="energy of the recovery, kWh"),
-    Column("usd_per_million_tokens", "serving, USD/M tokens", "{:.2g}", axis="money of a million decoded tokens, USD"),
-    Column("kwh_per_million_tokens", "serving, kWh/M tokens", "{:.2g}", axis="energy of a million decoded tokens, kWh"),
+    Column("decode_tokens_per_second", "decode, tokens/s", "{:,.0f}", timed=True),
+    Column("decode_seconds_per_token", "latency, ms/token", "{:,.3f}", 1e3, "latency of a token, ms", timed=True),
+    Column("usd", "recovery, USD", "{:.2g}", axis="money of the recovery, USD", timed=True),
+    Column("kwh", "recovery, kWh", "{:.2g}", axis="energy of the recovery, kWh", timed=True),
+    Column(
+        "usd_per_million_tokens",
+        "serving, USD/M tokens",
+        "{:.2g}",
+        axis="money of a million tokens, USD",
+        timed=True,
+    ),
+    Column(
+        "kwh_per_million_tokens",
+        "serving, kWh/M tokens",
+        "{:.2g}",
+        axis="energy of a million tokens, kWh",
+        timed=True,
+    ),
 )
 """In the order that they are shown."""
 

@@ -160,9 +160,10 @@ def _commands(study: dict[str, Any], workdir: str) -> list[tuple[str, str]]:
     listed = {recipe.name for recipe in config.recipes}
     found = [("the whole study", again)]
     for name in (row["name"] for row in study["rows"] if row["name"] in recipes):
-        # A recipe of a space is not in the list that `only` chooses from.
+        # Of a space, a recipe is written out: it is not in the list that `only` chooses from.
         flags = ["--study.only", name] if name in listed else ["--study.recipes", repr(recipes[name])]
-        found.append((name, again + flags))
+        without = ["--study.spaces", "", "--study.budgets", ""] if study["kind"] == "search" else []
+        found.append((name, again + without + flags))
     return [(name, shlex.join(command)) for name, command in found]
 
 
