@@ -42,7 +42,7 @@ COLUMNS = (
     Column("control_score", "control", "{:.3f}"),
     Column("checkpoint_bytes", "on disk, MB", "{:,.1f}", 1e-6, "bytes on disk, MB"),
     Column("weight_bytes", "in memory, MB", "{:,.1f}", 1e-6, "weights in memory, MB"),
-    Column("trainable_parameters", "trains", "{:,}"),
+    Column("trainable_parameters", "trains", "{:,.0f}"),
     Column("step_flops", "step, GFLOP", "{:,.1f}", 1e-9, "FLOPs of a training step, GFLOP"),
     Column("step_seconds", "step, ms", "{:,.1f}", 1e3, "time of a training step, ms", timed=True),
     Column("inference_flops_per_token", "decode, MFLOP/token", "{:,.1f}", 1e-6, "FLOPs of a decoded token, MFLOP"),
@@ -73,6 +73,12 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return [column for column in COLUMNS if any(column.key in row for row in rows)]
 
 
+def amount(metric: str, value: float | None, of_study: bool = False) -> str:
+    """A cost with its name, such as `bytes on disk, MB: 9.5`; what a whole study pays is no figure of a recipe."""
+    column = next((column for column in COLUMNS if column.key == metric and not of_study), None)
+    return f"{metric}: {significant(value)}" if column is None else f"{column.axis}: {column.text({metric: value})}"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A number with so many telling digits, without an exponent where it reads well; `unknown` for None."""
     if value is None:
@@ -80,7 +86,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     power = math.floor(math.log10(abs(value)))
-    if power < -4 or power > 8:
+    if power < -7 or power > 8:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - power)}f}"
 

@@ -14,7 +14,7 @@ import jaxcost
 from jaxcost import serialization
 from jaxcost.data.files import atomic_write
 from jaxcost.study import picture, tables
-from jaxcost.study.figures import COLUMNS, columns_of, significant
+from jaxcost.study.figures import COLUMNS, amount, columns_of, significant
 from jaxcost.study.pages import render
 from jaxcost.study.sheets import Sheet, data_name, sheets
 
@@ -77,7 +77,7 @@ def render_report(study: dict[str, Any], found: list[Sheet], workdir: str, files
         answer=answer(study),
         sheets={sheet.name: sheet for sheet in found},
         recipes=[sheet for sheet in found if sheet.name.startswith("recipes")],
-        budgets=[_winner_text(winner) for winner in study["winners"]],
+        budgets=[*map(_limit_text, study["budget"]), *map(_winner_text, study["winners"])],
         points=_points(study),
         commands=_commands(study, workdir),
         kinds=_KINDS,
@@ -173,8 +173,16 @@ def _serving(study: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "rows": study["serving"]}
 
 
+def _limit_text(limit: dict[str, Any]) -> str:
+    whose = "the whole study, " if limit["of"] == "study" else ""
+    if limit["limit"] is None:
+        return f"{limit['name']}: {limit['why']}"
+    allowed, used = (amount(limit["metric"], limit[key], limit["of"] == "study") for key in ("limit", "used"))
+    return f"{limit['name']}: {whose}{allowed} at most; it came to {used.rpartition(': ')[2]}."
+
+
 def _winner_text(winner: dict[str, Any]) -> str:
-    limit = "" if winner["limit"] is None else f" (at most {winner['limit']:.4g} {winner['metric']})"
+    limit = "" if winner["limit"] is None else f" ({amount(winner['metric'], winner['limit'])} at most)"
     if winner["recipe"] is None:
         return f"{winner['budget']}{limit}: {winner['why']}"
     return f"{winner['budget']}{limit}: {winner['recipe']}, {winner['score']:.3f} bits per byte"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxcost.study.figures import addends, columns_of, significant
+from jaxcost.study.figures import Column, addends, columns_of, significant
 
 Study = dict[str, Any]
 
@@ -72,27 +72,28 @@ def data_name(study: Study, task: str) -> str:
 def recipes(study: Study, task: str) -> Sheet:
     """The recipes of a task, quality beside cost."""
     rows = [row for row in study["rows"] if row["task"] == task]
-    columns = columns_of(rows)
-    headings = [Heading("name", "recipe"), Heading("description", "transforms")]
-    lines = [[_word(row["name"]), _word(row["description"])] for row in rows]
+    score, *others = columns_of(rows)
+    columns = [(Heading("name", "recipe"), [_word(row["name"]) for row in rows]), _figures(score, rows)]
     if any(row.get("score_interval") for row in rows):
-        headings.append(Heading("score_interval", "95 % interval", "measured"))
-        for row, line in zip(rows, lines, strict=True):
-            line.append(_interval(row.get("score_interval")))
-    for column in columns:
-        headings.append(Heading(column.key, column.heading, column.kind(rows)))
-        for row, line in zip(rows, lines, strict=True):
-            line.append(Cell(row.get(column.key), column.text(row)))
-    headings.append(Heading("pareto", "Pareto"))
-    for row, line in zip(rows, lines, strict=True):
-        line.append(Cell(int(row["pareto"]), "yes" if row["pareto"] else "no"))
+        intervals = [_interval(row.get("score_interval")) for row in rows]
+        columns.append((Heading("score_interval", "95 % interval", "measured"), intervals))
+    columns.append((Heading("description", "transforms"), [_word(row["description"]) for row in rows]))
+    columns += [_figures(column, rows) for column in others]
+    pareto = [Cell(int(row["pareto"]), "yes" if row["pareto"] else "no") for row in rows]
+    columns.append((Heading("pareto", "Pareto"), pareto))
+    headings, cells = zip(*columns, strict=True)
     return Sheet(
         "recipes" if task == "base" else f"recipes_{task}",
         f"Recipes on {data_name(study, task)}: quality against cost, fewer bits a byte are better",
-        tuple(headings),
-        tuple(map(tuple, lines)),
+        headings,
+        tuple(zip(*cells, strict=True)),
         tuple("front" if row["pareto"] else "" for row in rows),
     )
+
+
+def _figures(column: Column, rows: Sequence[dict[str, Any]]) -> tuple[Heading, list[Cell]]:
+    cells = [Cell(row.get(column.key), column.text(row)) for row in rows]
+    return Heading(column.key, column.heading, column.kind(rows)), cells
 
 
 def costs(study: Study) -> Sheet:
@@ -155,7 +156,7 @@ def slices(study: Study) -> Sheet:
     """Where the answer's recipe lost or won against the control."""
     found = study["verification"]["slices"] if study["verification"] else []
     headings = (
-        Heading("name", "part of the held-out data"),
+        Heading("name", "part"),
         Heading("by", "cut by"),
         Heading("harmed", "harmed"),
         Heading("count", "tokens or texts", "counted"),

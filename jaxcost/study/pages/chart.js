@@ -94,7 +94,8 @@ function drawChart(place, points, labels, chosen) {
   label(svg, [...ordered.filter((p) => isBest.has(p.key) || p.flagged), ...ordered], across, up, width - right);
 
   function tell(point, x, y) {
-    tip.textContent = point.text;
+    const others = ordered.filter((other) => other !== point && Math.hypot(across(other.x) - x, up(other.y) - y) < 8);
+    tip.textContent = point.text + (others.length ? "\nAlso here: " + others.map((other) => other.name).join(", ") : "");
     tip.hidden = false;
     const scale = place.clientWidth / width;
     tip.style.left = Math.max(0, Math.min(x * scale + 14, place.clientWidth - tip.offsetWidth)) + "px";

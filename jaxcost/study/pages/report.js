@@ -55,7 +55,7 @@ function filter() {
   const wanted = $("find").value.trim().toLowerCase();
   let shown = 0, all = 0;
   for (const row of recipes.flatMap((table) => [...table.tBodies[0].rows])) {
-    const said = (row.cells[0].textContent + " " + row.cells[1].textContent).toLowerCase();
+    const said = [...row.querySelectorAll("th, td.text")].map((cell) => cell.textContent).join(" ").toLowerCase();
     row.hidden = !said.includes(wanted) || ($("front").checked && !row.classList.contains("front"));
     shown += !row.hidden;
     all += 1;
