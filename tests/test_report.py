@@ -1,0 +1,216 @@
+"""What is written of a study: one page, tables for other programs and papers, and commands that repeat its rows."""
+
+import csv
+import html.parser
+import json
+import re
+import runpy
+import shlex
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from studies import HOSTILE, grid, row, study
+
+from jaxcost import serialization
+from jaxcost.config import load, parse
+from jaxcost.study import report, result, sheets, tables
+from jaxcost.study.figures import addends, amount, significant
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+class Texts(html.parser.HTMLParser):
+    """The elements of a page by id, its scripts, and what its tables hold."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.tables, self._table, self._cell = [], {}, None, None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self._table = self.tables.setdefault(dict(attributes).get("id", ""), [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+            self._cell = self._table[-1]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell[-1] += data
+
+
+def written(folder, made):
+    (folder / "study.json").write_text(json.dumps(made))
+    report.write(made, folder)
+    return (folder / "report.html").read_text()
+
+
+def fields_missing(hint, value, where):
+    """The fields of a TypedDict, at any depth, that a value does not have, or has and should not."""
+    if typing.is_typeddict(hint):
+        hints = typing.get_type_hints(hint)
+        optional = {"why"} if hint is result.Winner else set()
+        found = [f"{where}.{key}" for key in (hints.keys() ^ value.keys()) - optional]
+        return found + [each for key in hints if key in value for each in fields_missing(hints[key], value[key], key)]
+    kinds = [kind for kind in typing.get_args(hint) if typing.is_typeddict(kind)]
+    values = value if isinstance(value, list) else [value]
+    return [each for one in values if isinstance(one, dict) for kind in kinds for each in fields_missing(kind, one, where)]
+
+
+def test_the_studies_made_up_here_have_the_fields_of_real_ones():
+    assert not fields_missing(result.Study, study(), "study")
+
+
+@pytest.mark.parametrize("made", [study(), study(1), study(500), grid(), grid(1)], ids=lambda made: made["schema"])
+def test_the_page_holds_every_row_and_asks_for_nothing(tmp_path, made):
+    page = written(tmp_path, made)
+    parsed = Texts(page)
+    names = [line[0] for line in parsed.tables["recipes"][1:]]
+    assert names == [one["name"] for one in made["rows"]]
+    for tag, attributes in parsed.tags:
+        assert tag not in ("img", "link", "iframe", "object"), tag
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    assert report.answer(made) in html.unescape(page)
+    assert "default-src 'none'" in page
+
+
+def test_no_text_of_the_study_becomes_markup_or_script(tmp_path):
+    made = study()
+    made["rows"][1]["description"] = made["answer"]["text"] = made["flags"][0]["text"] = HOSTILE
+    page = written(tmp_path, made)
+    tags = [tag for tag, _ in Texts(page).tags]
+    assert tags.count("script") == 2 and "img" not in tags
+    assert HOSTILE not in page and html.escape(HOSTILE).replace("&#x27;", "&#39;") in page
+
+
+def test_harm_stands_before_everything_but_the_answer(tmp_path):
+    page = written(tmp_path, study())
+    assert page.index("with half of its bytes") < page.index("dialect south: 3.900") < page.index("<nav")
+    clean = study(flags=[], answer=study()["answer"] | {"flagged": False})
+    assert "No harm found" in written(tmp_path, clean)
+
+
+def test_a_study_that_was_not_a_search_says_what_it_lacks(tmp_path):
+    page = written(tmp_path, grid())
+    for words in (
+        "No recipe of this study was verified group by group",
+        "Nothing was searched",
+        "did not write what each of its parts cost",
+        "What it would cost was not said before",
+        "this study only compared scores",
+    ):
+        assert words in page
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("study.json", "config.py", "report.html", "recipes.csv", "tables.tex", "citation.bib"),
+        *("pareto.png", "pareto.svg"),
+    }
+
+
+def test_the_parts_add_up_to_the_total_to_the_cent(tmp_path):
+    made = study()
+    lines = Texts(written(tmp_path, made)).tables["costs"]
+    parts, total = lines[1:-1], lines[-1]
+    assert total[0] == "sum" and len(parts) == len(made["ledger"])
+    assert abs(sum(float(part[1]) for part in parts) - made["totals"]["usd"]) < 0.005
+    assert abs(float(total[1]) - made["totals"]["usd"]) < 0.005
+    with open(tmp_path / "costs.csv") as file:
+        values = [float(line["usd (estimated from measured seconds)"]) for line in csv.DictReader(file)]
+    assert sum(values[:-1]) == pytest.approx(values[-1]) == pytest.approx(made["totals"]["usd"])
+
+
+def test_a_sum_of_which_a_part_is_unknown_is_unknown():
+    made = study()
+    made["ledger"][3]["usd"] = None
+    sheet = sheets.costs(made)
+    assert sheet.rows[-1][1].text == "unknown" and sheet.rows[-1][3].text != "unknown"
+
+
+def test_the_estimate_stands_beside_what_it_came_to(tmp_path):
+    page = written(tmp_path, study())
+    text = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "said before (estimated) 3.46 USD" in text and "came to (measured seconds, priced) 3.84 USD" in text
+    # A million requests of 50 tokens at 0.0035 USD a million tokens.
+    assert "cut_1: 0.175 USD, energy unknown" in text
+
+
+def test_every_column_says_what_its_figures_are(tmp_path):
+    for sheet in sheets.sheets(study()):
+        for index, heading in enumerate(sheet.headings):
+            numbers = any(isinstance(line[index].value, float) for line in sheet.rows)
+            assert heading.kind or not numbers, heading
+    kinds = {heading.key: heading.kind for heading in sheets.recipes(study(), "base").headings}
+    assert (kinds["step_flops"], kinds["step_seconds"], kinds["usd"]) == ("compiled", "measured", "estimated")
+    assert kinds["weight_bytes"] == "counted"
+
+
+def test_commands_repeat_the_study_and_its_rows(tmp_path):
+    made = study(kind="grid")
+    page = written(tmp_path, made)
+    commands = [html.unescape(each) for each in re.findall(r"<dd><pre>(python scripts/study.py.*?)</pre>", page)]
+    assert len(commands) == 1 + len(made["rows"])
+    arguments_class = runpy.run_path(str(SCRIPTS / "study.py"))["Arguments"]
+    whole, *rows = (parse(arguments_class, shlex.split(command)[2:]) for command in commands)
+    assert whole.experiment == load(tmp_path / "config.py") == serialization.from_json(made["experiment"])
+    assert whole.workdir != tmp_path
+    for arguments, one in zip(rows, made["rows"], strict=True):
+        assert one["name"] in [recipe.name for recipe in arguments.experiment.study.complete()]
+
+
+def test_csv_gives_full_values_and_no_formula(tmp_path):
+    made = study()
+    made["rows"][2]["description"] = "=HYPERLINK(1)"
+    written(tmp_path, made)
+    with open(tmp_path / "recipes.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["score (measured)"]) for line in lines] == [one["score"] for one in made["rows"]]
+    assert lines[2]["description"] == "'=HYPERLINK(1)" and lines[2]["kwh_per_million_tokens (estimated)"] == ""
+
+
+def test_latex_tables_are_whole_and_escaped(tmp_path):
+    written(tmp_path, study())
+    text = (tmp_path / "tables.tex").read_text()
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule") == 5
+    for body in re.findall(r"\\begin\{tabular\}\{([lr]+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL):
+        lines = [line for line in body[1].splitlines() if line.endswith(r"\\")]
+        assert len(lines) > 2 and all(len(re.findall(r"(?<!\\)&", line)) == len(body[0]) - 1 for line in lines)
+    assert r"prune 1\% of A \& B\_1" in text and "<script" not in text
+    assert tables.escape("a\\b~c^{}\n→") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}\{\} $\rightarrow$"
+
+
+def test_the_citation_is_that_of_the_repository(tmp_path):
+    cited = yaml.safe_load(tables.CITATION.read_text())
+    text = tables.to_bibtex(tables.citation())
+    assert text.startswith("@software{jaxcost,") and f"year = {{{cited['date-released'].year}}}" in text
+    assert f"version = {{{cited['version']}}}" in text and "author = {{The jaxcost developers}}" in text
+    person = cited | {"authors": [{"family-names": "Noether", "given-names": "Emmy"}], "doi": "10.1/x"}
+    assert "author = {Noether, Emmy}" in tables.to_bibtex(person) and "doi = {10.1/x}" in tables.to_bibtex(person)
+
+
+def test_pictures_are_drawn_of_any_number_of_rows(tmp_path):
+    for made in (study(1), study(500), study(3, rows=[row(index, usd=None) for index in range(3)])):
+        written(tmp_path, made)
+        assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / "pareto.svg").read_text()[:2000]
+    before = (tmp_path / "pareto.svg").read_bytes()
+    written(tmp_path, study(3, rows=[row(index, usd=None) for index in range(3)]))
+    assert (tmp_path / "pareto.svg").read_bytes() == before
+
+
+def test_numbers_for_people():
+    assert [significant(value) for value in (None, 0, 1234567.0, 0.000123456, 2.5e-9)] == [
+        *("unknown", "0", "1,234,567", "0.000123", "2.50e-09"),
+    ]
+    assert addends([3.0, None, 0.5]) == ["3.00", "unknown", "0.50"]
+    assert addends([0.00123, 0.000004]) == ["0.00123", "0.00000"]
+    assert amount("checkpoint_bytes", 6.8e6) == "bytes on disk, MB: 6.8" and amount("hours", 2.0) == "hours: 2.00"
+    assert amount("usd", 4.0, of_study=True) == "usd: 4.00"
