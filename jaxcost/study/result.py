@@ -119,8 +119,8 @@ class Answer(TypedDict):
     score_interval: Interval | None
     control_score: float | None
     cost_shares: dict[str, float]
-    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`, `decode_seconds_per_token`,
-    `inference_flops_per_token`, `usd_per_million_tokens`, where both are known."""
+    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`,
+    `decode_seconds_per_token`, `inference_flops_per_token`, `usd_per_million_tokens`, where both are known."""
     text: str
     """The answer in a sentence; where nothing meets the budget, what the cheapest would cost."""
     flagged: bool
