@@ -26,7 +26,8 @@ setup(
         "aqtp>=0.9,<0.10",  # "aqt-jax", imported as aqt.jax.v2
         "tokenizers>=0.22,<0.24",
         "huggingface-hub>=1,<3",  # fetches checkpoints; tokenizers needs it anyway
-        "jinja2>=3.1,<4",  # chat templates of checkpoints
+        "jinja2>=3.1,<4",  # chat templates of checkpoints; pages of a study
+        "pyyaml>=6,<7",  # CITATION.cff; huggingface-hub needs it anyway
         "sentencepiece>=0.2,<0.3",  # tokenizers of checkpoints that have no tokenizer.json
         "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
         "pyarrow>=16",  # tables on disk; tensorflow-datasets needs it anyway
@@ -53,13 +54,15 @@ setup(
             "hypothesis>=6.130,<7",
             "ruff>=0.14,<0.18",
             "jsonschema>=4,<5",
-            "pyyaml>=6,<7",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
             "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
             "schemathesis>=4.32,<5",
         ],
-        "browser": ["playwright>=1.50,<2"],  # drives the system's Chromium
+        "browser": [
+            "playwright>=1.50,<2",  # drives the system's Chromium
+            "axe-playwright-python>=0.1.8,<0.2",  # axe-core's rules of accessibility, in the package
+        ],
         "oracles": [
             "torch==2.13.0",
             "transformers>=5,<6",

@@ -1,4 +1,4 @@
-"""Studies made up for tests of what is shown of them: a search with harm found, and a grid, of as many rows as asked."""
+"""Studies made up for tests of what is shown of them: a search that found harm, and a grid, of any number of rows."""
 
 from typing import Any
 

@@ -1,10 +1,11 @@
 """What is written of a study: one page, tables for other programs and papers, and commands that repeat its rows."""
 
 import csv
+import dataclasses
 import html.parser
+import io
 import json
 import re
-import runpy
 import shlex
 import typing
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 from studies import HOSTILE, grid, row, study
+from tyro.conf import Positional
 
 from jaxcost import serialization
-from jaxcost.config import load, parse
-from jaxcost.study import report, result, sheets, tables
+from jaxcost.config import Overrides, load, parse
+from jaxcost.study import picture, report, result, sheets, tables
 from jaxcost.study.figures import addends, amount, significant
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+WORKDIR = Path("runs/a study")
 
 
 class Texts(html.parser.HTMLParser):
@@ -48,10 +50,17 @@ class Texts(html.parser.HTMLParser):
             self._cell[-1] += data
 
 
-def written(folder, made):
-    (folder / "study.json").write_text(json.dumps(made))
-    report.write(made, folder)
-    return (folder / "report.html").read_text()
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Those of scripts/study.py that the commands of a report give."""
+
+    config: Positional[Path]
+    experiment: Overrides
+    workdir: Path = Path("runs/study")
+
+
+def page_of(made):
+    return report.texts(made, WORKDIR)["report.html"]
 
 
 def fields_missing(hint, value, where):
@@ -63,7 +72,9 @@ def fields_missing(hint, value, where):
         return found + [each for key in hints if key in value for each in fields_missing(hints[key], value[key], key)]
     kinds = [kind for kind in typing.get_args(hint) if typing.is_typeddict(kind)]
     values = value if isinstance(value, list) else [value]
-    return [each for one in values if isinstance(one, dict) for kind in kinds for each in fields_missing(kind, one, where)]
+    return [
+        each for one in values if isinstance(one, dict) for kind in kinds for each in fields_missing(kind, one, where)
+    ]
 
 
 def test_the_studies_made_up_here_have_the_fields_of_real_ones():
@@ -71,8 +82,8 @@ def test_the_studies_made_up_here_have_the_fields_of_real_ones():
 
 
 @pytest.mark.parametrize("made", [study(), study(1), study(500), grid(), grid(1)], ids=lambda made: made["schema"])
-def test_the_page_holds_every_row_and_asks_for_nothing(tmp_path, made):
-    page = written(tmp_path, made)
+def test_the_page_holds_every_row_and_asks_for_nothing(made):
+    page = page_of(made)
     parsed = Texts(page)
     names = [line[0] for line in parsed.tables["recipes"][1:]]
     assert names == [one["name"] for one in made["rows"]]
@@ -84,24 +95,24 @@ def test_the_page_holds_every_row_and_asks_for_nothing(tmp_path, made):
     assert "default-src 'none'" in page
 
 
-def test_no_text_of_the_study_becomes_markup_or_script(tmp_path):
+def test_no_text_of_the_study_becomes_markup_or_script():
     made = study()
     made["rows"][1]["description"] = made["answer"]["text"] = made["flags"][0]["text"] = HOSTILE
-    page = written(tmp_path, made)
+    page = page_of(made)
     tags = [tag for tag, _ in Texts(page).tags]
     assert tags.count("script") == 2 and "img" not in tags
     assert HOSTILE not in page and html.escape(HOSTILE).replace("&#x27;", "&#39;") in page
 
 
-def test_harm_stands_before_everything_but_the_answer(tmp_path):
-    page = written(tmp_path, study())
+def test_harm_stands_before_everything_but_the_answer():
+    page = page_of(study())
     assert page.index("with half of its bytes") < page.index("dialect south: 3.900") < page.index("<nav")
     clean = study(flags=[], answer=study()["answer"] | {"flagged": False})
-    assert "No harm found" in written(tmp_path, clean)
+    assert "No harm found" in page_of(clean)
 
 
 def test_a_study_that_was_not_a_search_says_what_it_lacks(tmp_path):
-    page = written(tmp_path, grid())
+    page = page_of(grid())
     for words in (
         "No recipe of this study was verified group by group",
         "Nothing was searched",
@@ -110,21 +121,23 @@ def test_a_study_that_was_not_a_search_says_what_it_lacks(tmp_path):
         "this study only compared scores",
     ):
         assert words in page
+    report.write(grid(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("study.json", "config.py", "report.html", "recipes.csv", "tables.tex", "citation.bib"),
+        *("config.py", "report.html", "recipes.csv", "tables.tex", "citation.bib"),
         *("pareto.png", "pareto.svg"),
     }
 
 
-def test_the_parts_add_up_to_the_total_to_the_cent(tmp_path):
+def test_the_parts_add_up_to_the_total_to_the_cent():
     made = study()
-    lines = Texts(written(tmp_path, made)).tables["costs"]
+    files = report.texts(made, WORKDIR)
+    lines = Texts(files["report.html"]).tables["costs"]
     parts, total = lines[1:-1], lines[-1]
     assert total[0] == "sum" and len(parts) == len(made["ledger"])
     assert abs(sum(float(part[1]) for part in parts) - made["totals"]["usd"]) < 0.005
     assert abs(float(total[1]) - made["totals"]["usd"]) < 0.005
-    with open(tmp_path / "costs.csv") as file:
-        values = [float(line["usd (estimated from measured seconds)"]) for line in csv.DictReader(file)]
+    read = csv.DictReader(io.StringIO(files["costs.csv"]))
+    values = [float(line["usd (estimated from measured seconds)"]) for line in read]
     assert sum(values[:-1]) == pytest.approx(values[-1]) == pytest.approx(made["totals"]["usd"])
 
 
@@ -135,15 +148,15 @@ def test_a_sum_of_which_a_part_is_unknown_is_unknown():
     assert sheet.rows[-1][1].text == "unknown" and sheet.rows[-1][3].text != "unknown"
 
 
-def test_the_estimate_stands_beside_what_it_came_to(tmp_path):
-    page = written(tmp_path, study())
+def test_the_estimate_stands_beside_what_it_came_to():
+    page = page_of(study())
     text = " ".join(re.sub("<[^>]*>", " ", page).split())
     assert "said before (estimated) 3.46 USD" in text and "came to (measured seconds, priced) 3.84 USD" in text
     # A million requests of 50 tokens at 0.0035 USD a million tokens.
     assert "cut_1: 0.175 USD, energy unknown" in text
 
 
-def test_every_column_says_what_its_figures_are(tmp_path):
+def test_every_column_says_what_its_figures_are():
     for sheet in sheets.sheets(study()):
         for index, heading in enumerate(sheet.headings):
             numbers = any(isinstance(line[index].value, float) for line in sheet.rows)
@@ -155,30 +168,30 @@ def test_every_column_says_what_its_figures_are(tmp_path):
 
 def test_commands_repeat_the_study_and_its_rows(tmp_path):
     made = study(kind="grid")
-    page = written(tmp_path, made)
-    commands = [html.unescape(each) for each in re.findall(r"<dd><pre>(python scripts/study.py.*?)</pre>", page)]
+    (tmp_path / "study.json").write_text(json.dumps(made))
+    files = report.texts(made, tmp_path)
+    (tmp_path / "config.py").write_text(files["config.py"])
+    commands = [
+        html.unescape(each) for each in re.findall(r"<dd><pre>(python scripts/study.py.*?)</pre>", files["report.html"])
+    ]
     assert len(commands) == 1 + len(made["rows"])
-    arguments_class = runpy.run_path(str(SCRIPTS / "study.py"))["Arguments"]
-    whole, *rows = (parse(arguments_class, shlex.split(command)[2:]) for command in commands)
+    whole, *rows = (parse(Arguments, shlex.split(command)[2:]) for command in commands)
     assert whole.experiment == load(tmp_path / "config.py") == serialization.from_json(made["experiment"])
     assert whole.workdir != tmp_path
     for arguments, one in zip(rows, made["rows"], strict=True):
         assert one["name"] in [recipe.name for recipe in arguments.experiment.study.complete()]
 
 
-def test_csv_gives_full_values_and_no_formula(tmp_path):
+def test_csv_gives_full_values_and_no_formula():
     made = study()
     made["rows"][2]["description"] = "=HYPERLINK(1)"
-    written(tmp_path, made)
-    with open(tmp_path / "recipes.csv") as file:
-        lines = list(csv.DictReader(file))
+    lines = list(csv.DictReader(io.StringIO(report.texts(made, WORKDIR)["recipes.csv"])))
     assert [float(line["score (measured)"]) for line in lines] == [one["score"] for one in made["rows"]]
     assert lines[2]["description"] == "'=HYPERLINK(1)" and lines[2]["kwh_per_million_tokens (estimated)"] == ""
 
 
-def test_latex_tables_are_whole_and_escaped(tmp_path):
-    written(tmp_path, study())
-    text = (tmp_path / "tables.tex").read_text()
+def test_latex_tables_are_whole_and_escaped():
+    text = report.texts(study(), WORKDIR)["tables.tex"]
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule") == 5
     for body in re.findall(r"\\begin\{tabular\}\{([lr]+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL):
         lines = [line for line in body[1].splitlines() if line.endswith(r"\\")]
@@ -187,7 +200,7 @@ def test_latex_tables_are_whole_and_escaped(tmp_path):
     assert tables.escape("a\\b~c^{}\n→") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}\{\} $\rightarrow$"
 
 
-def test_the_citation_is_that_of_the_repository(tmp_path):
+def test_the_citation_is_that_of_the_repository():
     cited = yaml.safe_load(tables.CITATION.read_text())
     text = tables.to_bibtex(tables.citation())
     assert text.startswith("@software{jaxcost,") and f"year = {{{cited['date-released'].year}}}" in text
@@ -197,12 +210,13 @@ def test_the_citation_is_that_of_the_repository(tmp_path):
 
 
 def test_pictures_are_drawn_of_any_number_of_rows(tmp_path):
-    for made in (study(1), study(500), study(3, rows=[row(index, usd=None) for index in range(3)])):
-        written(tmp_path, made)
+    unpriced = study() | {"rows": [row(index, usd=None) for index in range(3)]}
+    for made in (study(500), unpriced):
+        picture.draw(made, tmp_path)
         assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-        assert "<svg" in (tmp_path / "pareto.svg").read_text()[:2000]
     before = (tmp_path / "pareto.svg").read_bytes()
-    written(tmp_path, study(3, rows=[row(index, usd=None) for index in range(3)]))
+    assert b"<svg" in before
+    picture.draw(unpriced, tmp_path)
     assert (tmp_path / "pareto.svg").read_bytes() == before
 
 

@@ -10,7 +10,7 @@ from jaxcost.data.files import atomic_write
 from jaxcost.study.compare import COSTS
 
 _NAMED = 16
-"""With more rows than these, only those on the front are named."""
+"""With more rows than these, only some on the front are named."""
 
 
 def draw(study: dict[str, Any], folder: Path) -> None:
@@ -44,7 +44,8 @@ def _draw_cost(axis, rows: Sequence[dict[str, Any]], cost: str, label: str) -> N
         if row.get("score_interval"):
             ends = [row["score_interval"]["low"], row["score_interval"]["high"]]
             axis.plot([row[cost]] * 2, ends, color=colour, linewidth=1.5, zorder=1)
-    for names, point in _labels(known if len(known) <= _NAMED else front, cost):
+    named = known if len(known) <= _NAMED else front[:: max(1, len(front) // _NAMED)]
+    for names, point in _labels(named, cost):
         axis.annotate(names, point, (6, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axis.set_xlabel(f"{label} ({rows[0]['figures'][cost]})")
     axis.set_ylabel("bits per byte, held out (measured)")

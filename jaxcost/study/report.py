@@ -52,25 +52,28 @@ experiment = serialization.from_json(json.loads(Path(__file__).with_name("study.
 
 
 def write(result: dict[str, Any], workdir: Path) -> None:
-    """Writes what people read of `study.json` beside it.
-
-    `report.html` is the report, in one file that needs no network; `pareto.png` and `pareto.svg` are its picture,
-    `*.csv`, `tables.tex` and `citation.bib` its tables for other programs and papers. `config.py` repeats the study.
-    """
-    study = _ABSENT | result
-    picture.draw(study, workdir)
-    found = sheets(study)
-    files = {f"{sheet.name}.csv": tables.to_csv(sheet) for sheet in found}
-    files["tables.tex"] = tables.to_latex(found, _machine_text(study))
-    files["citation.bib"] = tables.to_bibtex(tables.citation())
-    page = render_report(study, found, str(workdir), files)
-    for name, text in files.items() | {("report.html", page), ("config.py", _CONFIG)}:
+    """Writes what people read of a study beside its `study.json`: `pareto.png`, `pareto.svg` and what `texts` gives."""
+    picture.draw(result, workdir)
+    for name, text in texts(result, workdir).items():
         with atomic_write(workdir / name) as file:
             file.write(text.encode())
 
 
-def render_report(study: dict[str, Any], found: list[Sheet], workdir: str, files: dict[str, str]) -> str:
-    """The page: text of data and recipes is escaped, as is what its script reads."""
+def texts(result: dict[str, Any], workdir: Path) -> dict[str, str]:
+    """Names of files and what stands in them, all but the picture.
+
+    `report.html` is the report, in one file that needs no network; `*.csv`, `tables.tex` and `citation.bib` are its
+    tables for other programs and for papers; `config.py` repeats the study, whose folder `workdir` is.
+    """
+    study = _ABSENT | result
+    found = sheets(study)
+    files = {f"{sheet.name}.csv": tables.to_csv(sheet) for sheet in found}
+    files["tables.tex"] = tables.to_latex(found, _machine_text(study))
+    files["citation.bib"] = tables.to_bibtex(tables.citation())
+    return files | {"report.html": _page(study, found, workdir, files), "config.py": _CONFIG}
+
+
+def _page(study: dict[str, Any], found: list[Sheet], workdir: Path, files: dict[str, str]) -> str:
     return render(
         "report.html",
         study=study,
@@ -152,7 +155,7 @@ def _score_text(row: dict[str, Any]) -> str:
     return said + ("" if row["control"] else f", the control {row['control_score']:.3f}")
 
 
-def _commands(study: dict[str, Any], workdir: str) -> list[tuple[str, str]]:
+def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
     """A name and the command that repeats it, of the whole study and of every row of its experiment."""
     again = ["python", "scripts/study.py", f"{workdir}/config.py", "--workdir", f"{workdir}-again"]
     config = serialization.from_json(study["experiment"]).study
