@@ -78,45 +78,63 @@ function drawChart(place, points, labels, chosen) {
   svg.append(element("path", {class: "line", d: path}));
 
   const ordered = [...points].sort((a, b) => a.x - b.x || a.y - b.y);
-  const marks = ordered.map((point) => {
-    const x = across(point.x), y = up(point.y), kind = point.flagged ? " flagged" : isBest.has(point.key) ? " front" : "";
-    const g = element("g", {class: "point" + kind, role: "img", tabindex: -1, "aria-label": point.text, "data-key": point.key});
+  const places = ordered.map((point) => [across(point.x), up(point.y)]);
+  const kinds = ordered.map((point) => point.flagged ? " flagged" : isBest.has(point.key) ? " front" : "");
+  const marks = ordered.map((point, index) => {
+    const [x, y] = places[index];
+    const attributes = {class: "point" + kinds[index], role: "img", tabindex: index ? -1 : 0, "aria-label": point.text};
+    const g = element("g", {...attributes, "data-key": point.key});
     if (point.low != null) g.append(element("line", {class: "interval", x1: x, x2: x, y1: up(point.low), y2: up(point.high)}));
-    g.append(element("circle", {class: "halo", cx: x, cy: y, r: 11}), mark(kind, x, y));
-    g.addEventListener("pointerenter", () => tell(point, x, y));
-    g.addEventListener("pointerleave", () => { tip.hidden = true; });
-    g.addEventListener("focus", () => tell(point, x, y));
-    g.addEventListener("blur", () => { tip.hidden = true; });
-    g.addEventListener("click", () => { enter(g); tell(point, x, y); chosen(point.key); });
+    g.append(element("circle", {class: "halo", cx: x, cy: y, r: 11}), mark(kinds[index], x, y));
+    g.addEventListener("focus", () => tell(index));
+    g.addEventListener("blur", () => tell(-1));
     return g;
   });
-  svg.append(...marks);
-  label(svg, [...ordered.filter((p) => isBest.has(p.key) || p.flagged), ...ordered], across, up, width - right);
+  // What tells most lies on top.
+  svg.append(...marks.filter((_, index) => !kinds[index]), ...marks.filter((_, index) => kinds[index]));
+  const telling = ordered.filter((_, index) => kinds[index]);
+  label(svg, ordered.length > 40 ? telling : [...telling, ...ordered], across, up, width - right);
 
-  function tell(point, x, y) {
-    const others = ordered.filter((other) => other !== point && Math.hypot(across(other.x) - x, up(other.y) - y) < 8);
-    tip.textContent = point.text + (others.length ? "\nAlso here: " + others.map((other) => other.name).join(", ") : "");
-    tip.hidden = false;
+  function tell(index) {
+    for (const g of marks) g.classList.toggle("told", g === marks[index]);
+    tip.hidden = index < 0;
+    if (index < 0) return;
+    const [x, y] = places[index];
+    const others = ordered.filter((_, other) => other !== index && Math.hypot(places[other][0] - x, places[other][1] - y) < 3);
+    tip.textContent = ordered[index].text + (others.length ? "\nAlso here: " + others.map((other) => other.name).join(", ") : "");
     const scale = place.clientWidth / width;
     tip.style.left = Math.max(0, Math.min(x * scale + 14, place.clientWidth - tip.offsetWidth)) + "px";
-    const below = y * scale + 16;
-    tip.style.top = (y > height / 2 ? Math.max(0, y * scale - tip.offsetHeight - 16) : below) + "px";
+    tip.style.top = (y > height / 2 ? Math.max(0, y * scale - tip.offsetHeight - 16) : y * scale + 16) + "px";
+  }
+  // The point that the pointer means: the nearest, if any is near.
+  function meant(event) {
+    const box = svg.getBoundingClientRect(), scale = width / box.width;
+    const away = places.map(([x, y]) => Math.hypot((event.clientX - box.left) * scale - x, (event.clientY - box.top) * scale - y));
+    const index = away.indexOf(Math.min(...away));
+    return away[index] < 20 ? index : -1;
   }
   // One point is in the order of the Tab key at a time; the arrows go on from it.
-  function enter(g) {
-    for (const other of marks) other.setAttribute("tabindex", -1);
-    g.setAttribute("tabindex", 0);
-    g.focus({preventScroll: true});
+  function enter(index) {
+    marks.forEach((g, other) => g.setAttribute("tabindex", other === index ? 0 : -1));
+    marks[index].focus({preventScroll: true});
   }
-  marks[0].setAttribute("tabindex", 0);
+  svg.addEventListener("pointermove", (event) => tell(meant(event)));
+  svg.addEventListener("pointerleave", () => tell(-1));
+  svg.addEventListener("click", (event) => {
+    const index = meant(event);
+    if (index < 0) return;
+    enter(index);
+    tell(index);
+    chosen(ordered[index].key);
+  });
   svg.addEventListener("keydown", (event) => {
-    const at = marks.indexOf(document.activeElement);
-    const to = {ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, Home: 0, End: marks.length - 1}[event.key];
+    const at = marks.indexOf(document.activeElement), last = marks.length - 1;
+    const to = {ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, Home: 0, End: last}[event.key];
     if (at >= 0 && event.key === "Enter") chosen(ordered[at].key);
-    if (at >= 0 && event.key === "Escape") tip.hidden = true;
+    if (at >= 0 && event.key === "Escape") tell(-1);
     if (at < 0 || to === undefined) return;
     event.preventDefault();
-    enter(marks[Math.max(0, Math.min(marks.length - 1, to))]);
+    enter(Math.max(0, Math.min(last, to)));
   });
   place.replaceChildren(svg, tip);
 }
