@@ -18,7 +18,10 @@ from tyro.conf import Positional
 from jaxcost import serialization
 from jaxcost.config import Overrides, load, parse
 from jaxcost.study import picture, report, result, sheets, tables
-from jaxcost.study.figures import addends, amount, significant
+from jaxcost.study.figures import COLUMNS, addends, amount, significant
+from jaxcost.study.recipes import Recipe
+from jaxcost.training.distill import DistillConfig
+from jaxcost.transforms import lora, prune, quantize, rule
 
 WORKDIR = Path("runs/a study")
 
@@ -182,6 +185,27 @@ def test_commands_repeat_the_study_and_its_rows(tmp_path):
         assert one["name"] in [recipe.name for recipe in arguments.experiment.study.complete()]
 
 
+def test_a_recipe_that_is_in_no_list_is_written_out():
+    """Such as one of a space, or a control that a study added."""
+    recipes = (
+        Recipe("control"),
+        Recipe(
+            "all_at_once",
+            transforms=(
+                prune(rules=(rule("mlp/", sparsity=0.7), rule("attention/", skip=True)), sparsity=0.25),
+                lora(rank=4, train="norm"),
+            ),
+            finish=(quantize(mode="weights", bits=4, group=32),),
+            task="shifted",
+            learning_rate=1e-3,
+            distill=DistillConfig(logits=0.5),
+        ),
+    )
+    assert serialization.to_python(recipes[0]) == 'Recipe(name="control")'
+    flags = ["configs/quickstart.py", "--study.recipes", ", ".join(map(serialization.to_python, recipes))]
+    assert parse(Arguments, shlex.split(shlex.join(flags))).experiment.study.recipes == recipes
+
+
 def test_csv_gives_full_values_and_no_formula():
     made = study()
     made["rows"][2]["description"] = "=HYPERLINK(1)"
@@ -226,5 +250,11 @@ def test_numbers_for_people():
     ]
     assert addends([3.0, None, 0.5]) == ["3.00", "unknown", "0.50"]
     assert addends([0.00123, 0.000004]) == ["0.00123", "0.00000"]
+    disk = next(column for column in COLUMNS if column.key == "checkpoint_bytes")
+    assert [disk.text({"checkpoint_bytes": value}) for value in (13.64e6, 165_432, None)] == [
+        "13.6",
+        "0.165",
+        "unknown",
+    ]
     assert amount("checkpoint_bytes", 6.8e6) == "bytes on disk, MB: 6.8" and amount("hours", 2.0) == "hours: 2.00"
     assert amount("usd", 4.0, of_study=True) == "usd: 4.00"

@@ -29,7 +29,11 @@ class Column:
     def text(self, row: Row) -> str:
         """The printed figure; `unknown` where it is None."""
         value = row.get(self.key)
-        return "unknown" if value is None else self.form.format(value * self.scale)
+        if value is None:
+            return "unknown"
+        value *= self.scale
+        # One decimal tells small models apart no more.
+        return significant(value) if self.form == "{:,.1f}" and abs(value) < 0.5 else self.form.format(value)
 
     def kind(self, rows: Sequence[Row]) -> str:
         """What the figure is: measured, compiled, estimated, or an exact count."""

@@ -164,7 +164,9 @@ def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
     found = [("the whole study", again)]
     for name in (row["name"] for row in study["rows"] if row["name"] in recipes):
         # Of a space, a recipe is written out: it is not in the list that `only` chooses from.
-        flags = ["--study.only", name] if name in listed else ["--study.recipes", repr(recipes[name])]
+        flags = (
+            ["--study.only", name] if name in listed else ["--study.recipes", serialization.to_python(recipes[name])]
+        )
         without = ["--study.spaces", "", "--study.budgets", ""] if study["kind"] == "search" else []
         found.append((name, again + without + flags))
     return [(name, shlex.join(command)) for name, command in found]
@@ -206,8 +208,8 @@ def _provenance(study: dict[str, Any]) -> list[str]:
         "On disk beside a frozen base, only what trains is counted; the base is stored once for all of its adapters.",
         "Before recovery: transformed and, where the recipe ends with one, quantised, without training on.",
         f"The study took {totals['seconds']:,.0f} s and {totals['tokens']:,} tokens "
-        f"({'price unknown' if totals['usd'] is None else significant(totals['usd'], 2) + ' USD'}): the trainings, "
-        "their compilation and evaluations; scoring before recovery, decoding and what a kill undid are not in it.",
+        f"({'price unknown' if totals['usd'] is None else significant(totals['usd'], 2) + ' USD'}): all of its "
+        "parts, compilation included; what a kill undid is not in it.",
         "A recipe is on the joint Pareto front if none of its task beats it in score, bytes on disk, FLOPs a decoded "
         "token and FLOPs a step together: the costs that a second run repeats exactly.",
         _estimate_text(study["estimates"]),
