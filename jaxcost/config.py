@@ -9,6 +9,7 @@ import math
 import re
 import runpy
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -252,7 +253,9 @@ _EXPRESSIONS = {
 
 @_REGISTRY.primitive_rule
 def _python_expression(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    names = _EXPRESSIONS.get(info.type)
+    # tyro writes some tuples as typing.Tuple, which is not equal.
+    is_tuple = typing.get_origin(info.type) is tuple
+    names = _EXPRESSIONS.get(tuple[typing.get_args(info.type)]) if is_tuple else None
     if names is None:
         return None
 
