@@ -151,6 +151,15 @@ def test_a_sum_of_which_a_part_is_unknown_is_unknown():
     assert sheet.rows[-1][1].text == "unknown" and sheet.rows[-1][3].text != "unknown"
 
 
+def test_a_list_of_recipes_has_no_columns_of_what_was_not_said():
+    made = study()
+    for part in made["ledger"]:
+        part |= dict.fromkeys(("estimated_usd", "estimated_seconds", "estimated_kwh"))
+    assert [heading.key for heading in sheets.costs(made).headings] == [
+        *("stage", "usd", "seconds", "kwh", "tokens", "flops"),
+    ]
+
+
 def test_the_estimate_stands_beside_what_it_came_to():
     page = page_of(study())
     text = " ".join(re.sub("<[^>]*>", " ", page).split())

@@ -175,7 +175,7 @@ def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
 def _serving(study: dict[str, Any]) -> dict[str, Any]:
     """What a million requests would cost, each of as many tokens as were decoded when the speed was measured."""
     tokens = study["experiment"]["study"]["decode_tokens"] if study["serving"] else 0
-    return {"tokens": tokens, "rows": study["serving"]}
+    return {"tokens": tokens, "rows": list({row["recipe"]: row for row in study["serving"]}.values())}
 
 
 def _limit_text(limit: dict[str, Any]) -> str:

@@ -109,14 +109,16 @@ def costs(study: Study) -> Sheet:
         Heading("tokens", "tokens", "counted"),
         Heading("flops", "TFLOP", "compiled"),
     ]
+    # Of a list of recipes nothing is said before.
+    said = [h for h in headings if "estimated_" not in h.key or any(part[h.key] is not None for part in parts)]
     columns = []
-    for heading in headings[1:]:
-        values = [part.get(heading.key) for part in parts]
+    for heading in said[1:]:
+        values = [part[heading.key] for part in parts]
         values.append(_sum(values))
         columns.append([Cell(value, text) for value, text in zip(values, _amounts(heading.key, values), strict=True)])
     names = [Cell(part["stage"], STAGES.get(part["stage"], part["stage"])) for part in parts]
     rows = tuple(zip([*names, Cell("sum", "sum")], *columns, strict=True)) if parts else ()
-    return Sheet("costs", "What the study cost", tuple(headings), rows, (*("" for _ in parts), "total"))
+    return Sheet("costs", "What the study cost", tuple(said), rows, (*("" for _ in parts), "total"))
 
 
 def trials(study: Study) -> Sheet:
