@@ -74,11 +74,13 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "recovery_learning_rate": 3e-4,
         "usd": 0.00017,
         "hours": 0.0017,
+        "flops": 1.5e12,
         "kwh": 2e-5,
         "kg_co2": 1e-5,
         "figures": _FIGURES,
         "recovery": f"recovery{index}",
         "recovery_totals": {"seconds": 10.0, "tokens": 65_536, "flops": 1.5e12, "bytes": 0},
+        "scoring_seconds": 2.0,
         "pareto": not index % 2,
         "pareto_on": ["checkpoint_bytes", "inference_flops_per_token"],
     }

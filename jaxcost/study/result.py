@@ -63,8 +63,9 @@ class Row(TypedDict):
     recovery_steps: int
     recovery_learning_rate: float
     usd: float | None
-    """Of the recovery's steps, without compilation; the same for the next three."""
+    """Of the recovery's steps, without compilation; the same for the next four."""
     hours: float
+    flops: float
     kwh: float | None
     kg_co2: float | None
     figures: dict[str, str]
@@ -73,6 +74,8 @@ class Row(TypedDict):
     """Name of the training under `recoveries/`; recipes that differ in their finish alone share it."""
     recovery_totals: dict[str, float]
     """Seconds, tokens, FLOPs and bytes that the training took in all, compilation included."""
+    scoring_seconds: float
+    """Of scoring before the recovery and after the finish, decoding, and writing the weights."""
     pareto: bool
     pareto_on: list[str]
 
