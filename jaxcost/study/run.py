@@ -124,8 +124,8 @@ def run_study(
         "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
         **compare.compare(rows, study.budgets, baselines, trained.metrics["bits_per_byte"]),
     }
-    _write_json(workdir / "study.json", result)
     report.write(result, workdir)
+    _write_json(workdir / "study.json", result)
     return result
 
 
