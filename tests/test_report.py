@@ -225,7 +225,7 @@ def test_csv_gives_full_values_and_no_formula():
 
 def test_latex_tables_are_whole_and_escaped():
     text = report.texts(study(), WORKDIR)["tables.tex"]
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule") == 5
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule") == 6
     for body in re.findall(r"\\begin\{tabular\}\{([lr]+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL):
         lines = [line for line in body[1].splitlines() if line.endswith(r"\\")]
         assert len(lines) > 2 and all(len(re.findall(r"(?<!\\)&", line)) == len(body[0]) - 1 for line in lines)

@@ -60,7 +60,7 @@ class Sheet:
 def sheets(study: Study) -> list[Sheet]:
     """Those that the study has anything to say in."""
     made = [recipes(study, task) for task in dict.fromkeys(row["task"] for row in study["rows"])]
-    made += [costs(study), trials(study), slices(study), fairness(study)]
+    made += [costs(study), trials(study), slices(study), fairness(study), calibration(study)]
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -206,6 +206,26 @@ def fairness(study: Study) -> Sheet:
             cells.append(_word(value) if isinstance(value, str) else _number(value, form))
         rows.append(tuple(cells))
     return Sheet("fairness", "Worst groups, and gaps between the best and the worst", headings, tuple(rows))
+
+
+def calibration(study: Study) -> Sheet:
+    """How often the control and the recipe were right, by how sure they were."""
+    found = study["verification"]["calibration"]["bins"] if study["verification"] else []
+    headings = [Heading("bin", "says")]
+    for prefix, who in (("control_", "control"), ("", "recipe")):
+        headings.append(Heading(f"{prefix}count", f"{who}: answers", "counted"))
+        headings.append(Heading(f"{prefix}confidence", f"{who}: sure of", "measured"))
+        headings.append(Heading(f"{prefix}accuracy", f"{who}: right", "measured"))
+    rows = []
+    for one in found:
+        cells = [_word(f"{one['low']:.0%} to {one['high']:.0%}")]
+        for heading in headings[1:]:
+            empty = not one["control_count" if heading.key.startswith("control_") else "count"]
+            counts = heading.key.endswith("count")
+            value = None if empty and not counts else one[heading.key]
+            cells.append(_number(value, "{:,.0f}" if counts else "{:.1%}", missing="none"))
+        rows.append(tuple(cells))
+    return Sheet("calibration", "How often each was right, by how sure it was", tuple(headings), tuple(rows))
 
 
 def _word(text: str) -> Cell:

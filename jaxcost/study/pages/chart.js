@@ -22,7 +22,8 @@ function ticks(low, high, count) {
 // Numbers of one axis, all with as many digits as tell the closest two apart.
 function said(numbers) {
   const largest = Math.max(...numbers.map(Math.abs));
-  if (largest >= 1e6 || (largest < 1e-3 && largest > 0)) return numbers.map((n) => n === 0 ? "0" : n.toExponential().replace("e+", "e"));
+  if (largest >= 1e6 || (largest < 1e-3 && largest > 0))
+    return numbers.map((n) => n === 0 ? "0" : n.toExponential().replace("e+", "e"));
   const step = numbers.length > 1 ? numbers[1] - numbers[0] : largest || 1;
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   return numbers.map((n) => n.toLocaleString("en", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
@@ -84,7 +85,8 @@ function drawChart(place, points, labels, chosen) {
     const [x, y] = places[index];
     const attributes = {class: "point" + kinds[index], role: "img", tabindex: index ? -1 : 0, "aria-label": point.text};
     const g = element("g", {...attributes, "data-key": point.key});
-    if (point.low != null) g.append(element("line", {class: "interval", x1: x, x2: x, y1: up(point.low), y2: up(point.high)}));
+    if (point.low != null)
+      g.append(element("line", {class: "interval", x1: x, x2: x, y1: up(point.low), y2: up(point.high)}));
     g.append(element("circle", {class: "halo", cx: x, cy: y, r: 11}), mark(kinds[index], x, y));
     g.addEventListener("focus", () => tell(index));
     g.addEventListener("blur", () => tell(-1));
@@ -100,8 +102,9 @@ function drawChart(place, points, labels, chosen) {
     tip.hidden = index < 0;
     if (index < 0) return;
     const [x, y] = places[index];
-    const others = ordered.filter((_, other) => other !== index && Math.hypot(places[other][0] - x, places[other][1] - y) < 3);
-    tip.textContent = ordered[index].text + (others.length ? "\nAlso here: " + others.map((other) => other.name).join(", ") : "");
+    const others = ordered.filter((_, i) => i !== index && Math.hypot(places[i][0] - x, places[i][1] - y) < 3);
+    const also = others.length ? "\nAlso here: " + others.map((other) => other.name).join(", ") : "";
+    tip.textContent = ordered[index].text + also;
     const scale = place.clientWidth / width;
     tip.style.left = Math.max(0, Math.min(x * scale + 14, place.clientWidth - tip.offsetWidth)) + "px";
     tip.style.top = (y > height / 2 ? Math.max(0, y * scale - tip.offsetHeight - 16) : y * scale + 16) + "px";
@@ -109,7 +112,8 @@ function drawChart(place, points, labels, chosen) {
   // The point that the pointer means: the nearest, if any is near.
   function meant(event) {
     const box = svg.getBoundingClientRect(), scale = width / box.width;
-    const away = places.map(([x, y]) => Math.hypot((event.clientX - box.left) * scale - x, (event.clientY - box.top) * scale - y));
+    const at = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    const away = places.map(([x, y]) => Math.hypot(at[0] - x, at[1] - y));
     const index = away.indexOf(Math.min(...away));
     return away[index] < 20 ? index : -1;
   }
@@ -139,7 +143,7 @@ function drawChart(place, points, labels, chosen) {
   place.replaceChildren(svg, tip);
 }
 
-// Shape tells the kinds apart where colour does not: a disc on the front, a triangle where a group is harmed, else a cross.
+// Shape tells the kinds apart where colour does not: a disc on the front, a triangle where harm was found, else a cross.
 function mark(kind, x, y) {
   if (kind === " flagged") return element("path", {class: "mark", d: `M${x} ${y - 8}L${x + 8} ${y + 6}H${x - 8}Z`});
   if (kind === " front") return element("circle", {class: "mark", cx: x, cy: y, r: 6});
@@ -152,7 +156,8 @@ function label(svg, points, across, up, right) {
   for (const point of points) {
     if (done.has(point.key) || done.size >= 30) continue;
     const width = 6.6 * point.name.length + 4, x = across(point.x), y = up(point.y);
-    const places = [[x + 10, y - 8], [x + 10, y + 18], [x - 10 - width, y - 8], [x - 10 - width, y + 18], [x - width / 2, y - 14], [x - width / 2, y + 24]];
+    const before = x - 10 - width, middle = x - width / 2;
+    const places = [[x + 10, y - 8], [x + 10, y + 18], [before, y - 8], [before, y + 18], [middle, y - 14], [middle, y + 24]];
     const free = places.find(([a, b]) => a > 30 && a + width < right
       && !taken.some(([l, t, r, u]) => a < r && a + width > l && b - 11 < u && b + 3 > t));
     if (!free) continue;

@@ -12,7 +12,8 @@ function drawPicture() {
     .filter((row) => axis && row.data === $("data").value && shown.has(row.name) && row.costs[axis.key])
     .map((row) => {
       const [x, said] = row.costs[axis.key];
-      const text = `${row.name}\n${row.description}\n${row.said}\n${axis.label}: ${said}` + (row.flagged ? "\nFlagged: read what was found first" : "");
+      const flag = row.flagged ? "\nFlagged: read what was found first" : "";
+      const text = `${row.name}\n${row.description}\n${row.said}\n${axis.label}: ${said}${flag}`;
       return {key: row.name, name: row.name, x, y: row.score, low: row.low, high: row.high, text, flagged: row.flagged};
     });
   const title = axis ? `${found.score}, against ${axis.label}, ${points.length} recipes` : found.score;
@@ -42,7 +43,8 @@ function sort(table, column, descending) {
   const rows = [...table.tBodies[0].rows], numbers = rows.some((row) => value(row) !== null);
   const order = descending ? -1 : 1;
   rows.sort((one, other) => {
-    if (!numbers) return order * one.cells[column].textContent.localeCompare(other.cells[column].textContent, "en", {numeric: true});
+    const [left, right] = [one, other].map((row) => row.cells[column].textContent);
+    if (!numbers) return order * left.localeCompare(right, "en", {numeric: true});
     const a = value(one), b = value(other);
     return a === null || b === null ? (a === null) - (b === null) : order * (a - b);
   });

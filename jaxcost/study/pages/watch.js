@@ -49,13 +49,15 @@ function show(state) {
     put("kwh", or(last.kwh, (kwh) => digits(kwh) + " kWh"));
     put("tokens", whole(last.tokens));
   }
-  const named = (line) => line.recipe || line.trial || line.event;
+  const named = (line) => (line.recipe || line.event)
+    + (line.recovery_steps ? `, ${line.recovery_steps} steps` : "") + (line.seed ? `, seed ${line.seed}` : "");
   fill("lines", [...state.lines].reverse().map((line) => [
     named(line), or(line.score, (score) => score.toFixed(3)), whole(line.seconds), or(line.usd, digits),
     new Date(1000 * line.time).toLocaleTimeString(),
   ]));
   fill("runs", state.runs.map((run) => [
-    run.name, `${run.step ?? "none"} of ${run.steps}`, or(run.loss, (loss) => loss.toFixed(3)), or(run.tokens_per_second, whole),
+    run.name, `${run.step ?? "none"} of ${run.steps}`,
+    or(run.loss, (loss) => loss.toFixed(3)), or(run.tokens_per_second, whole),
   ]));
   const priced = state.lines.every((line) => line.usd !== null);
   const points = state.lines.filter((line) => line.score != null).map((line, index) => {
