@@ -37,10 +37,14 @@ def _draw_cost(axis, rows: Sequence[dict[str, Any]], cost: str, label: str) -> N
     known = [row for row in rows if row[cost] is not None]
     front = sorted((row for row in known if cost in row["pareto_on"]), key=lambda row: row[cost])
     axis.step([r[cost] for r in front], [r["score"] for r in front], where="post", color="0.6", zorder=1)
-    for index, row in enumerate(known):
-        on_front = cost in row["pareto_on"]
-        colour = f"C{index % 10}"
-        axis.scatter(row[cost], row["score"], s=70, color=colour, marker="o" if on_front else "x", zorder=2)
+    colours = [f"C{index % 10}" for index in range(len(known))]
+    for marker, wanted in (("o", True), ("x", False)):
+        drawn = [
+            (row, colour) for row, colour in zip(known, colours, strict=True) if (cost in row["pareto_on"]) == wanted
+        ]
+        points = ([row[cost] for row, _ in drawn], [row["score"] for row, _ in drawn])
+        axis.scatter(*points, s=70, color=[colour for _, colour in drawn], marker=marker, zorder=2)
+    for row, colour in zip(known, colours, strict=True):
         if row.get("score_interval"):
             ends = [row["score_interval"]["low"], row["score_interval"]["high"]]
             axis.plot([row[cost]] * 2, ends, color=colour, linewidth=1.5, zorder=1)
