@@ -155,12 +155,11 @@ class Trial(TypedDict):
     description: str
     transforms: list[str]
     control: bool
-    status: Literal["finalist", "finished", "stopped", "over_budget", "unaffordable", "not_started", "failed"]
+    status: Literal["finalist", "finished", "stopped", "over_budget", "unaffordable", "failed"]
     """`finished`: all steps, and not among the best. `stopped`: worse than others on a rung. `over_budget`: exceeds a
-    limit of recipes. `unaffordable`: what it was estimated to take was no longer there. `not_started`: the search chose
-    others. `failed`: see `why`."""
+    limit of recipes. `unaffordable`: what it was estimated to take was no longer there. `failed`: see `why`."""
     why: str | None
-    """In a sentence, for every status but the first two."""
+    """In a sentence, for the last three."""
     predicted_score: float | None
     """Of the surrogate, just before the trial was started; None where it knew nothing yet."""
     predicted_error: float | None
