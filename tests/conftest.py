@@ -15,8 +15,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 _MANY_MAPPINGS = 20_000
-_FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planning", "test_planning_choices"}
-_FOR_TPUS |= {"test_quantize_served", "test_shrink", "test_study"}
+_FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planner_collectives", "test_planning"}
+_FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "test_study"}
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
 
 
