@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxcost", "jaxcost.*"]),
-    package_data={"jaxcost": ["**/*.json", "**/*.html"]},
+    package_data={"jaxcost": ["**/*.json", "**/*.html", "study/pages/*.css", "study/pages/*.js", "CITATION.cff"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",
@@ -26,14 +26,15 @@ setup(
         "aqtp>=0.9,<0.10",  # "aqt-jax", imported as aqt.jax.v2
         "tokenizers>=0.22,<0.24",
         "huggingface-hub>=1,<3",  # fetches checkpoints; tokenizers needs it anyway
-        "jinja2>=3.1,<4",  # chat templates of checkpoints
+        "jinja2>=3.1,<4",  # chat templates of checkpoints; pages of a study
+        "pyyaml>=6,<7",  # CITATION.cff; huggingface-hub needs it anyway
         "sentencepiece>=0.2,<0.3",  # tokenizers of checkpoints that have no tokenizer.json
         "importlib-resources>=6",  # tensorflow-datasets imports it for its own datasets and does not ask for it
         "pyarrow>=16",  # tables on disk; tensorflow-datasets needs it anyway
         "pillow>=11",  # changed images; matplotlib needs it anyway
         "datasketch>=2,<3",  # MinHash
         "numpy>=2,<3",
-        "scipy>=1.13,<2",
+        "scipy>=1.15,<2",
         "tyro>=1,<2",
         "rich>=14,<16",
         "matplotlib>=3.10,<4",
@@ -53,11 +54,14 @@ setup(
             "hypothesis>=6.130,<7",
             "ruff>=0.14,<0.18",
             "jsonschema>=4,<5",
-            "pyyaml>=6,<7",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
             "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
             "schemathesis>=4.32,<5",
+        ],
+        "browser": [
+            "playwright>=1.50,<2",  # drives the system's Chromium
+            "axe-playwright-python>=0.1.8,<0.2",  # axe-core's rules of accessibility, in the package
         ],
         "oracles": [
             "torch==2.13.0",
@@ -67,6 +71,8 @@ setup(
             "qwix>=0.1.8,<0.2",
             "bitsandbytes>=0.50,<0.51",
             "llmcompressor>=0.14,<0.15",
+            "litellm>=1.106,<2",  # clients that the server answers unchanged
+            "lm-eval[api]>=0.4.13,<0.5",
         ],
     },
 )

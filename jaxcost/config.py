@@ -9,6 +9,7 @@ import math
 import re
 import runpy
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,7 +25,7 @@ from jaxcost.models import context, pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
-from jaxcost.study import recipes
+from jaxcost.study import recipes, space
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import CalibrationConfig
@@ -95,7 +96,9 @@ class Experiment:
                 "distill.from_layers makes new weights, and start has some already; leave one of them out."
             )
         recipe_steps = (step for recipe in self.study.recipes for step in (*recipe.transforms, *recipe.finish))
-        for one in _each((*self.transforms, *recipe_steps)):
+        choices = (choice for one in self.study.spaces for choice in (*one.transforms, *one.finish))
+        space_steps = (step for choice in choices for step in choice.values if isinstance(step, transforms.Transform))
+        for one in _each((*self.transforms, *recipe_steps, *space_steps)):
             if isinstance(one, transforms.shrink) and one.heads is not None and one.head_dim != self.model.head_dim:
                 raise ValueError(
                     f"shrink: head_dim is {one.head_dim}, but model.head_dim is {self.model.head_dim}; make them the "
@@ -105,7 +108,7 @@ class Experiment:
     def trained_part(self) -> Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
-        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None)
+        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None, group_field="")
         kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices")
         rest = {name: getattr(default, name) for name in kept_out}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
@@ -245,6 +248,7 @@ _EXPRESSIONS = {
     tuple[recipes.Recipe, ...]: vars(recipes)
     | {"DistillConfig": DistillConfig}
     | {name: getattr(transforms, name) for name in transforms.__all__},
+    tuple[space.Space, ...]: vars(space) | {name: getattr(transforms, name) for name in transforms.__all__},
     tuple[recipes.Budget, ...]: vars(recipes),
 }
 """Fields that are written as Python on the command line, and the names that the Python may use."""
@@ -252,7 +256,9 @@ _EXPRESSIONS = {
 
 @_REGISTRY.primitive_rule
 def _python_expression(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    names = _EXPRESSIONS.get(info.type)
+    # tyro writes some tuples as typing.Tuple, which is not equal.
+    is_tuple = typing.get_origin(info.type) is tuple
+    names = _EXPRESSIONS.get(tuple[typing.get_args(info.type)]) if is_tuple else None
     if names is None:
         return None
 

@@ -149,6 +149,25 @@ def export_run(
     return model_type
 
 
+def labels_of(directory: Path, count: int) -> tuple[tuple[str, ...], bool] | None:
+    """The names of a model's labels by number, and whether a text may have several of them.
+
+    Args:
+      directory: of a training or of what `import_checkpoint` made.
+      count: labels that the model tells.
+
+    Returns:
+      None where no checkpoint came with names of so many.
+    """
+    path = Path(directory) / KEPT / "config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    names = fields.get("id2label") or {}
+    if set(names) != {str(i) for i in range(count)}:
+        return None
+    several = fields.get("problem_type") == "multi_label_classification"
+    return tuple(str(names[str(i)]) for i in range(count)), several
+
+
 def _rules(params: weights.Params) -> tuple[Rule, ...]:
     """The rules with which `lora` puts adapters where a tree of weights has them."""
     rules = []

@@ -44,7 +44,7 @@ class Journal:
         """Every line, in the order written; ValueError if one is not a JSON object with a step."""
         if self._path is None or not self._path.exists():
             return []
-        return [self._parse(text, number) for number, text in enumerate(self._path.read_text().splitlines(), 1)]
+        return [_parse(text, n, self._path) for n, text in enumerate(self._path.read_text().splitlines(), 1)]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after `step`, so that a run resumed from its checkpoint writes them anew; returns them."""
@@ -53,15 +53,6 @@ class Journal:
         if dropped:
             self._replace("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
         return dropped
-
-    def _parse(self, text: str, number: int) -> dict[str, Any]:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if not isinstance(line, dict) or "step" not in line:
-            raise ValueError(f"Line {number} of {self._path} is no JSON object with a step; mend or remove it.")
-        return line
 
     def _drop_torn_line(self) -> None:
         if not self._path.exists():
@@ -80,6 +71,28 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._path)
+
+
+def peek(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that another process may be writing, a half-written last one left out; none without a file.
+
+    Raises:
+      ValueError: a whole line is not a JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace")
+    return [_parse(text, number, path) for number, text in enumerate(whole.splitlines(), 1)]
+
+
+def _parse(text: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        line = None
+    if not isinstance(line, dict) or "step" not in line:
+        raise ValueError(f"Line {number} of {path} is no JSON object with a step; mend or remove it.")
+    return line
 
 
 def _plain(value: Any) -> Any:

@@ -88,16 +88,25 @@ def make_scorer(
     config: DataConfig, split: Split, tokenizer: Tokenizer, model: Transformer, mesh: Mesh, max_tokens: int | None
 ) -> Callable[[Any], Any]:
     """What scores weights on a split: a function from them to a dataclass of figures."""
-    if isinstance(split, TokenStream):
-        batches = validation_batches(config, split.tokens, max_tokens)
-        if config.objective == "masked_tokens":
-            return MaskedScorer(model, Masking.of(config.masked_fraction, tokenizer).hidden(batches), mesh)
-        return Scorer(model, batches, tokenizer.token_bytes, mesh)
-    row = _row(config, tokenizer, model.config)
-    batches = batches_in_order([row(example) for example in split], config.batch_size)
+    batches = scored_batches(config, split, tokenizer, model.config, max_tokens)
+    if config.objective == "masked_tokens":
+        return MaskedScorer(model, batches, mesh)
     if config.objective == "labels":
         return Labeller(model, batches, mesh)
     return Scorer(model, batches, tokenizer.token_bytes, mesh)
+
+
+def scored_batches(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, model: ModelConfig, max_tokens: int | None
+) -> list[dict[str, Any]]:
+    """The batches that weights are scored on, in the order of the split."""
+    if isinstance(split, TokenStream):
+        batches = validation_batches(config, split.tokens, max_tokens)
+        if config.objective == "masked_tokens":
+            batches = Masking.of(config.masked_fraction, tokenizer).hidden(batches)
+        return list(batches)
+    row = _row(config, tokenizer, model)
+    return list(batches_in_order([row(example) for example in split], config.batch_size))
 
 
 def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:

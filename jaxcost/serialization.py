@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from typing import Any
 
 _TYPE = "type"
@@ -36,6 +37,19 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
     return value
+
+
+def to_python(value: Any) -> str:
+    """The Python that makes a dataclass, what is left at its default left out: for command lines."""
+    if isinstance(value, tuple):
+        return f"({''.join(to_python(item) + ', ' for item in value).removesuffix(' ')})"
+    if isinstance(value, str):
+        return json.dumps(value)  # in double quotes, which a shell leaves alone between single ones
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = [field for field in dataclasses.fields(value) if getattr(value, field.name) != field.default]
+    said = ", ".join(f"{field.name}={to_python(getattr(value, field.name))}" for field in fields)
+    return f"{type(value).__name__}({said})"
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

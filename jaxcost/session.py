@@ -231,6 +231,7 @@ class Session:
         make_params: Callable[[], weights.Params] | None = None,
         title: str = "train",
         teacher: Teacher | None = None,
+        until: int | None = None,
     ) -> Fitted:
         """Trains in a folder, or goes on with the training that it holds; `fit` says what can go wrong.
 
@@ -239,6 +240,7 @@ class Session:
           make_params: makes the weights of a fresh start; `fresh_params` if it is not given.
           title: stands before the progress.
           teacher: takes the place of the one that the experiment's distillation names.
+          until: a step to stop at before the last one, as `fit` has it.
 
         Raises:
           ValueError: the folder holds a run of another experiment, or the teacher cannot teach this student.
@@ -248,14 +250,14 @@ class Session:
         self.open()
         rows = sharding.own_rows(self.mesh, self.experiment.data.batch_size)
         batches = self.train_batches(rows=rows, numbered=self.experiment.watch.records)
-        with _alone_in(directory):
+        with alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
             self._claim(directory)
             stored = distilled.get("stored")
             if stored is not None and stored.missing():
                 stored.write(teacher, self.train_batches(), self.mesh)
-            return self._fit(directory, batches, make_params, title, distilled)
+            return self._fit(directory, batches, make_params, title, distilled | {"until": until})
 
     def teacher(self) -> Teacher:
         """The teacher that the experiment's distillation names, on this mesh.
@@ -406,7 +408,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
+def alone_in(directory: Path, doing: str = "training") -> Iterator[None]:
     """Holds a folder for this job; ValueError if another holds it, or if it is no folder."""
     if re.match(r"[a-z0-9]+:/", str(directory)):
         raise ValueError(f"{directory} is an address and no folder; mount the bucket as files (gcsfuse) and name that.")
@@ -421,7 +423,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"Another process is training in {directory}; wait for it, or choose another --workdir."
+                f"Another process is {doing} in {directory}; wait for it, or choose another --workdir."
             ) from None
         yield
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import weights
@@ -46,6 +48,9 @@ _WHOLE = ("vocab",)
 
 GROUPS = "/groups"
 """Ends the name of an axis that holds one entry for a group of another's: split alike where that divides it."""
+
+_BUSIEST_LAST = ("stage", "data", "fsdp", "expert", "context", "tensor")
+"""The mesh axes by how much they exchange: the last get whole axes of a torus, the first the network between slices."""
 
 COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = {
     # Cutting matmuls into windows that wait for one shard of the weights each doubles the compiler's own estimate of
@@ -96,10 +101,44 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over the devices (default: all of them), each axis present even where its size is 1."""
+    """The mesh over the devices (default: all of them), each axis present even where its size is 1.
+
+    On TPUs an axis of the mesh lies along axes of the torus, and slices differ in the axes that exchange least.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+    return Mesh(_arranged(devices, sizes), tuple(sizes))
+
+
+def _arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    if not _fill_slices(devices):
+        return np.asarray(devices).reshape(tuple(sizes.values()))
+    left = slices = len({_slice_of(device) for device in devices})
+    inner, outer = [], []
+    for axis in _BUSIEST_LAST:
+        outer.append(math.gcd(left, sizes[axis]))
+        inner.append(sizes[axis] // outer[-1])
+        left //= outer[-1]
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return arranged.transpose([_BUSIEST_LAST.index(axis) for axis in sizes])
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _fill_slices(devices: Sequence[Any]) -> bool:
+    """Whether these are the TPUs of whole cuboids of one size, which can be arranged along the axes of a torus."""
+    if len(devices) == 1 or devices[0].platform != "tpu":
+        return False
+    slices: dict[int, list] = {}
+    for device in devices:
+        slices.setdefault(_slice_of(device), []).append((*device.coords, device.core_on_chip))
+    boxes = [math.prod(max(axis) - min(axis) + 1 for axis in zip(*places, strict=True)) for places in slices.values()]
+    return all(box == len(places) for box, places in zip(boxes, slices.values(), strict=True)) and len(set(boxes)) == 1
 
 
 def platform() -> str:

@@ -1,4 +1,4 @@
-"""Serves a training's newest checkpoint behind OpenAI's API."""
+"""Serves a training's newest checkpoint behind OpenAI's API: what it answers follows from the model's head."""
 
 import dataclasses
 import importlib.util
@@ -9,8 +9,9 @@ from tyro.conf import Positional
 from jaxcost.command_line import run
 from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.serving.api.config import ApiConfig
-from jaxcost.serving.scheduler import SchedulerConfig
+from jaxcost.serving.pooled import BatchesConfig
 from jaxcost.serving.slots import SlotsConfig
+from jaxcost.serving.worker import SchedulerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,14 @@ class Arguments:
     """After SIGTERM, requests that were accepted have this long to end."""
     prefix_cache_bytes: int = 0
     """Memory for prompts that were read, for those that begin alike; 0 keeps none."""
+    canary_seconds: float = 300.0
+    """Where the folder holds a canary (scripts/canary.py), time between two of its rounds."""
+    canary_tolerance: float = 0.02
+    """Nats a token by which its score may differ without a word in the log."""
     engine: SlotsConfig = SlotsConfig()
-    """How many requests run at once, and in what pieces."""
+    """How many requests run at once, and in what pieces, where texts are continued."""
+    batches: BatchesConfig = BatchesConfig()
+    """In what batches texts are read, where they are embedded, labelled or ranked."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """What is taken on."""
     api: ApiConfig = ApiConfig()
@@ -58,13 +65,16 @@ def main(arguments: Arguments) -> dict:
     """Serves, and returns how much."""
     if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
+    from jaxcost.conversion import labels_of
     from jaxcost.cost.hardware import resolve
     from jaxcost.serving.adapters import with_adapters
     from jaxcost.serving.api.app import create_app
-    from jaxcost.serving.api.load import text_model
+    from jaxcost.serving.api.load import pooled_model, text_model
     from jaxcost.serving.api.metrics import Metrics
+    from jaxcost.serving.api.pooling import Labels
     from jaxcost.serving.api.protection import read_keys
     from jaxcost.serving.api.server import serve
+    from jaxcost.serving.canary import Watch, read
     from jaxcost.session import load_run
 
     a = arguments
@@ -77,11 +87,25 @@ def main(arguments: Arguments) -> dict:
     if folders:
         params = with_adapters(params, {own: load_run(folder)[1] for own, folder in folders.items()})
     numbers = {own: number for number, own in enumerate(folders)}
-    options = (a.engine, a.scheduler, a.prefix_cache_bytes, numbers)
-    model = text_model(name, session.model, params, session.tokenizer, *options)
+    served = (name, session.model, params, session.tokenizer)
+    if session.model.config.language_model:
+        model = text_model(*served, a.engine, a.scheduler, a.prefix_cache_bytes, numbers)
+    elif folders:
+        raise ValueError("--adapters is for models that continue texts, which this one does not; leave it out.")
+    else:
+        labels = labels_of(a.checkpoint, session.model.config.head.labels)
+        model = pooled_model(*served, a.batches, a.scheduler, labels and Labels(*labels))
     metrics = Metrics(name, resolve(a.hardware))
-    metrics.watch(model.scheduler)
-    serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    metrics.watch(model.worker)
+    watch = None
+    if session.model.config.language_model and (canary := read(a.checkpoint)) is not None:
+        watch = Watch(canary, model.worker, every_seconds=a.canary_seconds, tolerance=a.canary_tolerance)
+        metrics.watch_canary(watch)
+    try:
+        serve(create_app(model, metrics, keys, a.api), a.host, a.port, a.drain_seconds)
+    finally:
+        if watch is not None:
+            watch.close()
     return {"schema": "jaxcost-serve-1", "model": name, "step": step}
 
 

@@ -1,4 +1,4 @@
-"""Trains a base model once, puts every recipe of a config through the loop, and writes the report."""
+"""Trains a base model once, tries the recipes of a config or searches its spaces for one, and writes the report."""
 
 import dataclasses
 from pathlib import Path
@@ -12,10 +12,14 @@ from jaxcost.config import Overrides
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compare recipes: transform, recover, verify, price, report. The same command goes on after a kill."""
+    """Compare recipes, or search for one within a budget: transform, recover, verify, price, report.
+
+    The same command goes on after a kill.
+    """
 
     config: Positional[Path]
-    """Config file with recipes, such as configs/quickstart.py; its fields are the flags below."""
+    """Config file with recipes, such as configs/quickstart.py, or with spaces of them, such as configs/search.py; its
+    fields are the flags below."""
     experiment: Overrides
     workdir: Path = Path("runs/study")
     """Folder for the report, study.json, ledger.jsonl, pareto.png and the runs."""

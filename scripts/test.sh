@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `oracles`, `all`.
-# `oracles` compares with torch, transformers and peft, in an environment of its own (.venv-oracles).
+# Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `oracles`, `browser`, `all`.
+# `oracles` compares with torch, transformers and peft, and lets further clients ask the API, in an environment of its
+# own (.venv-oracles).
+# `browser` looks at pages in Chromium, which it installs where apt-get is there and may.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -10,7 +12,7 @@ run_default() {
   use_environment .venv "[test,serve]"
   ruff check .
   ruff format --check .
-  python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles" "$@"
+  python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles and not browser" "$@"
 }
 
 run_slow() {
@@ -33,11 +35,24 @@ run_oracles() (
   python -m pytest -q -m oracles "$@"
 )
 
+run_browser() {
+  use_environment .venv "[test,serve,browser]"
+  if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || {
+      echo "error: there is no Chromium on the path; install the package chromium of your system." >&2
+      exit 1
+    }
+    apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null
+  fi
+  python -m pytest -q -m browser "$@"
+}
+
 shift || true
 case $selection in
   default) run_default "$@" ;;
   slow) run_slow "$@" ;;
   oracles) run_oracles "$@" ;;
-  all) run_default "$@"; run_slow "$@"; run_oracles "$@" ;;
-  *) echo "error: there is no selection '$selection'; use slow, oracles, all, or nothing for the default tests." >&2; exit 2 ;;
+  browser) run_browser "$@" ;;
+  all) run_default "$@"; run_slow "$@"; run_oracles "$@"; run_browser "$@" ;;
+  *) echo "error: there is no selection '$selection'; use slow, oracles, browser, all, or nothing for the default tests." >&2; exit 2 ;;
 esac

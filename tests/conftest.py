@@ -1,8 +1,9 @@
-"""What every test runs under: eight virtual CPU devices and a compilation cache that outlives the run."""
+"""What every test runs under: eight virtual CPU devices and a compilation cache that outlives the run; a browser."""
 
 import ctypes
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +16,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 _MANY_MAPPINGS = 20_000
-_FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planning", "test_planning_choices"}
-_FOR_TPUS |= {"test_quantize_served", "test_shrink", "test_study"}
+_FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planner_collectives", "test_planning"}
+_FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "test_study"}
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
 
 
@@ -49,3 +50,30 @@ def few_programs():
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # hands back what was freed
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The system's Chromium without a window, for tests of the selection `browser`."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    assert found, "There is no Chromium on the path; run `bash scripts/test.sh browser`, which gets it."
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """An empty page, of Playwright, that reaches nothing but this machine; an error in its scripts fails the test."""
+    here, errors = ("http://127.0.0.1:", "file:", "data:", "blob:"), []
+    context = chromium.new_context()
+    context.route(lambda url: not url.startswith(here), lambda route: route.abort())
+    made = context.new_page()
+    made.set_default_timeout(20_000)
+    made.on("pageerror", lambda error: errors.append(error))
+    yield made
+    context.close()
+    assert not errors

@@ -1,4 +1,4 @@
-"""A small model, and what tests of transforms ask of its weights."""
+"""A small model, what tests of transforms ask of its weights, and chips that are only described."""
 
 import dataclasses
 import functools
@@ -13,6 +13,25 @@ from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.training.optimizer import OptimizerConfig, make_optimizer
 from jaxcost.training.step import init_state, make_train_step
 from jaxcost.transforms import chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What JAX says of a TPU chip."""
+
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def tpus(x, y, z=1, slices=1):
+    """The chips of slices as JAX lists them: slice by slice, x fastest."""
+    places = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    return [Tpu(place, number) for number in range(slices) for place in places]
+
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=24

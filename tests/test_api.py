@@ -23,8 +23,9 @@ from jaxcost.serving.api.load import text_model
 from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.api.protection import read_keys
 from jaxcost.serving.prefix import PrefixCache
-from jaxcost.serving.scheduler import Scheduler, SchedulerConfig
+from jaxcost.serving.scheduler import Scheduler
 from jaxcost.serving.vocabulary import Vocabulary
+from jaxcost.serving.worker import SchedulerConfig
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 

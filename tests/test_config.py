@@ -64,6 +64,16 @@ def test_transforms_and_recipes_are_written_as_python():
     assert [recipe.name for recipe in experiment.study.recipes] == ["control", "sparse"]
 
 
+def test_budgets_of_a_config_give_way_to_those_of_the_command_line(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from jaxcost.config import Experiment\nfrom jaxcost.study.recipes import Budget, StudyConfig\n"
+        "experiment = Experiment(study=StudyConfig(budgets=(Budget('one', 'usd', 0.5), Budget('two', 'kwh', 0.5))))\n"
+    )
+    for said, wanted in (("", ()), ("Budget('three', 'usd', 0.1)", (Budget("three", "usd", 0.1),))):
+        arguments = ["--config", str(tmp_path / "own.py"), "--study.budgets", said]
+        assert parse(Arguments, arguments).experiment.study.budgets == wanted
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+from small import tpus
 from sweep import sweep
 
 from jaxcost.config import Experiment, MeshConfig
@@ -29,8 +30,7 @@ EXPERIMENT = Experiment(
 
 def found(experiment=EXPERIMENT, **asked):
     chip = hardware.load_chip("v5e")
-    devices = [types.SimpleNamespace(coords=(x, y, 0)) for y in range(4) for x in range(2)]
-    return list(search.candidates(experiment, chip, devices, 512, ranking.sizes_of(experiment, 512), **asked))
+    return list(search.candidates(experiment, chip, tpus(2, 4), 512, ranking.sizes_of(experiment, 512), **asked))
 
 
 # ---- Search ----

@@ -102,6 +102,9 @@ def test_a_sentencepiece_model_is_read(sentence_piece):
     assert ids[0] == 1 and ids.tolist().count(2) == 2
     # It does not say what stands around a text, but an encoder was trained to see where it ends.
     assert tokenizer.encode_source("x").tolist() == [*tokenizer.encode("x").tolist(), 2]
+    ids, types = tokenizer.encode_pair("x", "y")
+    assert ids.tolist() == [*tokenizer.encode("x").tolist(), 2, *tokenizer.encode("y").tolist(), 2]
+    assert types.tolist() == [0] * (ids.tolist().index(2) + 1) + [1] * (len(tokenizer.encode("y")) + 1)
 
 
 def test_an_encoder_reads_a_text_with_what_stands_around_it(byte_level):
@@ -113,10 +116,18 @@ def test_an_encoder_reads_a_text_with_what_stands_around_it(byte_level):
     library = tokenizers.Tokenizer.from_str(BPE.serialized)
     library.add_special_tokens(["<|begin|>", "<|end|>"])
     names = [(name, library.token_to_id(name)) for name in ("<|begin|>", "<|end|>")]
-    library.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A <|end|>", special_tokens=names)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        "<|begin|> $A <|end|>", pair="<|begin|> $A <|end|> $B:1 <|end|>:1", special_tokens=names
+    )
     library.save(str(byte_level / "tokenizer.json"))
-    whole, plain = read(read_tokenizer(byte_level))
-    assert whole.tolist() == [names[0][1], *plain.tolist(), names[1][1]]
+    tokenizer = read_tokenizer(byte_level)
+    whole, plain = read(tokenizer)
+    (_, begin), (_, end) = names
+    assert whole.tolist() == [begin, *plain.tolist(), end]
+    ids, types = tokenizer.encode_pair("x", "x\ud800")
+    second = tokenizer.encode("x?").tolist()
+    assert ids.tolist() == [begin, *plain.tolist(), end, *second, end]
+    assert types.tolist() == [0] * (2 + len(plain)) + [1] * (1 + len(second))
 
 
 def test_the_generation_config_says_where_texts_end(byte_level):

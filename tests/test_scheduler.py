@@ -1,6 +1,8 @@
 """Continuous batching: what a request gets does not depend on its company, and nothing is compiled for it."""
 
 import contextlib
+import dataclasses
+import functools
 import queue
 import threading
 
@@ -15,10 +17,11 @@ from jaxcost.models.transformer import Transformer, axes_of
 from jaxcost.serving.adapters import with_adapters
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
-from jaxcost.serving.sampling import Sampling
-from jaxcost.serving.scheduler import Closed, Overloaded, Request, Scheduler, SchedulerConfig, Ticket
+from jaxcost.serving.sampling import GREEDY, Sampling
+from jaxcost.serving.scheduler import Request, Scheduler, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig
 from jaxcost.serving.text import TextStream
+from jaxcost.serving.worker import Closed, Overloaded, SchedulerConfig
 from jaxcost.sharding import MeshConfig, make_mesh, shardings
 from jaxcost.transforms import factorize, lora, prefix_tuning, quantize
 
@@ -207,11 +210,66 @@ def test_the_least_recently_used_piece_is_dropped_first():
     assert first.ticket.cached_tokens == 0 and last.ticket.cached_tokens == 32
 
 
+@functools.cache
+def held_in_parts():
+    """Slots with several decode programs."""
+    return Slots(
+        MODEL, params(), dataclasses.replace(SLOTS, prefill_tokens=(16,), decode_slots=(2, 4), decode_lengths=(48,))
+    )
+
+
+def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatch):
+    held = held_in_parts()
+    called, programs = [], held._decode_programs
+    noted = {key: lambda *a, key=key: (called.append(key), programs[key](*a))[1] for key in programs}
+    monkeypatch.setattr(held, "_decode_programs", noted)
+    running = Scheduler(held, TOKENIZER.decode)
+    long, short, *crowd = prompts(2, seed=3, lengths=(50,)) + prompts(8, seed=4, lengths=(1, 3, 17))
+    with compilations() as compiled:
+        Asked(running, crowd[0], 60).all()
+        by_itself = set(called)
+        asked = [Asked(running, prompt, 20) for prompt in (long, short, *crowd)]
+        got = [one.tokens() for one in asked]
+    assert running.close(60) and not compiled
+    # Alone, a request grows through all lengths of the first slots; a crowd uses all.
+    whole = held._lengths[-1]
+    assert by_itself == {(2, 48), (2, whole)} and set(called) >= {(4, 48), (4, whole)}
+    for prompt, tokens in zip((long, short, *crowd), got, strict=True):
+        np.testing.assert_array_equal(tokens, alone(prompt, 20))
+    # And not up to rounding: the programs give the same bits.
+    found = []
+    for program in programs.values():
+        held.admit(0, GREEDY, short)
+        for start, count in held.pieces(30):
+            held.prefill(0, short[:30], start, count)
+        held.state, _ = program(held.params, held.state, np.arange(4) == 0, np.bool_(False))
+        found.append(np.asarray(held.state.logits[0]))
+    assert len(found) == 4 and all(np.array_equal(logits, found[0]) for logits in found)
+
+
+def test_a_prompt_half_read_is_left_as_it_is_by_a_shorter_step():
+    """A step that is shorter than what a neighbour holds already must not write into it."""
+    held = held_in_parts()
+    long, short = prompts(2, seed=5, lengths=(50,))
+    short = short[:3]
+    for slot, prompt in enumerate((long, short)):
+        held.admit(slot, GREEDY, prompt)
+        for start, count in held.pieces(len(prompt))[: 3 if slot == 0 else None]:
+            held.prefill(slot, prompt, start, count)
+    made = held.decode(np.array([False, True, False, False]))
+    np.testing.assert_array_equal(made.tokens[1], alone(short, 4))
+    held.prefill(0, long, 48, 2)
+    np.testing.assert_array_equal(held.decode(np.array([True, False, False, False])).tokens[0], alone(long, 4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"slots": 0}, "engine.slots is 0"),
         ({"prefill_tokens": (8, 4)}, "give rising positive numbers"),
+        ({"prefill_tokens": ()}, "engine.prefill_tokens is empty"),
+        ({"decode_slots": (2, 4)}, "end it with engine.slots \\(8\\)"),
+        ({"decode_lengths": (0,)}, "engine.decode_lengths is"),
         ({"tokens_per_dispatch": 0}, "engine.tokens_per_dispatch is 0"),
         ({"max_length": -1}, "engine.max_length is -1"),
     ],

@@ -28,6 +28,8 @@ from jaxcost.session import Session
 from jaxcost.transforms import lora
 
 ROOT = Path(__file__).parent.parent
+FEW = ("--engine.slots", "4", "--engine.decode-slots", "4", "--engine.max-length", "100")
+"""Few programs to compile."""
 SMALL = FIELDS | {"vocab_size": 257, "max_position_embeddings": 512, "model_type": "llama"}
 
 
@@ -93,33 +95,61 @@ def test_sigterm_under_load_loses_no_request_that_was_accepted(run, tmp_path):
     assert "aaa" not in log and '"status": 200' in log
 
 
+def metrics(port):
+    """The lines of /metrics."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return lines
+
+
 def wait_until_taken(port, count):
     for _ in range(1000):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        connection.close()
+        lines = metrics(port)
         gauges = [line for line in lines if line.startswith(("vllm:num_requests_", "vllm:request_success_total"))]
         if sum(float(line.split()[-1]) for line in gauges) >= count:
             return
     raise AssertionError(lines)
 
 
-@pytest.mark.slow
-def test_adapters_are_asked_for_by_name(run, tmp_path):
+@pytest.fixture(scope="module")
+def tuned(run, tmp_path_factory):
+    """A few steps of lora on it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    data = {"name": "python_text/reference", "data_dir": str(folder / "data")}
     experiment = Experiment(
         start=str(run),
-        data=DataConfig(
-            name="python_text/reference", data_dir=str(tmp_path / "data"), batch_size=8, sequence_length=32
-        ),
+        data=DataConfig(batch_size=8, sequence_length=32, **data),
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=1),
         training=TrainingConfig(steps=4, evaluate_every=4),
         evaluation=EvaluationConfig(max_tokens=64),
         transforms=(lora(rank=2),),
     )
-    Session(experiment, quiet=True).train(tmp_path / "tuned")
+    Session(experiment, quiet=True).train(folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_canary_is_scored_while_it_serves(tuned):
+    script = [sys.executable, str(ROOT / "scripts" / "canary.py"), str(tuned), "--count", "2", "--length", "24"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run(script, check=True, env=environment, timeout=300)
+    with process(tuned, "--canary-seconds", "0.1", *FEW) as (started, port):
+        shown = {}
+        while not shown.get("jaxcost:canary_rounds"):
+            shown = {line.split("{")[0]: float(line.split()[-1]) for line in metrics(port) if line[0] != "#"}
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0
+    assert shown["jaxcost:canary_drifted"] == 0
+    reference = shown["jaxcost:canary_reference_nats_per_token"]
+    assert shown["jaxcost:canary_nats_per_token"] == pytest.approx(reference, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_adapters_are_asked_for_by_name(run, tuned):
     body = {"prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
-    with process(run, "--adapters", f"other={tmp_path / 'tuned'}", "--name", "base") as (_, port):
+    with process(run, "--adapters", f"other={tuned}", "--name", "base") as (_, port):
         answers = [json.loads(post(port, body | {"model": name})[1]().read()) for name in ("base", "other", "none")]
     assert answers[2]["error"]["code"] == "model_not_found"
     of_base, of_other = (answer["choices"][0]["logprobs"]["token_logprobs"] for answer in answers[:2])

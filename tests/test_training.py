@@ -134,6 +134,21 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypa
     assert ledger(tmp_path / "broken") == ledger(tmp_path / "whole")
 
 
+def test_a_training_that_stops_on_the_way_goes_on_to_the_same_bits(tmp_path, data_dir):
+    value = experiment(data_dir)
+    whole = fitted(value, tmp_path / "whole")
+    stopped = session_of(value).train(tmp_path / "stopped", until=5)
+    assert stopped.steps == 5 and stopped.metrics["bits_per_byte"] > whole.metrics["bits_per_byte"]
+    again = session_of(value).train(tmp_path / "stopped", until=5)
+    assert again.metrics == stopped.metrics and again.totals == stopped.totals
+    fitted(value, tmp_path / "stopped")
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
+    with pytest.raises(ValueError, match="is at step 12 already, and step 5 is asked for"):
+        session_of(value).train(tmp_path / "stopped", until=5)
+    with pytest.raises(ValueError, match="of 12 steps cannot stop at step 13"):
+        session_of(value).train(tmp_path / "other", until=13)
+
+
 def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_dir):
     value = experiment(data_dir, training=TrainingConfig(steps=40), optimizer=OptimizerConfig(learning_rate=1e-2))
     first = fitted(value, tmp_path)

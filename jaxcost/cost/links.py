@@ -94,10 +94,14 @@ def wraps_of(chip: hardware.Chip, sizes: Sequence[int]) -> tuple[bool, ...]:
 
 
 def network_of(devices: Sequence[Any], chip: hardware.Chip) -> Network:
-    """The network that joins JAX devices, described or real."""
+    """The network that joins JAX devices, described or real, in the order of a mesh.
+
+    A program of several slices numbers the devices of each by themselves, so those of one slice stand together.
+    """
     if not chip.torus_axes:
         hosts = tuple(device.process_index for device in devices)
         return Network(hosts, tuple((number,) for number in range(len(devices))))
+    devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     slices = tuple(getattr(device, "slice_index", 0) for device in devices)
     chips = tuple(tuple(device.coords)[: chip.torus_axes] for device in devices)
     sizes = tuple(max(axis) - min(axis) + 1 for axis in zip(*chips, strict=True))

@@ -39,6 +39,8 @@ class DataConfig:
     the train split in order, if none are given."""
     answer_field: str = "answer"
     """Feature that holds the answer to a text; read for that objective alone."""
+    group_field: str = ""
+    """Feature that says which group a text is of, such as a dialect: a study says how each is served. None if empty."""
     masked_fraction: float = 0.15
     """Share of the tokens that are hidden for the objective of masked tokens."""
     augment: AugmentConfig = AugmentConfig()

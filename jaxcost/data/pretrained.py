@@ -94,12 +94,17 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 (tokens,), of which none is special; lone surrogates become '?'."""
-        return np.array(self._library.encode(text.encode("utf-8", errors="replace").decode()), np.int32)
+        return np.array(self._library.encode(_writable(text)), np.int32)
 
     def encode_source(self, text: str) -> np.ndarray:
         """Returns the ids of a text as an encoder reads it, int32 (tokens,), with the special tokens around it."""
-        text = text.encode("utf-8", errors="replace").decode()
-        return np.array(self._library.encode_whole(text, self.stop_ids[:1]), np.int32)
+        return np.array(self._library.encode_whole(_writable(text), self.stop_ids[:1]), np.int32)
+
+    def encode_pair(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of two texts as an encoder reads them together, with the special tokens around and between
+        them, and which of the two the checkpoint takes each for."""
+        ids, types = self._library.encode_pair(_writable(first), _writable(second), self.stop_ids[:1])
+        return np.array(ids, np.int32), np.array(types, np.int32)
 
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes, and a separator for each special token, uint16, that ids (tokens,) stand for."""
@@ -233,6 +238,10 @@ class _Tokenizers:
     def encode_whole(self, text: str, ends: Sequence[int]) -> list[int]:
         return self._plain.encode(text).ids
 
+    def encode_pair(self, first: str, second: str, ends: Sequence[int]) -> tuple[list[int], list[int]]:
+        made = self._plain.encode(first, second)
+        return made.ids, made.type_ids
+
     def decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=True)
 
@@ -277,6 +286,10 @@ class _SentencePiece:
         # A SentencePiece model does not say what stands around a text; those of encoder-decoders end it.
         return [*self.encode(text), *ends]
 
+    def encode_pair(self, first: str, second: str, ends: Sequence[int]) -> tuple[list[int], list[int]]:
+        one, other = self.encode_whole(first, ends), self.encode_whole(second, ends)
+        return [*one, *other], [0] * len(one) + [1] * len(other)
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if not self._model.is_control(i)])
 
@@ -287,6 +300,11 @@ class _SentencePiece:
     def piece(self, i: int) -> bytes | None:
         special = self._model.is_control(i) or self._model.is_unknown(i) or self._model.is_unused(i)
         return None if special else _unescaped(self._model.id_to_piece(i))
+
+
+def _writable(text: str) -> str:
+    """The text with half surrogate pairs, which have no UTF-8, as '?'."""
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def _unescaped(token: str) -> bytes:

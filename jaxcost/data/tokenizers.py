@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
     def encode_source(self, text: str) -> np.ndarray:
         """Returns the ids of a text as an encoder reads it, int32 (tokens,), with what it was trained to see around."""
 
+    def encode_pair(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of two texts as an encoder reads them together, int32 (tokens,), and which of the two each is
+        of, 0 or 1."""
+
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes and separators, uint16 (bytes,), that ids (tokens,) stand for."""
 
@@ -93,6 +97,10 @@ class ByteTokenizer:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
     encode_source = encode
+
+    def encode_pair(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of two texts with the separator between them, and which of the two each is of."""
+        return _paired(self.encode(first), self.encode(second), self.separator_id)
 
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the ids themselves, uint16."""
@@ -166,6 +174,10 @@ class BpeTokenizer:
         return np.array(self._library.encode(_utf8(text).decode(), add_special_tokens=False).ids, np.int32)
 
     encode_source = encode
+
+    def encode_pair(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of two texts with the separator between them, and which of the two each is of."""
+        return _paired(self.encode(first), self.encode(second), self.separator_id)
 
     def symbols(self, ids: np.ndarray) -> np.ndarray:
         """Returns the bytes and separators, uint16 (bytes,), that ids (tokens,) stand for."""
@@ -254,6 +266,12 @@ def _first_bytes(documents: Iterable[str], limit_bytes: int) -> Iterator[str]:
             return
         limit_bytes -= len(_utf8(document))
         yield document
+
+
+def _paired(first: np.ndarray, second: np.ndarray, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of two texts with the separator behind the first, of which it is, and which of the two each is of."""
+    ids = np.concatenate([first, [separator_id], second]).astype(np.int32)
+    return ids, (np.arange(len(ids)) > len(first)).astype(np.int32)
 
 
 def _utf8(text: str) -> bytes:

@@ -137,7 +137,9 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     teacher = teacher_of(experiment) if step == "train" else None
     question = repr((experiment.trained_part(), teacher, experiment.mesh, topology, step, vocab_size))
     program, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
-    compiled = read_step(program, chip, links.network_of(topology_devices(topology), chip))
+    # Partitions of the program are numbered in the order of the mesh.
+    mesh = sharding.make_mesh(experiment.mesh, list(topology_devices(topology)))
+    compiled = read_step(program, chip, links.network_of(list(mesh.devices.flat), chip))
     given = dataclasses.replace(
         experiment.hardware, chip=chip.name, num_chips=max(1, compiled.num_devices // chip.devices_per_chip)
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS
 from jaxcost.models.transformer import Transformer, abstract, resized
 from jaxcost.planning.steps import StepName
-from jaxcost.sharding import MeshConfig
+from jaxcost.sharding import MeshConfig, make_mesh
 from jaxcost.transforms import chain
 
 REMATS = ("none", "attention", "projections", "full")
@@ -56,8 +57,14 @@ class Slice:
     """The devices that a step is laid out on."""
 
     chip: hardware.Chip
-    network: links.Network
+    devices: Sequence[Any]
+    """Described or real, in any order."""
     step: StepName
+
+    @functools.cached_property
+    def network(self) -> links.Network:
+        """What joins the devices, in their order."""
+        return links.network_of(self.devices, self.chip)
 
     def peak(self, item: int) -> float:
         """FLOP/s of a device, or a guess that ranks as well where it is unknown."""
@@ -116,10 +123,15 @@ class Slice:
         sizes = dataclasses.asdict(mesh)
         if all(sizes[axis] == 1 for axis in axes):
             return 0.0
-        devices = np.arange(len(self.network.domains)).reshape(tuple(sizes.values()))
-        first = devices[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
+        first = self._arranged(mesh)[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist()
         collective = links.Collective(kind, _MEBI, tuple(first[:2] if kind == "collective-permute" else first), 1)
         return (links.exchange(collective, self.chip, self.network).seconds or 0.0) / _MEBI
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a slice lives as long as its search
+    def _arranged(self, mesh: MeshConfig) -> np.ndarray:
+        """The devices' numbers in the shape of a mesh."""
+        numbers = {device: number for number, device in enumerate(self.devices)}
+        return np.vectorize(numbers.__getitem__, otypes=[int])(make_mesh(mesh, list(self.devices)).devices)
 
 
 def sizes_of(experiment: Experiment, vocab_size: int) -> Sizes:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from jaxcost.config import Experiment
-from jaxcost.cost import hardware, links
+from jaxcost.cost import hardware
 from jaxcost.planning import ranking
 from jaxcost.planning.plan import Plan, plan
 from jaxcost.planning.steps import StepName
@@ -147,7 +147,7 @@ def candidates(
     batches: Sequence[int] = (),
 ) -> Iterator[Candidate]:
     """Every layout that divides over the devices, in the order of the slice."""
-    slice_ = ranking.Slice(chip, links.network_of(devices, chip), step)
+    slice_ = ranking.Slice(chip, devices, step)
     splits = experiment.data.sequence_length // _SHORTEST_PART if step == "train" else 1
     meshes = _meshes(len(devices), max(1, splits), sizes.model.experts)
     for mesh, batch in itertools.product(meshes, dict.fromkeys([experiment.data.batch_size, *batches])):

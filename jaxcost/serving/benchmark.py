@@ -33,6 +33,8 @@ class Load:
     first_token_seconds: float
     token_seconds: float
     seed: int = 0
+    deadline_seconds: float | None = None
+    """After which an answer is of no use any more, and the server is told so; none if not given."""
 
     def __post_init__(self):
         if self.requests < 1:
@@ -72,6 +74,8 @@ class LoadResult:
     answered: int
     refused: int
     """With status 429 or 503."""
+    late: int
+    """Ended at their deadline, with status 408 or 504, or in the middle of their stream."""
     failed: int
     seconds: float
     """From the first arrival to the last answer."""
@@ -93,7 +97,7 @@ def measure(url: str, key: str, requests_per_second: float, load: Load, hardware
     """Puts a load on a server; BadServer if there is none."""
     if requests_per_second < 0:
         raise ValueError(f"{requests_per_second} requests a second were asked for; ask for 0 or more.")
-    server = _Server(url, key)
+    server = Server(url, key)
     random = np.random.default_rng(load.seed)
     lengths = [(int(random.integers(*load.prompt_tokens, endpoint=True)),
                 int(random.integers(*load.new_tokens, endpoint=True))) for _ in range(load.requests)]  # fmt: skip
@@ -106,6 +110,7 @@ def measure(url: str, key: str, requests_per_second: float, load: Load, hardware
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "deadline_seconds": load.deadline_seconds,
         }
         for prompt, new in lengths
     ]
@@ -128,7 +133,7 @@ def measure(url: str, key: str, requests_per_second: float, load: Load, hardware
 
 def _result(rate: float, answers: Sequence[Answer], seconds: float, load: Load, hardware: Hardware) -> LoadResult:
     done = [a for a in answers if a.seconds is not None]
-    refused = sum(a.status in (429, 503) for a in answers)
+    refused, late = (sum(a.status in which for a in answers) for which in ((429, 503), (408, 504)))
     good = [
         a
         for a in done
@@ -139,7 +144,8 @@ def _result(rate: float, answers: Sequence[Answer], seconds: float, load: Load, 
         requests_per_second=rate,
         answered=len(done),
         refused=refused,
-        failed=len(answers) - len(done) - refused,
+        late=late,
+        failed=len(answers) - len(done) - refused - late,
         seconds=seconds,
         prompt_tokens=sum(a.prompt_tokens for a in done),
         new_tokens=new_tokens,
@@ -154,7 +160,7 @@ def _result(rate: float, answers: Sequence[Answer], seconds: float, load: Load, 
 
 def table(results: Sequence[LoadResult]) -> str:
     """The results for people."""
-    lines = ["requests/s  answered refused failed  tokens/s  good req/s  first token p50/p95/p99 s  "
+    lines = ["requests/s  answered refused late failed  tokens/s  good req/s  first token p50/p95/p99 s  "
              "token p50/p95/p99 ms  USD/1M tokens"]  # fmt: skip
     for r in results:
         first = "/".join(f"{value:.2f}" for value in r.first_token_seconds.values())
@@ -162,7 +168,7 @@ def table(results: Sequence[LoadResult]) -> str:
         usd = "unknown" if r.usd_per_million_new_tokens is None else f"{r.usd_per_million_new_tokens:.4f}"
         rate = f"{r.requests_per_second:g}" if r.requests_per_second else "one by one"
         lines.append(
-            f"{rate:>10}  {r.answered:>8} {r.refused:>7} {r.failed:>6}  {r.new_tokens_per_second:>8.1f}  "
+            f"{rate:>10}  {r.answered:>8} {r.refused:>7} {r.late:>4} {r.failed:>6}  {r.new_tokens_per_second:>8.1f}  "
             f"{r.good_requests_per_second:>10.2f}  {first:>25}  {each:>20}  {usd:>13}"
         )
     return "\n".join(lines)
@@ -172,7 +178,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)} if values else {}
 
 
-class _Server:
+class Server:
     """The server under load."""
 
     def __init__(self, url: str, key: str):
@@ -182,10 +188,11 @@ class _Server:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connect = lambda: kind(parts.hostname, parts.port, timeout=600)
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        self.model = self._get("/v1/models")["data"][0]["id"]
-        self.vocab_size = self._get("/tokenizer_info")["vocab_size"]
+        self.model = json.loads(self.get("/v1/models"))["data"][0]["id"]
+        self.vocab_size = json.loads(self.get("/tokenizer_info"))["vocab_size"]
 
-    def _get(self, path: str) -> dict:
+    def get(self, path: str) -> bytes:
+        """The body of an address; BadServer if there is none."""
         connection = self._connect()
         try:
             connection.request("GET", path, headers=self._headers)
@@ -197,7 +204,7 @@ class _Server:
             connection.close()
         if answer.status != 200:
             raise BadServer(f"The server answers {path} with status {answer.status}; check its --key.")
-        return json.loads(content)
+        return content
 
     def ask(self, body: dict, answer: Answer, due: float) -> None:
         """Sends a request that was due at a time of `time.monotonic`, and notes what comes of it."""
@@ -220,5 +227,7 @@ class _Server:
     def _note(event: dict, answer: Answer, seconds: float) -> None:
         if event.get("choices") and answer.first_token_seconds is None:
             answer.first_token_seconds = seconds
+        if event.get("error", {}).get("type") == "timeout_error":
+            answer.status = 408
         if event.get("usage"):
             answer.new_tokens, answer.seconds = event["usage"]["completion_tokens"], seconds

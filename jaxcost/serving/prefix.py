@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxcost.serving.programs import compiled
 from jaxcost.serving.slots import Slots, State
 
 
@@ -26,9 +27,9 @@ class PrefixCache:
         self._held: collections.OrderedDict[bytes, object] = collections.OrderedDict()
         self.queried_tokens = self.hit_tokens = 0
         state, number = slots.state, np.int32(0)
-        self._read = slots.program(self._cut, (), None, state, number, number)
+        self._read = compiled(self._cut, (), None, state, number, number)
         piece = self._read(state, number, number)
-        self._write = slots.program(self._paste, 0, slots.places, state, piece, number, number)
+        self._write = compiled(self._paste, 0, slots.places, state, piece, number, number)
         piece_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(piece))
         self._limit = limit_bytes // piece_bytes
         if not self._limit:

@@ -6,13 +6,9 @@ tokens, and decodes a few tokens of every slot, so that nobody's prompt holds up
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import logging
-import threading
 import time
 from collections.abc import Callable, Collection
-from typing import Literal
 
 import numpy as np
 
@@ -20,39 +16,9 @@ from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import GREEDY, Sampling
 from jaxcost.serving.slots import Scored, Slots
 from jaxcost.serving.text import TextStream
+from jaxcost.serving.worker import Job, Reason, SchedulerConfig, Worker
 
-_LOGGER = logging.getLogger(__name__)
-_IDLE_SECONDS = 0.5
-
-Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-class Overloaded(Exception):
-    """The queue is full; come back in a while."""
-
-    def __init__(self, waiting: int, retry_after_seconds: int):
-        super().__init__(f"{waiting} requests wait already; send the request again later.")
-        self.retry_after_seconds = retry_after_seconds
-
-
-class Closed(Exception):
-    """The server takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """What is taken on, and for how long."""
-
-    queue: int = 256
-    """Requests that may wait for a slot; further ones are refused."""
-    deadline_seconds: float = 600.0
-    """From its arrival, a request that has not ended by then is ended."""
-
-    def __post_init__(self):
-        if self.queue < 1:
-            raise ValueError(f"scheduler.queue is {self.queue}; it must be at least 1.")
-        if not self.deadline_seconds > 0:
-            raise ValueError(f"scheduler.deadline_seconds is {self.deadline_seconds}; it must be above 0.")
+_LIMITS = SchedulerConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +56,7 @@ class Piece:
     """Why it ended; None while it goes on."""
 
 
-@dataclasses.dataclass
-class Times:
-    """Seconds of `time.monotonic` at which things happened; None for what has not."""
-
-    arrived: float
-    started: float | None = None
-    """A slot was given."""
-    first_token: float | None = None
-    ended: float | None = None
-
-
-class Ticket:
+class Ticket(Job):
     """A request, and what becomes of it."""
 
     def __init__(
@@ -118,20 +73,16 @@ class Ticket:
           on_prompt: called once, before that, with the scores of the prompt's tokens from the second on, if they were
             asked for.
         """
+        super().__init__(len(request.prompt), request.deadline_seconds)
         self.request = request
-        self.times = Times(time.monotonic())
-        self.new_tokens = 0
-        """Tokens made so far."""
         self.cached_tokens = 0
         """Tokens of the prompt that did not have to be read again."""
-        self.device_seconds = 0.0
-        """Its share of the device's time: of each dispatch, one part of as many as there were requests in it."""
         self._on_piece, self._on_prompt = on_piece, on_prompt
-        self._cancelled = False
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more: it leaves its place in the queue or its slot."""
-        self._cancelled = True
+    def end(self, reason: Reason, text: str = "", scores: Scored | None = None) -> None:
+        """Gives out the last piece."""
+        self.times.ended = time.monotonic()
+        self._on_piece(Piece(text, _no_scores() if scores is None else scores, reason))
 
 
 class _Running:
@@ -149,14 +100,14 @@ class _Running:
         return not self.left
 
 
-class Scheduler:
-    """Runs requests; every method may be called from any thread."""
+class Scheduler(Worker[Ticket]):
+    """Runs requests."""
 
     def __init__(
         self,
         slots: Slots,
         decode: Callable[[np.ndarray], str],
-        config: SchedulerConfig = SchedulerConfig(),
+        config: SchedulerConfig = _LIMITS,
         prefixes: PrefixCache | None = None,
     ):
         """Starts the thread.
@@ -167,28 +118,15 @@ class Scheduler:
           config: limits.
           prefixes: where read prompts are kept for those that begin alike; nothing is kept without.
         """
-        self.slots, self.config, self.prefixes = slots, config, prefixes
+        self.slots, self.prefixes = slots, prefixes
         self._decode_text = decode
-        self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, _Running] = {}
-        self._reserved = 0
-        self._seconds_per_request = 1.0
-        self._condition = threading.Condition()
-        self._closing = self._broken = False
-        self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
-        self._thread.start()
-
-    # ---- For those who ask ----
+        super().__init__(config, "scheduler")
 
     @property
     def num_running(self) -> int:
         """Requests in slots."""
         return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue, and places of it that are reserved."""
-        return len(self._waiting) + self._reserved
 
     @property
     def cache_use(self) -> float:
@@ -197,49 +135,14 @@ class Scheduler:
         return held / (self.slots.config.slots * self.slots.max_length)
 
     @property
-    def healthy(self) -> bool:
-        """Whether requests are run."""
-        return self._thread.is_alive() and not self._broken
+    def _at_once(self) -> int:
+        return self.slots.config.slots
 
-    def reserve(self, requests: int = 1) -> None:
-        """Holds places in the queue, so that no work is spent on what would be refused; each is given back by `submit`
-        or `release`.
+    def _takes(self, jobs: int) -> bool:
+        return self.num_waiting + jobs <= self.config.queue + self._at_once - len(self._running)
 
-        Raises:
-          Overloaded: there are not so many places.
-          Closed: nothing is taken on any more.
-        """
-        with self._condition:
-            if self._closing or not self.healthy:
-                raise Closed("The server is shutting down; send the request to another one.")
-            if self.num_waiting + requests > self.config.queue + self._free():
-                rounds = self.num_waiting / self.slots.config.slots
-                raise Overloaded(self.num_waiting, max(1, round(rounds * self._seconds_per_request)))
-            self._reserved += requests
-
-    def release(self, requests: int = 1) -> None:
-        """Gives places back that `reserve` held."""
-        with self._condition:
-            self._reserved -= requests
-
-    def submit(self, ticket: Ticket) -> None:
-        """Queues a request at a place that `reserve` holds; ValueError, and the place is still held, if it cannot be
-        met."""
-        self._check(ticket.request)
-        with self._condition:
-            self._reserved -= 1
-            self._waiting.append(ticket)
-            self._condition.notify()
-
-    def close(self, timeout_seconds: float | None = None) -> bool:
-        """Takes on nothing more, ends all that was accepted, and says whether it did so in time."""
-        with self._condition:
-            self._closing = True
-            self._condition.notify()
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
-
-    def _check(self, request: Request) -> None:
+    def _check(self, job: Ticket) -> None:
+        request = job.request
         tokens, limit = np.asarray(request.prompt), self.slots.max_length
         if tokens.ndim != 1 or not len(tokens):
             raise ValueError("The prompt is empty; give at least one token.")
@@ -255,56 +158,20 @@ class Scheduler:
         if not -1 <= request.adapter < max(self.slots.adapters, 0):
             raise ValueError(f"There is no adapter {request.adapter}.")
 
-    def _free(self) -> int:
-        return self.slots.config.slots - len(self._running)
+    def _abandon(self) -> list[Ticket]:
+        left = [run.ticket for run in self._running.values()]
+        self._running.clear()
+        return left
 
     # ---- The thread ----
 
-    def _serve(self) -> None:
-        try:
-            self._rounds()
-        except BaseException:
-            # Whatever went wrong, nobody may wait for an answer that never comes.
-            _LOGGER.exception("The scheduler has failed.")
-            self._broken = True
-            with self._condition:
-                left = [*self._waiting, *(run.ticket for run in self._running.values())]
-                self._waiting.clear()
-                self._running.clear()
-            for ticket in left:
-                _end(ticket, "error")
-
-    def _rounds(self) -> None:
-        while True:
-            with self._condition:
-                while not (self._waiting or self._running):
-                    if self._closing and not self._reserved:
-                        return
-                    self._condition.wait(_IDLE_SECONDS)
-            self._drop()
-            self._admit()
-            self._read_prompts()
-            self._decode()
-
-    def _drop(self) -> None:
-        """Ends those who were cancelled or are late."""
-        now = time.monotonic()
-        with self._condition:
-            late = [(t, why) for t in self._waiting if (why := self._over(t, now))]
-            for ticket, _ in late:
-                self._waiting.remove(ticket)
-        for ticket, why in late:
-            _end(ticket, why)
+    def _round(self) -> None:
         for run in list(self._running.values()):
-            if why := self._over(run.ticket, now):
+            if why := run.ticket.over(self.config.deadline_seconds):
                 self._leave(run, "", _no_scores(), why)
-
-    def _over(self, ticket: Ticket, now: float) -> Reason | None:
-        own = ticket.request.deadline_seconds
-        limit = self.config.deadline_seconds if own is None else min(own, self.config.deadline_seconds)
-        if ticket._cancelled:
-            return "cancelled"
-        return "deadline" if now - ticket.times.arrived > limit else None
+        self._admit()
+        self._read_prompts()
+        self._decode()
 
     def _admit(self) -> None:
         free = [slot for slot in range(self.slots.config.slots) if slot not in self._running]
@@ -399,14 +266,8 @@ class Scheduler:
     def _leave(self, run: _Running, text: str, scores: Scored, reason: Reason) -> None:
         with self._condition:
             del self._running[run.slot]
-        _end(run.ticket, reason, text, scores)
-        took = run.ticket.times.ended - run.ticket.times.started
-        self._seconds_per_request += 0.1 * (took - self._seconds_per_request)
-
-
-def _end(ticket: Ticket, reason: Reason, text: str = "", scores: Scored | None = None) -> None:
-    ticket.times.ended = time.monotonic()
-    ticket._on_piece(Piece(text, _no_scores() if scores is None else scores, reason))
+        run.ticket.end(reason, text, scores)
+        self._took(run.ticket)
 
 
 def _no_scores() -> Scored:

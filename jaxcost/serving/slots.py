@@ -1,16 +1,18 @@
 """What the server runs on the device: requests in slots of one cache, each program compiled before the first of them.
 
 A slot holds one request. Prompts are read in pieces of a few sizes, one slot at a time; a decode step is one program
-for all slots, whoever is in them. How a prompt is cut depends on the prompt alone and no row of a program depends on
-its neighbours, so that a request gets the same tokens in any company. Shapes in names: B slots, C tokens of a piece, V
-vocabulary, N likeliest tokens.
+for the first slots, whoever is in them, and for the first tokens of each, so that few requests, or short ones, do not
+pay for all the room there is. How a prompt is cut depends on the prompt alone and no row of a program depends on its
+neighbours; what differs between two decode programs is what they leave out, which is masked in the larger one. So a
+request gets the same tokens in any company. Shapes in names: B slots, C tokens of a piece, V vocabulary, N likeliest
+tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.models import optional
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
+from jaxcost.serving.programs import compiled
 from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose
 
 
@@ -39,6 +42,12 @@ class SlotsConfig:
     rest. One program is compiled for each."""
     tokens_per_dispatch: int = 4
     """Tokens that every slot decodes between two looks by the host."""
+    decode_slots: tuple[int, ...] = ()
+    """Slots that a decode program is for, rising up to `slots`; by default 2, and all. On a CPU, a program
+    for 1 has other kernels than those for more, whose last bits may differ."""
+    decode_lengths: tuple[int, ...] = ()
+    """Tokens of each slot that a decode program is for, rising, besides all of them; by default 128, 512, 2048 ... up
+    to half of them. One program is compiled for each of these and each number of slots."""
     top_logprobs: int = 20
     """Likeliest tokens that a request may ask the log-probabilities of."""
 
@@ -49,9 +58,14 @@ class SlotsConfig:
         for field in ("max_length", "top_logprobs"):
             if getattr(self, field) < 0:
                 raise ValueError(f"engine.{field} is {getattr(self, field)}; it cannot be negative.")
-        sizes = self.prefill_tokens
-        if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
-            raise ValueError(f"engine.prefill_tokens is {sizes}; give rising positive numbers, such as 32 128.")
+        for field in ("prefill_tokens", "decode_slots", "decode_lengths"):
+            sizes = getattr(self, field)
+            if list(sizes) != sorted(set(sizes)) or (sizes and sizes[0] < 1):
+                raise ValueError(f"engine.{field} is {sizes}; give rising positive numbers, such as 32 128.")
+        if not self.prefill_tokens:
+            raise ValueError("engine.prefill_tokens is empty; give at least one size, such as 128.")
+        if self.decode_slots and self.decode_slots[-1] != self.slots:
+            raise ValueError(f"engine.decode_slots is {self.decode_slots}; end it with engine.slots ({self.slots}).")
 
 
 @struct.dataclass
@@ -105,6 +119,11 @@ class Slots:
         self.adapters = _adapters_in(params)
         # A piece may end in padding and a dispatch in tokens that nobody asked for.
         room = self.max_length + max(config.prefill_tokens[-1], config.tokens_per_dispatch)
+        whole = room + self.virtual
+        self._sizes = config.decode_slots or tuple(sorted({min(2, config.slots), config.slots}))
+        lengths = config.decode_lengths or [2**i for i in range(7, whole.bit_length() - 1, 2)]
+        self._lengths = (*(length for length in lengths if length < whole), whole)
+        self._held = np.zeros((config.slots,), np.int64)
         start = functools.partial(self._start, room=room)
         self.places = _places(params, jax.eval_shape(start, params))
         self.state = jax.jit(start, out_shardings=self.places)(params)
@@ -155,24 +174,37 @@ class Slots:
             return state
         return state, self._scores(logits(self.model.config, params, hidden_1CD[0]), following_C)
 
-    def _decode(self, params, state: State, active_B, scored):
-        """The state after some tokens, and these, (steps, B), with their log-probabilities if `scored`."""
-        params = self._with_adapters(params, state.adapter)
+    def _decode(self, params, state: State, active_B, scored, *, slots: int, length: int):
+        """The state after some tokens of the first slots, and these, (steps, slots), with their log-probabilities if
+        `scored`; `length` is how much of the cache they may fill."""
+        whole, active_B = state, active_B[:slots]
+        cut = lambda a: a[:, :slots, :length]  # noqa: E731
+        key, value = jax.tree.map(cut, (state.cache.key, state.cache.value))
+        first = lambda a: a[:slots]  # noqa: E731
+        cache = state.cache.replace(key=key, value=value, length=first(state.cache.length))
+        logits_BV, rows, adapter_B = jax.tree.map(first, (state.logits, state.rows, state.adapter))
+        params = self._with_adapters(params, adapter_B)
 
         def one(state: State, _):
             tokens_B = _chosen(state.rows, state.logits, active_B)
             none = (jnp.zeros(tokens_B.shape, jnp.float32), *self._no_top(tokens_B.shape))
             scores = lax.cond(scored, lambda: self._scores(state.logits, tokens_B), lambda: none)
             hidden_B1D, cache = self.model.apply({"params": params}, tokens_B[:, None], state.cache)
-            # Who is not active (free, or its prompt half read) stays where it is; what was written there is
-            # overwritten by its next piece.
+            # Who is not active (free, or its prompt half read) stays where it is.
             cache = cache.replace(length=jnp.where(active_B, cache.length, state.cache.length))
             new_BV = logits(self.model.config, params, hidden_B1D[:, 0])
             new_BV = jnp.where(active_B[:, None], new_BV, state.logits)
             rows = state.rows.saw(tokens_B, active_B)
             return state.replace(cache=cache, logits=new_BV, rows=rows), (tokens_B, scores)
 
-        return lax.scan(one, state, length=self.config.tokens_per_dispatch)
+        steps = self.config.tokens_per_dispatch
+        state, made = lax.scan(one, State(cache, logits_BV, rows, adapter_B), length=steps)
+        # What was written for who is not active, which may hold more than `length`, is left out.
+        keep = lambda old, new: jnp.where(active_B.reshape(1, slots, 1, 1, 1), new, old)  # noqa: E731
+        key, value = jax.tree.map(keep, (key, value), (state.cache.key, state.cache.value))
+        state = state.replace(cache=state.cache.replace(key=key, value=value))
+        put = lambda a, new: lax.dynamic_update_slice(a, new, (0,) * a.ndim)  # noqa: E731
+        return jax.tree.map(put, whole, state), made
 
     def _scores(self, logits_BV, tokens_B):
         """Log-probabilities of tokens, (B,), and the N likeliest, (B, N), with their ids."""
@@ -189,22 +221,23 @@ class Slots:
         number, piece = np.int32(0), lambda size: np.zeros((size,), np.int32)
         rows = self.state.rows
         settings = {f.name: np.zeros((a := getattr(rows, f.name)).shape[1:], a.dtype) for f in dataclasses.fields(Rows)}
-        self._admit_program = self.program(self._admit, 0, self.places, self.state, number, settings, number)
+        self._admit_program = compiled(self._admit, 0, self.places, self.state, number, settings, number)
         self._prefill_programs, self._scoring_programs = {}, {}
         for size in self.config.prefill_tokens:
             where = (number, piece(size), number, number, piece(size))
             for scored, programs in ((False, self._prefill_programs), (True, self._scoring_programs)):
                 prefill, made = functools.partial(self._prefill, scored=scored), (self.places, None)
-                programs[size] = self.program(
-                    prefill, 1, made if scored else self.places, self.params, self.state, *where
-                )
+                programs[size] = compiled(prefill, 1, made if scored else self.places, self.params, self.state, *where)
         active = np.zeros((self.config.slots,), bool)
-        self._decode_program = self.program(
-            self._decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
-        )
+        self._decode_programs = {}
+        for slots, length in itertools.product(self._sizes, self._lengths):
+            decode = functools.partial(self._decode, slots=slots, length=length)
+            self._decode_programs[slots, length] = compiled(
+                decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
+            )
 
     def _warm_up(self) -> None:
-        """Runs every program once: a jitted function that stands in for one (see `program`) compiles at its first call.
+        """Runs every program once: a jitted function that stands in for one compiles when first called (`compiled`).
 
         No slot is taken, and what is written is overwritten.
         """
@@ -212,16 +245,9 @@ class Slots:
             for scored in (False, True):
                 self.admit(0, GREEDY, np.zeros(1, np.int32))
                 self.prefill(0, np.zeros(size, np.int32), 0, size, scored)
-        self.decode(np.zeros(self.config.slots, bool))
-
-    @staticmethod
-    def program(function: Callable, donated: int | tuple[int, ...], places: Any, *arguments: Any) -> Callable:
-        """A function compiled for such arguments, of which some are used up; it compiles nothing when it is called, or,
-        where `sharding.runnable` must take the jitted function, when it is called again."""
-        jitted = jax.jit(function, donate_argnums=donated, out_shardings=places)
-        like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))  # noqa: E731
-        compiled = jitted.lower(*jax.tree.map(like, arguments)).compile()
-        return sharding.runnable(jitted, compiled, *(a for a in arguments if _on_device(a)))
+        nobody = np.zeros(self.config.slots, bool)
+        for program in self._decode_programs.values():
+            self.state, _ = program(self.params, self.state, nobody, np.bool_(False))
 
     # ---- What the scheduler calls ----
 
@@ -261,6 +287,7 @@ class Slots:
         behind = prompt[start + 1 : start + count + 1]
         following[: len(behind)] = behind
         where = (np.int32(slot), piece, np.int32(start + self.virtual), np.int32(count), following)
+        self._held[slot] = start + self.virtual + count
         if not scored:
             self.state = self._prefill_programs[size](self.params, self.state, *where)
             jax.block_until_ready(self.state.logits)
@@ -269,8 +296,16 @@ class Slots:
         return Scored(following[:count], *(np.asarray(a)[:count] for a in scores))
 
     def decode(self, active: np.ndarray, scored: bool = False) -> Scored:
-        """The next tokens of all slots, (B, steps); `active` is bool (B,), and what others get means nothing."""
-        self.state, (tokens, scores) = self._decode_program(self.params, self.state, active, np.bool_(scored))
+        """The next tokens of the first slots, (n, steps), of which the last active one is.
+
+        `active` is bool (B,), and what others get means nothing.
+        """
+        [places] = np.nonzero(active)
+        self._held[places] += self.config.tokens_per_dispatch
+        slots = next(size for size in self._sizes if size > places.max(initial=0))
+        length = next(size for size in self._lengths if size >= self._held[places].max(initial=0))
+        program = self._decode_programs[slots, length]
+        self.state, (tokens, scores) = program(self.params, self.state, active, np.bool_(scored))
         return Scored(*(np.swapaxes(np.asarray(a), 0, 1) for a in (tokens, *scores)))
 
 
@@ -281,10 +316,6 @@ def _chosen(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> jax.Array:
     ways = [Rows(), rows.replace(top_k_B=None, top_p_B=None), rows]
     branches = [lambda way=way: choose(way, logits_BV)[0] for way in ways]
     return lax.switch(jnp.where(sorts, 2, bends.astype(jnp.int32)), branches)
-
-
-def _on_device(tree: Any) -> bool:
-    return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
 
 
 def _places(params: weights.Params, state: State) -> Any:

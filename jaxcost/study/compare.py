@@ -20,18 +20,26 @@ COSTS = {
 }
 """The costs that quality is drawn against, and their names for people."""
 
+_SHARED_COSTS = (
+    "checkpoint_bytes",
+    "weight_bytes",
+    "inference_flops_per_token",
+    "decode_seconds_per_token",
+    "usd_per_million_tokens",
+)
+"""The costs that an answer has as shares of the control's."""
+
 
 def compare(
     rows: Sequence[Row], budgets: Sequence[Budget], baselines: dict[str, float], base_score: float
 ) -> dict[str, Any]:
     """`rows` with `control_score`, `pareto` and `pareto_on`; `winners`, one a budget; and `findings` in words."""
-    controls = {row["task"]: row for row in reversed(rows) if row["control"]}
     fronts = {cost: _front(rows, (cost,)) for cost in COSTS}
     joint = _front(rows, EXACT_COSTS)
     compared = [
         row
         | {
-            "control_score": controls[row["task"]]["score"],
+            "control_score": control_of(row["name"], rows)["score"],
             "pareto": row["name"] in joint,
             "pareto_on": [cost for cost in COSTS if row["name"] in fronts[cost]],
         }
@@ -39,9 +47,74 @@ def compare(
     ]
     return {
         "rows": compared,
-        "winners": [_winner(compared, controls, budget) for budget in budgets],
-        "findings": _findings(compared, controls, baselines, base_score),
+        "winners": [_winner(compared, budget) for budget in budgets],
+        "findings": _findings(compared, baselines, base_score),
     }
+
+
+def control_of(name: str, rows: Sequence[Row]) -> Row:
+    """The row that a recipe is compared with: the first untouched one of its task and of as many steps of recovery."""
+    own = next(row for row in rows if row["name"] == name)
+
+    def alike(row):
+        return row["control"] and all(row[key] == own[key] for key in ("task", "recovery_steps"))
+
+    return next(row for row in rows if alike(row))
+
+
+def recommended(rows: Sequence[Row], budgets: Sequence[Budget]) -> str | None:
+    """The name of the best recipe for the first budget that any recipe meets; of all recipes without a budget."""
+    if not budgets:
+        return min(rows, key=lambda row: row["score"])["name"]
+    return next((name for name in (_winner(rows, budget)["recipe"] for budget in budgets) if name), None)
+
+
+def answer(
+    row: Row | None, control: Row | None, flags: Sequence[dict[str, Any]], winners: Sequence[Row], nothing: str
+) -> dict[str, Any]:
+    """The `result.Answer`: the recommended row beside its control, or, where there is none, `nothing` as its text.
+
+    Of a grid, whose budgets each have a winner, the text names them all.
+    """
+    if row is None:
+        found = dict.fromkeys(("recipe", "score", "score_interval", "control_score"))
+        return found | {"cost_shares": {}, "text": nothing, "flagged": False}
+    shares = {
+        cost: row[cost] / control[cost]
+        for cost in _SHARED_COSTS
+        if row[cost] is not None and control[cost] not in (None, 0)
+    }
+    named = [winner for winner in winners if winner["recipe"]]
+    if named:
+        best = "; ".join(f"{w['budget']}: {w['recipe']} ({w['score']:.3f} bits per byte)" for w in named)
+        text = f"Best recipe for each budget: {best}."
+    else:
+        text = (
+            f"{row['name']} needs {_score(row):.3f} bits per byte where the untouched control needs "
+            f"{_score(control):.3f}, with {shares['checkpoint_bytes']:.0%} of its bytes on disk and "
+            f"{shares['decode_seconds_per_token']:.0%} of its time for a token."
+        )
+    if flags:
+        text = f"Harm was found in {row['name']}: {flags[0]['text']} {text}"
+    return {
+        "recipe": row["name"],
+        "score": row["score"],
+        "score_interval": row["score_interval"],
+        "control_score": control["score"],
+        "cost_shares": shares,
+        "text": text,
+        "flagged": bool(flags),
+    }
+
+
+def serving(row: Row) -> dict[str, Any]:
+    """The `result.Serving` of a row."""
+    return {"recipe": row["name"]} | {name: row[name] for name in ("usd_per_million_tokens", "kwh_per_million_tokens")}
+
+
+def _score(row: Row) -> float:
+    """The mean over the seeds, or of the one that there is."""
+    return row["score_interval"]["mean"] if row["score_interval"] else row["score"]
 
 
 def _front(rows: Sequence[Row], costs: tuple[str, ...]) -> set[str]:
@@ -61,16 +134,17 @@ def _front(rows: Sequence[Row], costs: tuple[str, ...]) -> set[str]:
     }
 
 
-def _winner(rows: Sequence[Row], controls: dict[str, Row], budget: Budget) -> dict[str, Any]:
-    task = "base" if "base" in controls else next(iter(controls))
+def _winner(rows: Sequence[Row], budget: Budget) -> dict[str, Any]:
+    tasks = [row["task"] for row in rows]
+    task = "base" if "base" in tasks else tasks[0]
     known = [row for row in rows if row["task"] == task and row[budget.metric] is not None]
     found: dict[str, Any] = {"budget": budget.name, "metric": budget.metric}
     found |= {"limit": None, "recipe": None, "score": None}
     if not known:
         return found | {"why": f"{budget.metric} is unknown on this hardware; give its price or power in hardware.*."}
-    limit = budget.share * controls[task][budget.metric]
-    found["limit"] = limit
-    fitting = [row for row in known if row[budget.metric] <= limit]
+    limits = {row["name"]: budget.limit(control_of(row["name"], rows)[budget.metric]) for row in known}
+    found["limit"] = limits[known[0]["name"]]
+    fitting = [row for row in known if row[budget.metric] <= limits[row["name"]]]
     if not fitting:
         cheapest = min(known, key=lambda row: row[budget.metric])
         return found | {"why": f"nothing fits; the cheapest, {cheapest['name']}, takes {cheapest[budget.metric]:.4g}."}
@@ -78,7 +152,7 @@ def _winner(rows: Sequence[Row], controls: dict[str, Row], budget: Budget) -> di
     return found | {"recipe": best["name"], "score": best["score"]}
 
 
-def _findings(rows, controls, baselines, base_score) -> list[dict[str, Any]]:
+def _findings(rows, baselines, base_score) -> list[dict[str, Any]]:
     """Claims that the study puts to the test, each with whether it held here and the figures."""
     found = [
         _finding(
@@ -90,7 +164,7 @@ def _findings(rows, controls, baselines, base_score) -> list[dict[str, Any]]:
         )
     ]
     for row in rows:
-        control = controls[row["task"]]
+        control = control_of(row["name"], rows)
         said = " ".join(row["transforms"])
         if "prune(" in said:
             before, after = row["score_before_recovery"], row["score"]

@@ -1,112 +1,101 @@
-"""A study for people: a picture of what quality costs, and one self-contained page."""
+"""A study for people: a self-contained page, its picture and tables beside it, and the same in short for a terminal."""
 
 from __future__ import annotations
 
-import base64
-import html
+import shlex
 import textwrap
-from collections.abc import Sequence
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+import jaxcost
+from jaxcost import serialization
 from jaxcost.data.files import atomic_write
-from jaxcost.study.compare import COSTS
+from jaxcost.study import picture, tables
+from jaxcost.study.figures import COLUMNS, amount, columns_of, significant
+from jaxcost.study.pages import render
+from jaxcost.study.sheets import Sheet, data_name, sheets
 
-_COLUMNS = (
-    ("name", "recipe", "{}"),
-    ("description", "transforms", "{}"),
-    ("score", "bits/byte", "{:.3f}"),
-    ("score_before_recovery", "before recovery", "{:.3f}"),
-    ("control_score", "control", "{:.3f}"),
-    ("checkpoint_bytes", "on disk, MB", "mega"),
-    ("weight_bytes", "in memory, MB", "mega"),
-    ("trainable_parameters", "trains", "{:,}"),
-    ("step_flops", "step, GFLOP", "giga"),
-    ("step_seconds", "step, ms", "milli"),
-    ("inference_flops_per_token", "decode, MFLOP/token", "mega"),
-    ("decode_tokens_per_second", "decode, tokens/s", "{:,.0f}"),
-    ("usd", "recovery, USD", "{:.2g}"),
-    ("kwh", "recovery, kWh", "{:.2g}"),
-    ("pareto", "Pareto", "flag"),
+_ABSENT: dict[str, Any] = {
+    "kind": "grid",
+    "answer": None,
+    "flags": [],
+    "budget": [],
+    "trials": [],
+    "finalists": [],
+    "surrogate": None,
+    "verification": None,
+    "ledger": [],
+    "serving": [],
+}
+"""What `jaxcost-study-1`, the schema before searches, did not have."""
+
+_KINDS = (
+    ("measured", "timed, scored or weighed on this machine"),
+    ("compiled", "read off the compiled program: FLOPs with loops times their length, recomputation included"),
+    ("counted", "exact: parameters, tokens, bytes of arrays"),
+    ("estimated", "money and energy are measured seconds times the prices below; what was said before is planned"),
+    ("published", "prices, power and peaks of chips, with their source and date"),
 )
-"""Key of a row, heading, format."""
 
-_SCALES = {"mega": 1e-6, "giga": 1e-9, "milli": 1e3}
+_CONFIG = '''"""The experiment of this study: scripts/study.py takes this file as any other config."""
 
+import json
+from pathlib import Path
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes the picture: bits per byte against each cost, the Pareto front joined by a line."""
-    import matplotlib
+from jaxcost import serialization
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in result["rows"] if row["task"] == "base"] or result["rows"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    for axis, (cost, label) in zip(axes.flat, COSTS.items(), strict=True):
-        known = [row for row in rows if row[cost] is not None]
-        front = sorted((row for row in known if cost in row["pareto_on"]), key=lambda row: row[cost])
-        axis.step([r[cost] for r in front], [r["score"] for r in front], where="post", color="0.6", zorder=1)
-        for index, row in enumerate(known):
-            on_front = cost in row["pareto_on"]
-            colour = f"C{index % 10}"
-            axis.scatter(row[cost], row["score"], s=70, color=colour, marker="o" if on_front else "x", zorder=2)
-        for names, point in _labels(known, cost):
-            axis.annotate(names, point, (6, 5), textcoords="offset points", fontsize=8)
-        axis.set_xlabel(f"{label} ({_kind(rows, cost)})")
-        axis.set_ylabel("bits per byte, held out (measured)")
-        axis.set_xlim(0, 1.35 * max((row[cost] for row in known), default=1.0))
-        axis.margins(y=0.15)
-        axis.grid(alpha=0.3)
-        if not known:
-            axis.text(0.5, 0.5, "unknown on this hardware", ha="center", transform=axis.transAxes)
-    figure.suptitle("What each cut costs and saves: lower and further left is better, o on the Pareto front, x not")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
+experiment = serialization.from_json(json.loads(Path(__file__).with_name("study.json").read_text())["experiment"])
+'''
 
 
-def _labels(rows: Sequence[dict[str, Any]], cost: str) -> list[tuple[str, tuple[float, float]]]:
-    """Names and points; rows that lie on each other in the picture share a label."""
-    spans = [max(row[key] for row in rows) - min(row[key] for row in rows) for key in (cost, "score")] if rows else []
-    labels: list[tuple[str, tuple[float, float]]] = []
-    for row in rows:
-        point = (row[cost], row["score"])
-        for index, (names, other) in enumerate(labels):
-            if all(abs(a - b) <= 0.03 * span for a, b, span in zip(point, other, spans, strict=True)):
-                labels[index] = (f"{names}, {row['name']}", other)
-                break
-        else:
-            labels.append((row["name"], point))
-    return labels
+def write(result: dict[str, Any], workdir: Path) -> None:
+    """Writes what people read of a study beside its `study.json`: `pareto.png`, `pareto.svg` and what `texts` gives."""
+    picture.draw(result, workdir)
+    for name, text in texts(result, workdir).items():
+        with atomic_write(workdir / name) as file:
+            file.write(text.encode())
 
 
-def write(result: dict[str, Any], path: Path, picture: Path) -> None:
-    """Writes the page, the picture inside it, so that the file alone is the report."""
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    body = [
-        "<h1>What quality costs</h1>",
-        f"<p class=lead>{html.escape(answer(result))}</p>",
-        f'<img alt="Bits per byte against four costs" src="data:image/png;base64,{encoded}">',
-        "<h2>Budgets</h2>",
-        _list(_winner_text(winner) for winner in result["winners"]),
-        "<h2>What held</h2>",
-        _list(f"{'Held' if f['holds'] else 'Did not hold'}: {f['text']}" for f in result["findings"]),
-    ]
-    for task, title in (("base", result["data"]["name"]), ("shifted", result["data"]["shifted"])):
-        rows = [row for row in result["rows"] if row["task"] == task]
-        if rows:
-            body += [f"<h2>Recipes on {html.escape(title)}</h2>", _html_table(rows)]
-    body += ["<h2>What each figure is</h2>", _provenance(result)]
-    page = _PAGE.format(body="\n".join(body))
-    with atomic_write(path) as file:
-        file.write(page.encode())
+def texts(result: dict[str, Any], workdir: Path) -> dict[str, str]:
+    """Names of files and what stands in them, all but the picture.
+
+    `report.html` is the report, in one file that needs no network; `*.csv`, `tables.tex` and `citation.bib` are its
+    tables for other programs and for papers; `config.py` repeats the study, whose folder `workdir` is.
+    """
+    study = _ABSENT | result
+    found = sheets(study)
+    files = {f"{sheet.name}.csv": tables.to_csv(sheet) for sheet in found}
+    files["tables.tex"] = tables.to_latex(found, _machine_text(study))
+    files["citation.bib"] = tables.to_bibtex(tables.citation())
+    return files | {"report.html": _page(study, found, workdir, files), "config.py": _CONFIG}
+
+
+def _page(study: dict[str, Any], found: list[Sheet], workdir: Path, files: dict[str, str]) -> str:
+    return render(
+        "report.html",
+        study=study,
+        answer=answer(study),
+        sheets={sheet.name: sheet for sheet in found},
+        recipes=[sheet for sheet in found if sheet.name.startswith("recipes")],
+        budgets=[*map(_limit_text, study["budget"]), *map(_winner_text, study["winners"])],
+        points=_points(study),
+        commands=_commands(study, workdir),
+        kinds=_KINDS,
+        provenance=_provenance(study),
+        serving=_serving(study),
+        files={name: f"data:text/plain;charset=utf-8,{urllib.parse.quote(text)}" for name, text in files.items()},
+        citation=files["citation.bib"],
+        version=jaxcost.__version__,
+    )
 
 
 def answer(result: dict[str, Any]) -> str:
     """The study in a sentence."""
+    if result.get("answer"):
+        return result["answer"]["text"]
     named = [winner for winner in result["winners"] if winner["recipe"]]
     if not named:
         return "No recipe fits any of the budgets."
@@ -118,66 +107,115 @@ def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
     title = "Quality against cost (lower bits/byte is better)"
     shown = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    keys = ("name", "score", "score_before_recovery", "checkpoint_bytes", "step_flops")
+    keys = ("score", "score_before_recovery", "checkpoint_bytes", "step_flops")
     keys += ("step_seconds", "decode_tokens_per_second", "usd")
-    columns = [column for column in _COLUMNS if column[0] in keys]
-    for key, heading, _ in columns:
+    columns = [column for column in COLUMNS if column.key in keys]
+    shown.add_column("recipe", no_wrap=True)
+    for column in columns:
         # Narrow headings, so that the table fits a terminal of 80 columns.
-        heading = "\n".join(textwrap.wrap(heading.replace(",", ""), 9))
-        shown.add_column(heading, justify="left" if key == "name" else "right", no_wrap=True)
+        heading = "\n".join(textwrap.wrap(column.heading.replace(",", ""), 9))
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
-        shown.add_row(*(_text(row, key, form) for key, _, form in columns))
+        shown.add_row(row["name"], *(column.text(row) for column in columns))
     return shown
 
 
-def _text(row: dict[str, Any], key: str, form: str) -> str:
-    value = row[key]
-    if value is None:
-        return "unknown"
-    if form == "flag":
-        return "yes" if value else ""
-    return f"{value * _SCALES[form]:,.1f}" if form in _SCALES else form.format(value)
+def _points(study: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script draws: for every recipe its score and its costs, as numbers and as text."""
+    rows = study["rows"]
+    axes = [column for column in columns_of(rows) if column.axis]
+    axes = [column for column in axes if any(row.get(column.key) is not None for row in rows)]
+    flagged = study["answer"]["recipe"] if study["answer"] and study["answer"]["flagged"] else None
+    return {
+        "axes": [{"key": c.key, "label": f"{c.axis} ({c.kind(rows)})"} for c in axes],
+        "score": f"bits per byte, held out ({rows[0]['figures']['score']})",
+        "rows": [
+            {
+                "name": row["name"],
+                "description": row["description"],
+                "data": data_name(study, row["task"]),
+                "score": row["score"],
+                "low": interval and interval["low"],
+                "high": interval and interval["high"],
+                "flagged": row["name"] == flagged,
+                "said": _score_text(row),
+                "costs": {c.key: [row[c.key] * c.scale, c.text(row)] for c in axes if row.get(c.key) is not None},
+            }
+            for row in rows
+            for interval in [row.get("score_interval")]
+        ],
+    }
 
 
-def _html_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "".join(
-        f"<th>{html.escape(heading)}<small>{html.escape(rows[0]['figures'].get(key, ''))}</small></th>"
-        for key, heading, _ in _COLUMNS
-    )
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td>{html.escape(_text(row, key, form))}</td>" for key, _, form in _COLUMNS)
-        lines.append(f"<tr{' class=front' if row['pareto'] else ''}>{cells}</tr>")
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+def _score_text(row: dict[str, Any]) -> str:
+    said = f"{row['score']:.3f} bits/byte"
+    if row.get("score_interval"):
+        interval = row["score_interval"]
+        said += f" ({interval['low']:.3f} to {interval['high']:.3f} over {len(interval['values'])} seeds)"
+    return said + ("" if row["control"] else f", the control {row['control_score']:.3f}")
+
+
+def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
+    """A name and the command that repeats it, of the whole study and of every row of its experiment."""
+    again = ["python", "scripts/study.py", f"{workdir}/config.py", "--workdir", f"{workdir}-again"]
+    config = serialization.from_json(study["experiment"]).study
+    recipes = {recipe.name: recipe for recipe in config.complete()}
+    listed = {recipe.name for recipe in config.recipes}
+    found = [("the whole study", again)]
+    for name in (row["name"] for row in study["rows"] if row["name"] in recipes):
+        # Of a space, a recipe is written out: it is not in the list that `only` chooses from.
+        flags = (
+            ["--study.only", name] if name in listed else ["--study.recipes", serialization.to_python(recipes[name])]
+        )
+        without = ["--study.spaces", "", "--study.budgets", ""] if study["kind"] == "search" else []
+        found.append((name, again + without + flags))
+    return [(name, shlex.join(command)) for name, command in found]
+
+
+def _serving(study: dict[str, Any]) -> dict[str, Any]:
+    """What a million requests would cost, each of as many tokens as were decoded when the speed was measured."""
+    tokens = study["experiment"]["study"]["decode_tokens"] if study["serving"] else 0
+    return {"tokens": tokens, "rows": list({row["recipe"]: row for row in study["serving"]}.values())}
+
+
+def _limit_text(limit: dict[str, Any]) -> str:
+    whose = "the whole study, " if limit["of"] == "study" else ""
+    if limit["limit"] is None:
+        return f"{limit['name']}: {limit['why']}"
+    allowed, used = (amount(limit["metric"], limit[key], limit["of"] == "study") for key in ("limit", "used"))
+    return f"{limit['name']}: {whose}{allowed} at most; it came to {used.rpartition(': ')[2]}."
 
 
 def _winner_text(winner: dict[str, Any]) -> str:
-    limit = "" if winner["limit"] is None else f" (at most {winner['limit']:.4g} {winner['metric']})"
+    limit = "" if winner["limit"] is None else f" ({amount(winner['metric'], winner['limit'])} at most)"
     if winner["recipe"] is None:
         return f"{winner['budget']}{limit}: {winner['why']}"
     return f"{winner['budget']}{limit}: {winner['recipe']}, {winner['score']:.3f} bits per byte"
 
 
-def _provenance(result: dict[str, Any]) -> str:
-    machine, totals = result["machine"], result["totals"]
-    said = [
+def _machine_text(study: dict[str, Any]) -> str:
+    machine = study["machine"]
+    return (
         f"Measured on {machine['devices']} {machine['device']} device(s), {machine['cpus']} CPU cores, jax "
-        f"{machine['jax']}; priced as {machine['priced_as']}.",
-        "Scores, seconds and bytes on disk are measured here. FLOPs are read off the compiled programs, loops times "
-        "their length, recomputation included. Parameters and bytes in memory are counted. Money and energy are "
-        "estimates: measured seconds of the recovery's steps, without compilation, times the prices below.",
+        f"{machine['jax']}; priced as {machine['priced_as']}."
+    )
+
+
+def _provenance(study: dict[str, Any]) -> list[str]:
+    totals = study["totals"]
+    said = [
+        _machine_text(study),
         "On disk beside a frozen base, only what trains is counted; the base is stored once for all of its adapters.",
-        "score before recovery: transformed and, where the recipe ends with one, quantised, without training on.",
-        f"The training runs took {totals['seconds']:,.0f} s and {totals['tokens']:,} tokens, compilation and their "
-        f"evaluations included ({_money(totals['usd'])}); scoring before recovery, decoding and what a kill undid are "
-        "not in it.",
-        "A recipe is on the joint Pareto front (green) if none of its task beats it in score, bytes on disk, FLOPs a "
-        "decoded token and FLOPs a step together: the costs that a second run repeats exactly.",
-        _estimate_text(result["estimates"]),
+        "Before recovery: transformed and, where the recipe ends with one, quantised, without training on.",
+        f"The study took {totals['seconds']:,.0f} s and {totals['tokens']:,} tokens "
+        f"({'price unknown' if totals['usd'] is None else significant(totals['usd'], 2) + ' USD'}): all of its "
+        "parts, compilation included; what a kill undid is not in it.",
+        "A recipe is on the joint Pareto front if none of its task beats it in score, bytes on disk, FLOPs a decoded "
+        "token and FLOPs a step together: the costs that a second run repeats exactly.",
+        _estimate_text(study["estimates"]),
+        _plan_text(study["plan"]),
     ]
-    said.append(_plan_text(result["plan"]))
-    said += [f"{name}: {_price(figure)}" for name, figure in result["prices"].items()]
-    return _list(said)
+    return said + [f"{name}: {_price(figure)}" for name, figure in study["prices"].items()]
 
 
 def _estimate_text(estimates: dict[str, Any]) -> str:
@@ -202,43 +240,6 @@ def _plan_text(plan: dict[str, Any]) -> str:
     )
 
 
-def _money(usd: float | None) -> str:
-    return "price unknown" if usd is None else f"{usd:.2g} USD"
-
-
 def _price(figure: dict[str, Any]) -> str:
     value = "unknown" if figure["value"] is None else f"{figure['value']:g}"
     return f"{value} ({figure['source']}{', ' + figure['date'] if figure['date'] else ''})"
-
-
-def _kind(rows, cost: str) -> str:
-    return rows[0]["figures"][cost]
-
-
-def _list(items) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>jaxcost: what quality costs</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }}
-.lead {{ font-size: 1.15rem; }}
-img {{ max-width: 100%; height: auto; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.35rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-th small {{ display: block; font-weight: normal; color: #595959; }}
-tr.front {{ background: #eef6ee; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

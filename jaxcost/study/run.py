@@ -1,10 +1,11 @@
-"""The study: train a base model once, put every recipe through transform → recover → verify → price, and compare."""
+"""The study: train a base model once, try recipes on it, verify the best against the control, and say what all costs.
+
+A list of recipes is tried whole; spaces of recipes are searched within a budget.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,44 +14,25 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxcost import serialization, weights
+from jaxcost import serialization
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
-from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.ngram import ngram_bits_per_byte
 from jaxcost.planning.plan import plan as plan_experiment
 from jaxcost.planning.topology import PlanningUnavailable
-from jaxcost.serving.engine import Engine
-from jaxcost.session import Session
+from jaxcost.session import Session, alone_in
 from jaxcost.study import compare, report
-from jaxcost.study.export import export
-from jaxcost.study.measure import measure_decode, trainable_parameters, weight_bytes
-from jaxcost.study.recipes import Recipe, is_control
-from jaxcost.training.distill import DistillConfig, Teacher
-from jaxcost.training.loop import Fitted
-from jaxcost.transforms import chain
-
-SCHEMA = "jaxcost-study-1"
-
-FIGURES = {
-    "score": "measured",
-    "score_before_recovery": "measured",
-    "control_score": "measured",
-    "checkpoint_bytes": "measured",
-    "step_flops": "compiled",
-    "step_peak_bytes": "compiled",
-    "inference_flops_per_token": "compiled",
-    "step_seconds": "measured",
-    "decode_tokens_per_second": "measured",
-    "usd": "estimated",
-    "kwh": "estimated",
-    "kg_co2": "estimated",
-}
-"""What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price.
-
-Numbers of parameters and bytes in memory are exact counts and need no label.
-"""
+from jaxcost.study.accounts import Accounts, Price
+from jaxcost.study.candidates import Plan
+from jaxcost.study.estimates import Estimator, count, probe
+from jaxcost.study.recipes import Recipe
+from jaxcost.study.result import SCHEMA
+from jaxcost.study.safety import read_list
+from jaxcost.study.search import Search, interval, trial_of
+from jaxcost.study.slices import check_groups
+from jaxcost.study.trials import Trials, write_json
+from jaxcost.study.verify import verify
 
 
 def run_study(
@@ -58,154 +40,174 @@ def run_study(
 ) -> dict[str, Any]:
     """Walks the whole loop in a folder and returns what `study.json` there holds; what was finished is not repeated.
 
-    Writes `study.json`, `ledger.jsonl`, `pareto.png` and `report.html`. A recipe is finished when its row is written;
-    a killed study goes on with the others when it is started again.
+    Writes `study.json`, whose fields `result.Study` says, `ledger.jsonl`, and what `report.write` adds. What of a
+    recipe is finished is written down; a killed study goes on with the rest when it is started again.
 
-    Raises what `Session.train` raises.
+    Raises what `Session.train` raises, and:
+      ValueError: there is no recipe, another process works in the folder, or what `Search` raises it for.
     """
-    if not experiment.study.recipes:
-        raise ValueError("The config has no recipes to study; give study.recipes, as configs/quickstart.py does.")
+    study = experiment.study
+    if not study.recipes and not study.spaces:
+        raise ValueError(
+            "The config has no recipes to study; give study.recipes, as configs/quickstart.py does, or study.spaces to "
+            "search, as configs/search.py does."
+        )
     workdir = Path(workdir)
     console = Console(stderr=True, quiet=quiet)
-    study = experiment.study
     base = Session(experiment, quiet=quiet, devices=devices)
     base.check_language_model()
     recipes = study.complete()
-    dense = jax.eval_shape(base.base_params)
-    for recipe in recipes:
-        # A recipe that cannot work fails here, before anything is trained.
-        _recovery(experiment, recipe)
-        chain(*recipe.transforms, *recipe.finish).abstract(dense)
+    if study.verify.on:
+        check_groups(base)
+        read_list(study.verify.safety)
+    with alone_in(workdir, "working"):
+        machine = _machine(base)
+        dense = jax.eval_shape(base.base_params)
+        if study.spaces:
+            speed = probe(base, workdir / "base", workdir / "probe.json", machine)
+            plan = Plan(base, dense, Estimator(base, speed))
+            _say_estimate(plan, console)
+        else:
+            # A recipe that cannot work fails here, before anything is trained.
+            for recipe in recipes:
+                count(base, recipe, dense)
 
-    # ---- Base: trained once ----
-    trained = base.train(workdir / "base", title="base")
-    ledger = Ledger(workdir / "ledger.jsonl", base.hardware)
-    ledger.rewind(-1)
-    ledger.charge(**trained.totals)
-    ledger.record(0, event="base", score=trained.metrics["bits_per_byte"])
-    baselines = _baselines(base)
+        # ---- Base: trained once ----
+        trained = base.train(workdir / "base", title="base")
+        ledger = Ledger(workdir / "ledger.jsonl", base.hardware)
+        ledger.rewind(-1)
+        accounts = Accounts(ledger, base.hardware)
+        accounts.pay("base", **trained.totals)
+        accounts.record(0, event="base", score=trained.metrics["bits_per_byte"])
 
-    plan = _plan(base)
+        # ---- Recipes: transform, recover, score, price ----
+        trials = Trials(base, trained.params, workdir, machine)
+        if study.spaces:
+            search = Search(plan, trials, accounts, console.print)
+            search.run()
+            found = _searched(search, plan)
+        else:
+            found = _grid(trials, recipes, accounts, console)
 
-    # ---- Recipes: transform, recover, verify, price ----
-    tasks = {"base": base}
-    rows, engine, recoveries = [], Engine(base.model), {}
-    paid: set[str] = set()
-    for index, recipe in enumerate(recipes, 1):
-        console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({recipe.describe()})")
-        recovery = _recovery(experiment, recipe)
-        if recipe.task not in tasks:
-            tasks[recipe.task] = base.reopen(recovery)
-        tasks[recipe.task].open()
-        session = tasks[recipe.task].derive(recovery)
-        fingerprint = _fingerprint(experiment, recipe, _machine(base))
-        path = workdir / "recipes" / recipe.name / "row.json"
-        row = _finished(path, fingerprint)
-        if row is None:
-            row = _run_recipe(session, recipe, trained.params, engine, workdir, recoveries)
-            _write_json(path, row | {"fingerprint": fingerprint})
-        rows.append(row)
-        if row["recovery"] not in paid:
-            paid.add(row["recovery"])
-            ledger.charge(**row["recovery_totals"])
-        ledger.record(index, recipe=recipe.name, metric=row["metric"], score=row["score"])
+        # ---- Verification: the recommended recipe against its control, on held-out data ----
+        verification = _verified(found, recipes, trials, console)
+        if verification is not None:
+            accounts.pay("verification", seconds=verification["seconds"])
 
-    # ---- Report ----
-    result = {
-        "schema": SCHEMA,
-        "experiment": serialization.to_json(experiment),
-        "machine": _machine(base),
-        "data": {"name": experiment.data.name, "shifted": study.shifted_data},
-        "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
-        "baselines": baselines,
-        "estimates": _estimates(base),
-        "plan": plan,
-        "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
-        "totals": ledger.totals | {"usd": base.hardware.usd(ledger.totals["seconds"])},
-        **compare.compare(rows, study.budgets, baselines, trained.metrics["bits_per_byte"]),
-    }
-    report.draw(result, workdir / "pareto.png")
-    report.write(result, workdir / "report.html", workdir / "pareto.png")
-    _write_json(workdir / "study.json", result)
+        # ---- Report ----
+        baselines = _baselines(base)
+        estimated = plan.estimated if study.spaces else None
+        budgets = () if study.spaces else study.budgets
+        compared = compare.compare(found["rows"], budgets, baselines, trained.metrics["bits_per_byte"])
+        flags = [] if verification is None else verification.pop("flags")
+        recommended, control = (_row(compared["rows"], found[name]) for name in ("recommended", "control"))
+        result = {
+            "schema": SCHEMA,
+            "kind": "search" if study.spaces else "grid",
+            "experiment": serialization.to_json(experiment),
+            "machine": machine,
+            "data": {"name": experiment.data.name, "shifted": study.shifted_data},
+            "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
+            "baselines": baselines,
+            "estimates": _estimates(base),
+            "plan": _plan(base),
+            "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
+            "answer": compare.answer(recommended, control, flags, compared["winners"], found["nothing"]),
+            "flags": flags,
+            "budget": search.limits(found["candidate"]) if study.spaces else [],
+            **compared,
+            **{name: found[name] for name in ("trials", "finalists", "surrogate")},
+            "verification": verification,
+            "ledger": accounts.parts(estimated),
+            "serving": [compare.serving(row) for row in (recommended, control) if row],
+            "totals": accounts.totals(estimated),
+        }
+        report.write(result, workdir)
+        write_json(workdir / "study.json", result)
     return result
 
 
-def _recovery(experiment: Experiment, recipe: Recipe) -> Experiment:
-    """The recovery of a recipe as an experiment of its own."""
-    study = experiment.study
-    data = experiment.data
-    if recipe.task == "shifted":
-        data = dataclasses.replace(data, name=study.shifted_data)
-    rate = study.recovery_learning_rate if recipe.learning_rate is None else recipe.learning_rate
-    warmup = study.recovery_steps // 10
-    return dataclasses.replace(
-        experiment,
-        data=data,
-        transforms=recipe.transforms,
-        distill=recipe.distill or DistillConfig(),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=rate, warmup_steps=warmup),
-        training=dataclasses.replace(experiment.training, steps=study.recovery_steps, evaluate_every=0),
-        checkpoint=dataclasses.replace(experiment.checkpoint, keep=1),
+def _grid(trials: Trials, recipes: Sequence[Recipe], accounts: Accounts, console: Console) -> dict[str, Any]:
+    """Every recipe's row, and the one that the first budget that anything meets recommends."""
+    rows = []
+    for index, recipe in enumerate(recipes, 1):
+        console.print(f"recipe {index}/{len(recipes)}: {recipe.name} ({recipe.describe()})")
+        row = trials.row(recipe)
+        rows.append(row)
+        part = "control" if row["control"] else "search"
+        accounts.pay_training(part, row["recovery"], row["recovery_totals"])
+        accounts.pay(part, seconds=row["scoring_seconds"])
+        accounts.record(index, recipe=recipe.name, metric=row["metric"], score=row["score"])
+    recommended = compare.recommended(rows, trials.study.budgets)
+    return {
+        "rows": rows,
+        "recommended": recommended,
+        "control": None if recommended is None else compare.control_of(recommended, rows)["name"],
+        "nothing": "No recipe fits any of the budgets.",
+        "candidate": None,
+        "trials": [],
+        "finalists": [],
+        "surrogate": None,
+    }
+
+
+def _searched(search: Search, plan: Plan) -> dict[str, Any]:
+    """What a search came to, in the form of `_grid`."""
+    best = search.finalists()
+    answer = best[0] if best else None
+    controls = [one.recipe.name for one in plan.controls]
+    finalists = [one for one in plan.candidates if one.status == "finalist"]
+    rows = []
+    for one in plan.candidates:
+        if one.row is not None:
+            row = one.row | {"control": one.recipe.name in controls}
+            rows.append(row | {"score_interval": interval(one.seeds) if one.seeds else None})
+    return {
+        "rows": rows,
+        "recommended": answer and answer.recipe.name,
+        "control": plan.control_of(answer).recipe.name if answer else controls[0],
+        "nothing": "" if answer else search.nothing_meets(),
+        "candidate": answer,
+        "trials": [trial_of(one, one.recipe.name in controls, plan.hardware) for one in plan.candidates],
+        "finalists": [
+            {
+                "name": one.recipe.name,
+                "control": one.recipe.name in controls,
+                "seeds": list(range(len(one.seeds))),
+                "score": interval(one.seeds),
+            }
+            for one in finalists
+        ],
+        "surrogate": search.compared(),
+    }
+
+
+def _verified(
+    found: dict[str, Any], recipes: Sequence[Recipe], trials: Trials, console: Console
+) -> dict[str, Any] | None:
+    """The verification of what is recommended; from its file where it was done before."""
+    names = {recipe.name: recipe for recipe in recipes}
+    if not trials.study.verify.on or found["recommended"] in (None, found["control"]):
+        return None
+    recipe, control = names[found["recommended"]], names[found["control"]]
+    console.print(f"verification: {recipe.name} against {control.name}")
+    return trials.once(
+        recipe, "verification", lambda: verify(trials, recipe, control), beside=(control, trials.study.verify)
     )
 
 
-def _run_recipe(
-    session: Session,
-    recipe: Recipe,
-    base_params: weights.Params,
-    engine: Engine,
-    workdir: Path,
-    recoveries: dict[str, Fitted],
-) -> dict[str, Any]:
-    study = session.experiment.study
-    key = jax.random.key(session.experiment.training.seed)
-    finish = chain(*recipe.finish)
+def _row(rows: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
+    return next((row for row in rows if row["name"] == name), None)
 
-    def start():
-        return session.transformed(session.transform, base_params, key)
 
-    def finished(params):
-        return session.transformed(finish, params, key)
-
-    before = session.evaluate(finished(start()))["bits_per_byte"]
-    # Recipes that differ in their finish alone share one recovery.
-    shared = _fingerprint(session.experiment.trained_part(), dataclasses.replace(recipe, name="shared", finish=()))
-    if shared not in recoveries:
-        teacher = Teacher(session.model, base_params) if recipe.distill else None
-        recoveries[shared] = session.train(workdir / "recoveries" / shared, start, recipe.name, teacher)
-    fitted = recoveries[shared]
-    params = finished(fitted.params)
-    score = session.evaluate(params)["bits_per_byte"] if recipe.finish else fitted.metrics["bits_per_byte"]
-    decode = measure_decode(engine, params, batch_size=study.decode_batch_size, tokens=study.decode_tokens)
-    seconds = fitted.step_seconds * fitted.steps
-    kwh = session.hardware.kwh(seconds)
-    return {
-        "name": recipe.name,
-        "transforms": [repr(t) for t in (*recipe.transforms, *recipe.finish)],
-        "description": recipe.describe(),
-        "task": recipe.task,
-        "control": is_control(recipe),
-        "distill": serialization.to_json(recipe.distill),
-        "metric": f"bits per byte, {session.experiment.data.name} {session.experiment.data.validation_split}",
-        "score": score,
-        "score_before_recovery": before,
-        "trainable_parameters": trainable_parameters(fitted.params),
-        "checkpoint_bytes": export(params, workdir / "recipes" / recipe.name / "weights.npz"),
-        "weight_bytes": weight_bytes(params),
-        "step_flops": fitted.cost.total_flops,
-        "step_peak_bytes": fitted.cost.peak_bytes,
-        "step_seconds": fitted.step_seconds,
-        "inference_flops_per_token": decode.flops_per_token,
-        "decode_tokens_per_second": decode.tokens_per_second,
-        "recovery_steps": fitted.steps,
-        "recovery_learning_rate": session.experiment.optimizer.learning_rate,
-        "usd": session.hardware.usd(seconds),
-        "kwh": kwh,
-        "kg_co2": session.hardware.kg_co2(kwh),
-        "figures": FIGURES,
-        "recovery": shared,
-        "recovery_totals": fitted.totals,
-    }
+def _say_estimate(plan: Plan, console: Console) -> None:
+    whole = sum(plan.estimated.values(), Price())
+    usd = plan.hardware.usd(whole.seconds)
+    money = "price unknown" if usd is None else f"{usd:.2g} USD"
+    console.print(
+        f"estimate: {plan.starts[0]} of {len(plan.candidates) - len(plan.controls)} recipes started, "
+        f"{whole.seconds:,.0f} s, {money}"
+    )
 
 
 def _baselines(session: Session) -> dict[str, float]:
@@ -270,22 +272,3 @@ def _machine(session: Session) -> dict[str, Any]:
         "priced_as": chip.description,
         "jax": jax.__version__,
     }
-
-
-def _fingerprint(experiment: Experiment, recipe: Recipe, machine: dict[str, Any] | None = None) -> str:
-    """Names everything that a recovery, and with the machine a row, depends on."""
-    study = dataclasses.replace(experiment.study, recipes=(), only=(), budgets=())
-    said = serialization.to_json((dataclasses.replace(experiment, study=study), recipe)), machine
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    row = json.loads(path.read_text())
-    return row if row.pop("fingerprint", None) == fingerprint else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False).encode())

@@ -80,6 +80,7 @@ def fit(
     distiller: Distiller | None = None,
     teacher: weights.Params | None = None,
     stored: StoredLogits | None = None,
+    until: int | None = None,
 ) -> Fitted:
     """Trains, or goes on with the training that `directory` holds; what was finished comes back at once.
 
@@ -101,6 +102,7 @@ def fit(
       distiller: what is learned from a teacher; then one of the next two is given.
       teacher: the weights of a teacher that runs inside of the step, on the mesh.
       stored: what a teacher said of every batch.
+      until: a step to evaluate, save and stop at before the last one, whose schedule is kept to; a later call goes on.
 
     Raises:
       BrokenError: the training broke an invariant of the weights (see `transforms.manifest`), or a checkpoint does.
@@ -108,8 +110,12 @@ def fit(
       Preempted: SIGTERM asked to end, and what was done is saved.
       LostHostError: another process of the job no longer answers.
       CheckpointError: a checkpoint cannot be written or read.
-      ValueError: the weights or the batch do not divide the mesh, or nothing in the weights trains.
+      ValueError: the weights or the batch do not divide the mesh, nothing in the weights trains, or `until` is none of
+        the steps that are left.
     """
+    last_step = training.steps if until is None else until
+    if not 1 <= last_step <= training.steps:
+        raise ValueError(f"A training of {training.steps} steps cannot stop at step {until}; give one of its steps.")
     clock = Clock(ledger)
 
     # ---- State: its shapes and where it lives ----
@@ -158,6 +164,11 @@ def fit(
                 ledger.restore(saved["totals"])
                 metrics, measured, skipped = saved["metrics"], saved["step_seconds"], saved.get("skipped", 0)
             done = latest or 0
+            if done > last_step:
+                raise ValueError(
+                    f"{directory} holds a training that is at step {done} already, and step {last_step} is asked for; "
+                    "choose another --workdir."
+                )
             ledger.rewind(done)
             clock.restore(saved.get("lost", {}) if latest else {}, watch.rewind(done))
 
@@ -183,7 +194,7 @@ def fit(
         pending = None
         run = sharding.runnable(jitted, compiled, state)
         progress.start(training.steps, done, tokens_per_step)
-        for step in range(done + 1, training.steps + 1):
+        for step in range(done + 1, last_step + 1):
             watch.begin(step)
             with clock.waiting(pending and pending[1]):
                 batch, records = next_batch(step)
@@ -194,8 +205,8 @@ def fit(
             pending = (step, result, records)
 
             stops = preemption.reached(step)
-            evaluates = step == training.steps or (training.evaluate_every and step % training.evaluate_every == 0)
-            saves = stops or step == training.steps or step % checkpoint.every_steps == 0
+            evaluates = step == last_step or (training.evaluate_every and step % training.evaluate_every == 0)
+            saves = stops or step == last_step or step % checkpoint.every_steps == 0
             if evaluates or saves:
                 finish(*pending)
                 pending = None
@@ -205,7 +216,7 @@ def fit(
                 clock.charge()
                 ledger.record(step, **metrics)
             # What precedes a skipped step may be what broke it: the checkpoint before is the better one to keep.
-            if saves and (in_a_row == 0 or stops or step == training.steps):
+            if saves and (in_a_row == 0 or stops or step == last_step):
                 clock.charge()
                 with clock.losing("checkpoint"):
                     measured = clock.median_seconds()
@@ -213,7 +224,7 @@ def fit(
                     saved = {"position": batches.get_state(), "totals": ledger.totals, "metrics": metrics}
                     saved |= {"manifest": promised, "step_seconds": measured, "skipped": skipped, "lost": clock.lost}
                     checkpoints.save(step, state, saved)
-            if stops and step < training.steps:
+            if stops and step < last_step:
                 checkpoints.wait()
                 raise hosts.Preempted(
                     f"Asked to end; step {step} of {training.steps} is saved in {directory}, and the same command goes "
@@ -222,7 +233,7 @@ def fit(
         checkpoints.wait()
         lost, goodput = clock.lost, clock.goodput
     return Fitted(
-        state.params, training.steps, measured, cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
+        state.params, last_step, measured, cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
     )
 
 

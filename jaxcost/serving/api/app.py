@@ -7,8 +7,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,16 +20,20 @@ from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.errors import add_handlers
 from jaxcost.serving.api.generation import TextModel
 from jaxcost.serving.api.metrics import Metrics
+from jaxcost.serving.api.pooling import PooledModel, pooling_routes
 from jaxcost.serving.api.protection import Gate, Protection
+from jaxcost.serving.api.served import Served
 from jaxcost.serving.api.tokens import token_routes
 
 _LOGGER = logging.getLogger("jaxcost.serving")
 _LIMITS = ApiConfig()
+_GENERATION = {"/v1/completions": "continue texts", "/v1/chat/completions": "continue texts"}
+_POOLING = {"/v1/embeddings": "embed them", "/v1/classify": "label them", "/v1/rerank": "rank them"}
 _PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
 
 def create_app(
-    model: TextModel,
+    model: TextModel | PooledModel,
     metrics: Metrics,
     keys: tuple[bytes, ...] = (),
     config: ApiConfig = _LIMITS,
@@ -38,7 +41,8 @@ def create_app(
     """The API of a model.
 
     Args:
-      model: what answers; the application closes it when it ends, after what was accepted.
+      model: what answers; addresses that are not for it say so. The application closes it when it ends, after what
+        was accepted.
       metrics: where requests are counted.
       keys: hashes of the keys that are let in, as `protection.read_keys` gives them; without any, everybody is.
       config: limits.
@@ -52,7 +56,12 @@ def create_app(
     app = FastAPI(title="jaxcost", version="1", lifespan=lifespan)
     app.state.draining = False
     add_handlers(app)
-    for router in (_watching(app, model, metrics), token_routes(model), completion_routes(model, config, metrics)):
+    routers = [_watching(app, model, metrics), token_routes(model)]
+    if isinstance(model, TextModel):
+        routers += [completion_routes(model, config, metrics), _refusing(model, _POOLING)]
+    else:
+        routers += [pooling_routes(model, config, metrics), _refusing(model, _GENERATION)]
+    for router in routers:
         app.include_router(router)
     app.add_middleware(Protection, gate=Gate(keys, config), body_bytes=config.body_bytes)
     if config.cors_origins:
@@ -61,7 +70,22 @@ def create_app(
     return app
 
 
-def _watching(app: FastAPI, model: Any, metrics: Metrics) -> APIRouter:
+def _refusing(model: Served, paths: Mapping[str, str]) -> APIRouter:
+    """Says of addresses that the model is not for them, and what it does."""
+    router = APIRouter()
+
+    def refuse(what: str) -> Callable:
+        async def refused():
+            raise model.refuse(what)
+
+        return refused
+
+    for path, what in paths.items():
+        router.post(path, include_in_schema=False)(refuse(what))
+    return router
+
+
+def _watching(app: FastAPI, model: Served, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["watching"])
     page = (pathlib.Path(__file__).parent / "page.html").read_text()
 

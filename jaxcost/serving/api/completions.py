@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
@@ -25,7 +24,7 @@ from jaxcost.serving.api.generation import (
     stops_of,
 )
 from jaxcost.serving.api.metrics import Metrics
-from jaxcost.serving.api.protection import gone
+from jaxcost.serving.api.protection import unless_gone
 from jaxcost.serving.api.schemas import ChatRequest, CompletionRequest
 from jaxcost.serving.scheduler import Piece
 from jaxcost.serving.scheduler import Request as Sequence
@@ -288,16 +287,9 @@ async def _answer(job: _Job, http: Request, model: TextModel, metrics: Metrics):
     generation = await Generation.start(model, metrics, job.count, job.make)
     if job.body.stream:
         return StreamingResponse(_stream(job, generation), media_type="text/event-stream")
-    collecting = asyncio.ensure_future(_collect(generation))
-    leaving = asyncio.ensure_future(gone(http.receive))
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise ApiError(499, "The client has gone.")
-        pieces, prompts = collecting.result()
+        pieces, prompts = await unless_gone(http.receive, _collect(generation))
     finally:
-        leaving.cancel()
-        collecting.cancel()
         generation.cancel()
     choices = [job.choice(i, pieces[i], prompts.get(i)) for i in range(job.count)]
     return JSONResponse(

@@ -13,6 +13,8 @@ class ApiConfig:
     """Largest body of a request."""
     choices: int = 128
     """Sequences that one request may ask for (`n`, times its prompts)."""
+    texts: int = 2048
+    """Texts that one request may ask embeddings, labels or ranks of."""
     stops: int = 16
     """Stop strings of one request."""
     stop_characters: int = 256
@@ -25,7 +27,7 @@ class ApiConfig:
     """Web pages that may call the API from a browser, such as https://example.org; none by default."""
 
     def __post_init__(self):
-        for field in ("body_bytes", "choices", "stops", "stop_characters"):
+        for field in ("body_bytes", "choices", "texts", "stops", "stop_characters"):
             if getattr(self, field) < 1:
                 raise ValueError(f"api.{field} is {getattr(self, field)}; it must be at least 1.")
         for field in ("requests_per_minute", "concurrent_requests"):

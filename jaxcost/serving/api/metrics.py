@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from jaxcost.cost.hardware import Hardware
-from jaxcost.serving.scheduler import Reason, Scheduler, Ticket
+from jaxcost.serving.canary import Watch
+from jaxcost.serving.scheduler import Scheduler
+from jaxcost.serving.worker import Job, Reason, Worker
 
 _SECONDS = (0.001, 0.005, *(0.01 * 2**i for i in range(15)))
 _TOKENS = tuple(2.0**i for i in range(0, 18))
@@ -19,6 +21,7 @@ class Metrics:
     def __init__(self, name: str, hardware: Hardware | None = None):
         """`name` is the model's; without hardware nothing is said of money and energy."""
         self.registry, self.hardware = CollectorRegistry(), hardware
+        ProcessCollector(registry=self.registry)  # memory and processor time
         self._label = {"model_name": name}
         self._success = self._make(Counter, "vllm:request_success", "Requests that ended.", "finished_reason")
         self._prompt = self._make(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
@@ -42,16 +45,29 @@ class Metrics:
         made = kind(name, text, ["model_name", *labels], registry=self.registry, **options)
         return made if labels else made.labels(**self._label)
 
-    def watch(self, scheduler: Scheduler) -> None:
-        """Shows what a scheduler has at the time of reading."""
+    def watch(self, worker: Worker) -> None:
+        """Shows what a worker has at the time of reading."""
         gauges = {
-            "vllm:num_requests_running": ("Requests in slots.", lambda: scheduler.num_running),
-            "vllm:num_requests_waiting": ("Requests in the queue.", lambda: scheduler.num_waiting),
-            "vllm:kv_cache_usage_perc": ("Share of the slots' room in use.", lambda: scheduler.cache_use),
+            "vllm:num_requests_running": ("Requests in slots, or texts in a batch.", lambda: worker.num_running),
+            "vllm:num_requests_waiting": ("Requests in the queue.", lambda: worker.num_waiting),
         }
-        if (prefixes := scheduler.prefixes) is not None:
+        if isinstance(worker, Scheduler):
+            gauges["vllm:kv_cache_usage_perc"] = ("Share of the slots' room in use.", lambda: worker.cache_use)
+        if isinstance(worker, Scheduler) and (prefixes := worker.prefixes) is not None:
             gauges["vllm:prefix_cache_queries"] = ("Tokens looked up.", lambda: prefixes.queried_tokens)
             gauges["vllm:prefix_cache_hits"] = ("Tokens found.", lambda: prefixes.hit_tokens)
+        for name, (text, value) in gauges.items():
+            self._make(Gauge, name, text).set_function(value)
+
+    def watch_canary(self, canary: Watch) -> None:
+        """Shows what a canary says at the time of reading; its score is no number before the first round."""
+        score = lambda: float("nan") if canary.nats_per_token is None else canary.nats_per_token  # noqa: E731
+        gauges = {
+            "jaxcost:canary_nats_per_token": ("Score of the canary.", score),
+            "jaxcost:canary_reference_nats_per_token": ("When it was chosen.", lambda: canary.canary.nats_per_token),
+            "jaxcost:canary_drifted": ("Whether they differ.", lambda: canary.drifted),
+            "jaxcost:canary_rounds": ("Times that it was scored.", lambda: canary.rounds),
+        }
         for name, (text, value) in gauges.items():
             self._make(Gauge, name, text).set_function(value)
 
@@ -63,13 +79,18 @@ class Metrics:
         """Energy of so much of the device's time, None where it is unknown."""
         return None if self.hardware is None else self.hardware.kwh(device_seconds)
 
-    def ended(self, ticket: Ticket, reason: Reason) -> None:
-        """Counts a sequence that has ended."""
+    def spent(self, device_seconds: float) -> dict[str, float | None]:
+        """What is said of it in `usage`."""
+        of = {"cost_usd": self.usd(device_seconds), "energy_kwh": self.kwh(device_seconds)}
+        return {"device_seconds": device_seconds, **of}
+
+    def ended(self, ticket: Job, reason: Reason) -> None:
+        """Counts a sequence, or a text, that has ended."""
         times = ticket.times
         self._success.labels(finished_reason=reason, **self._label).inc()
-        self._prompt.inc(len(ticket.request.prompt))
+        self._prompt.inc(ticket.prompt_tokens)
         self._generation.inc(ticket.new_tokens)
-        self._prompt_sizes.observe(len(ticket.request.prompt))
+        self._prompt_sizes.observe(ticket.prompt_tokens)
         self._sizes.observe(ticket.new_tokens)
         self._seconds["whole"].observe(times.ended - times.arrived)
         if times.started is not None:

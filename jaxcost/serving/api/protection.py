@@ -9,8 +9,9 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ from jaxcost.serving.api.errors import ApiError
 
 KEYS_VARIABLE = "JAXCOST_API_KEYS"
 _SHORTEST_KEY = 8
+_T = TypeVar("_T")
 OPEN_PATHS = ("/", "/health", "/ready", "/metrics")
 """What needs no key: the page, which holds nothing, and what machines watch."""
 
@@ -149,7 +151,20 @@ class Protection:
         return bounded
 
 
-async def gone(receive: Receive) -> None:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """What some work comes to; ApiError, and the work is cancelled, if the client goes before that."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "The client has gone.")
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _gone(receive: Receive) -> None:
     """Returns when the client has."""
     while (await receive())["type"] != "http.disconnect":
         await asyncio.sleep(0)

@@ -112,6 +112,55 @@ class ChatRequest(_Sampled):
         return "response_format" if structured else super().unsupported()
 
 
+class PoolingRequest(_Body):
+    """What is asked of models that answer once for a text."""
+
+    model: str | None = None
+    deadline_seconds: Annotated[Number, Field(gt=0)] | None = None
+    user: str | None = None
+
+
+class _OfTexts(PoolingRequest):
+    """A text or several, each as it is or as ids of tokens."""
+
+    input: str | list[Token] | list[str] | list[list[Token]]
+
+    def texts(self) -> list[str | list[int]]:
+        """The texts one by one."""
+        one = isinstance(self.input, str) or (self.input and isinstance(self.input[0], int))
+        return [self.input] if one else self.input
+
+
+class EmbeddingRequest(_OfTexts):
+    """POST /v1/embeddings."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=_BIGGEST)] | None = None
+
+
+class ClassifyRequest(_OfTexts):
+    """POST /v1/classify."""
+
+
+class DocumentText(_Body):
+    """A document by its text."""
+
+    text: str
+
+
+class RerankRequest(PoolingRequest):
+    """POST /v1/rerank."""
+
+    query: str
+    documents: list[str | DocumentText]
+    top_n: Annotated[int, Field(ge=1, le=_BIGGEST)] | None = None
+    return_documents: bool = True
+
+    def plain(self) -> list[str]:
+        """The texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
 class TokenizeRequest(_Body):
     """POST /tokenize: a text, or a conversation."""
 

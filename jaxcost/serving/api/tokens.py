@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import anyio.to_thread
 import numpy as np
@@ -11,10 +10,11 @@ from fastapi import APIRouter
 
 from jaxcost.serving.api.errors import ApiError, clean
 from jaxcost.serving.api.schemas import DetokenizeRequest, TokenizeRequest
+from jaxcost.serving.api.served import Served
 
 
-def token_routes(model: Any) -> APIRouter:
-    """The addresses, for a model with a `vocabulary`, `max_length`, `names` and `adapter`."""
+def token_routes(model: Served) -> APIRouter:
+    """The addresses, for one model."""
     router = APIRouter(tags=["tokens"])
     vocabulary, created = model.vocabulary, int(time.time())
 
@@ -44,7 +44,7 @@ def token_routes(model: Any) -> APIRouter:
         def ids() -> np.ndarray:
             if body.messages is not None:
                 return model.encode_chat([m.plain() for m in body.messages], body.add_generation_prompt)
-            return model.encode(body.prompt)[0 if body.add_special_tokens else 1 :]
+            return model.encode(body.prompt, body.add_special_tokens)
 
         found = (await anyio.to_thread.run_sync(ids)).tolist()
         spelled = [vocabulary.spelled(token) for token in found]

@@ -1,0 +1,293 @@
+"""One recipe, tried: the base transformed, recovered for some steps, finished, scored, and what each of that costs.
+
+What was finished is written down in the study's folder with a fingerprint of everything that it depends on, and read
+from there by a study that goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcost import serialization, weights
+from jaxcost.config import Experiment
+from jaxcost.data.files import atomic_write
+from jaxcost.serving.engine import Engine
+from jaxcost.session import Session
+from jaxcost.study.accounts import Price, costs
+from jaxcost.study.export import export
+from jaxcost.study.measure import measure_decode, trainable_parameters, weight_bytes
+from jaxcost.study.recipes import Recipe, SearchConfig, StudyConfig, VerifyConfig, is_control
+from jaxcost.training.distill import DistillConfig, Teacher
+from jaxcost.training.loop import Fitted
+from jaxcost.transforms import chain
+
+FIGURES = {
+    "score": "measured",
+    "score_before_recovery": "measured",
+    "control_score": "measured",
+    "checkpoint_bytes": "measured",
+    "step_flops": "compiled",
+    "step_peak_bytes": "compiled",
+    "inference_flops_per_token": "compiled",
+    "step_seconds": "measured",
+    "decode_tokens_per_second": "measured",
+    "decode_seconds_per_token": "measured",
+    "usd_per_million_tokens": "estimated",
+    "kwh_per_million_tokens": "estimated",
+    "hours": "measured",
+    "flops": "compiled",
+    "usd": "estimated",
+    "kwh": "estimated",
+    "kg_co2": "estimated",
+}
+"""What each figure of a row is: measured on this machine, read off the compiled program, or estimated from a price.
+
+Numbers of parameters and bytes in memory are exact counts and need no label.
+"""
+
+_KEPT = 4
+"""Trainings whose weights stay in memory for the recipes that share them; others are read from their checkpoint."""
+
+
+def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experiment:
+    """The recovery of a recipe as an experiment of its own; each further seed draws another order of the data."""
+    study, training = experiment.study, experiment.training
+    data = experiment.data
+    if recipe.task == "shifted":
+        data = dataclasses.replace(data, name=study.shifted_data)
+    data = dataclasses.replace(data, shuffle_seed=(data.shuffle_seed + seed) % 2**32)
+    rate = study.recovery_learning_rate if recipe.learning_rate is None else recipe.learning_rate
+    steps = study.steps_of(recipe)
+    return dataclasses.replace(
+        experiment,
+        data=data,
+        transforms=recipe.transforms,
+        distill=recipe.distill or DistillConfig(),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=rate, warmup_steps=steps // 10),
+        training=dataclasses.replace(training, steps=steps, evaluate_every=0, seed=(training.seed + seed) % 2**32),
+        checkpoint=dataclasses.replace(experiment.checkpoint, keep=1),
+    )
+
+
+class Trials:
+    """Tries recipes on one trained base, in the folder of a study."""
+
+    def __init__(self, base: Session, base_params: weights.Params, workdir: Path, machine: dict[str, Any]):
+        """`machine` is what the measured figures depend on."""
+        self._base, self._base_params, self._workdir, self._machine = base, base_params, workdir, machine
+        self._tasks = {"base": base}
+        self._engine = Engine(base.model)
+        self._fitted: dict[str, Fitted] = {}
+
+    def session(self, recipe: Recipe, seed: int = 0) -> Session:
+        """The recipe's recovery, sharing what is open of its task."""
+        recovery = recovery_of(self._base.experiment, recipe, seed)
+        if recipe.task not in self._tasks:
+            self._tasks[recipe.task] = self._base.reopen(recovery)
+        self._tasks[recipe.task].open()
+        return self._tasks[recipe.task].derive(recovery)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens that so many steps of any recovery learn from."""
+        data = self._base.experiment.data
+        return steps * data.batch_size * data.sequence_length
+
+    def training_of(self, recipe: Recipe, seed: int = 0) -> str:
+        """The name of the recipe's training, which recipes that differ in their finish alone share."""
+        recovery = recovery_of(self._base.experiment, recipe, seed)
+        return fingerprint(recovery.trained_part(), dataclasses.replace(recipe, name="shared", finish=()))
+
+    def row(self, recipe: Recipe) -> dict[str, Any]:
+        """The recipe after its whole recovery, without what only a comparison knows; see `result.Row`.
+
+        Raises what `Session.train` and `Session.transformed` raise.
+        """
+        return self.once(recipe, "row", lambda: self._row(recipe))
+
+    def stage(self, recipe: Recipe, steps: int, seed: int = 0) -> dict[str, Any]:
+        """The recipe after some steps of its recovery: `score`, `steps`, `seed`, `recovery`, the name of its training,
+        `recovery_totals`, what that has taken so far, and `scoring_seconds`, what scoring the finish took.
+
+        Raises what `Session.train` and `Session.transformed` raise.
+        """
+        return self.once(recipe, f"steps_{steps}-seed_{seed}", lambda: self._stage(recipe, steps, seed))
+
+    def beforehand(self, recipe: Recipe, decoding: bool) -> dict[str, Any]:
+        """What the transformed base costs before any recovery: `checkpoint_bytes` and, if asked for, of decoding.
+
+        A recovery changes none of it but how well the bytes compress.
+        """
+        name = "beforehand-decoding" if decoding else "beforehand"
+        return self.once(recipe, name, lambda: self._beforehand(recipe, decoding))
+
+    def once(self, recipe: Recipe, name: str, make: Callable[[], dict[str, Any]], beside: Any = None) -> dict[str, Any]:
+        """What `make` returns for a recipe, or what it returned under this name before it was written down.
+
+        `beside` is what it depends on beside the experiment, the recipe and the machine.
+        """
+        found = self._read(recipe, name, beside)
+        if found is None:
+            found = make()
+            self._write(recipe, name, found, beside)
+        return found
+
+    def failure(self, recipe: Recipe, what: str) -> dict[str, Any] | None:
+        """The `why` and the `seconds` of what failed before the study was started again."""
+        return self._read(recipe, f"{what}-failed")
+
+    def write_failure(self, recipe: Recipe, what: str, why: str, seconds: float) -> dict[str, Any]:
+        """Writes down what of a recipe cannot be done, so that it is not tried again."""
+        found = {"why": why, "seconds": seconds}
+        self._write(recipe, f"{what}-failed", found)
+        return found
+
+    @property
+    def study(self) -> StudyConfig:
+        """The study's own settings."""
+        return self._base.experiment.study
+
+    def params(self, recipe: Recipe) -> weights.Params:
+        """The finished weights of a recipe whose recovery is over, from its checkpoint."""
+        session = self.session(recipe)
+        return self._finished(session, recipe, self._fit(session, recipe).params)
+
+    def _row(self, recipe: Recipe) -> dict[str, Any]:
+        session, study = self.session(recipe), self.study
+        started = time.perf_counter()
+        before = session.evaluate(self._finished(session, recipe, self._start(session, recipe)))["bits_per_byte"]
+        scoring = time.perf_counter() - started
+        fitted = self._fit(session, recipe)
+        started = time.perf_counter()
+        params = self._finished(session, recipe, fitted.params)
+        score = session.evaluate(params)["bits_per_byte"] if recipe.finish else fitted.metrics["bits_per_byte"]
+        decoding = self._decoding(session, params)
+        written = export(params, self._folder(recipe) / "weights.npz")
+        scoring += time.perf_counter() - started
+        price = Price(fitted.step_seconds * fitted.steps, fitted.cost.total_flops * fitted.steps)
+        paid = costs(price, session.hardware)
+        return {
+            "name": recipe.name,
+            "transforms": [repr(t) for t in (*recipe.transforms, *recipe.finish)],
+            "description": recipe.describe(),
+            "task": recipe.task,
+            "control": is_control(recipe),
+            "distill": serialization.to_json(recipe.distill),
+            "metric": f"bits per byte, {session.experiment.data.name} {session.experiment.data.validation_split}",
+            "score": score,
+            "score_before_recovery": before,
+            "score_interval": None,
+            "trainable_parameters": trainable_parameters(fitted.params),
+            "checkpoint_bytes": written,
+            "weight_bytes": weight_bytes(params),
+            "step_flops": fitted.cost.total_flops,
+            "step_peak_bytes": fitted.cost.peak_bytes,
+            "step_seconds": fitted.step_seconds,
+            **decoding,
+            "recovery_steps": study.steps_of(recipe),
+            "recovery_learning_rate": session.experiment.optimizer.learning_rate,
+            **paid,
+            "kg_co2": session.hardware.kg_co2(paid["kwh"]),
+            "figures": FIGURES,
+            "recovery": self.training_of(recipe),
+            "recovery_totals": fitted.totals,
+            "scoring_seconds": scoring,
+        }
+
+    def _stage(self, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
+        session = self.session(recipe, seed)
+        fitted = self._fit(session, recipe, steps, seed)
+        started = time.perf_counter()
+        score = fitted.metrics["bits_per_byte"]
+        if recipe.finish:
+            score = session.evaluate(self._finished(session, recipe, fitted.params))["bits_per_byte"]
+        return {
+            "score": score,
+            "steps": steps,
+            "seed": seed,
+            "recovery": self.training_of(recipe, seed),
+            "recovery_totals": fitted.totals,
+            "scoring_seconds": time.perf_counter() - started,
+        }
+
+    def _beforehand(self, recipe: Recipe, decoding: bool) -> dict[str, Any]:
+        session = self.session(recipe)
+        started = time.perf_counter()
+        params = self._finished(session, recipe, self._start(session, recipe))
+        path = self._folder(recipe) / "beforehand.npz"
+        found = {"checkpoint_bytes": export(params, path)}
+        path.unlink()
+        found |= self._decoding(session, params) if decoding else {}
+        return found | {"scoring_seconds": time.perf_counter() - started}
+
+    def _decoding(self, session: Session, params: weights.Params) -> dict[str, Any]:
+        study, hardware = self.study, session.hardware
+        cost = measure_decode(self._engine, params, batch_size=study.decode_batch_size, tokens=study.decode_tokens)
+        million = 1e6 / cost.tokens_per_second
+        return {
+            "inference_flops_per_token": cost.flops_per_token,
+            "decode_tokens_per_second": cost.tokens_per_second,
+            "decode_seconds_per_token": study.decode_batch_size / cost.tokens_per_second,
+            "usd_per_million_tokens": hardware.usd(million),
+            "kwh_per_million_tokens": hardware.kwh(million),
+        }
+
+    def _start(self, session: Session, recipe: Recipe) -> weights.Params:
+        return session.transformed(session.transform, self._base_params, self._key(session))
+
+    def _finished(self, session: Session, recipe: Recipe, params: weights.Params) -> weights.Params:
+        return session.transformed(chain(*recipe.finish), params, self._key(session))
+
+    def _key(self, session: Session) -> jax.Array:
+        return jax.random.key(session.experiment.training.seed)
+
+    def _fit(self, session: Session, recipe: Recipe, steps: int | None = None, seed: int = 0) -> Fitted:
+        name = self.training_of(recipe, seed)
+        steps = self.study.steps_of(recipe) if steps is None else steps
+        fitted = self._fitted.get(name)
+        if fitted is None or fitted.steps != steps:
+            self._fitted.pop(name, None)
+            teacher = Teacher(session.model, self._base_params) if recipe.distill else None
+            folder = self._workdir / "recoveries" / name
+            fitted = session.train(folder, lambda: self._start(session, recipe), recipe.name, teacher, steps)
+            self._fitted[name] = fitted
+            if len(self._fitted) > _KEPT:
+                del self._fitted[next(iter(self._fitted))]
+        return fitted
+
+    def _read(self, recipe: Recipe, name: str, beside: Any = None) -> dict[str, Any] | None:
+        path = self._folder(recipe) / f"{name}.json"
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        return found if found.pop("fingerprint", None) == self._fingerprint(recipe, beside) else None
+
+    def _write(self, recipe: Recipe, name: str, found: dict[str, Any], beside: Any = None) -> None:
+        write_json(self._folder(recipe) / f"{name}.json", found | {"fingerprint": self._fingerprint(recipe, beside)})
+
+    def _folder(self, recipe: Recipe) -> Path:
+        return self._workdir / "recipes" / recipe.name
+
+    def _fingerprint(self, recipe: Recipe, beside: Any) -> str:
+        return fingerprint(self._base.experiment, recipe, self._machine, beside)
+
+
+def fingerprint(experiment: Experiment, *beside: Any) -> str:
+    """Names an experiment, but for which recipes are tried and how they are chosen, and what stands beside it."""
+    chosen = {"recipes": (), "only": (), "budgets": (), "spaces": ()}
+    study = dataclasses.replace(experiment.study, **chosen, search=SearchConfig(), verify=VerifyConfig())
+    said = serialization.to_json((dataclasses.replace(experiment, study=study), *beside))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is either whole or absent."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
