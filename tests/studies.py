@@ -5,30 +5,13 @@ from typing import Any
 from jaxcost import serialization
 from jaxcost.config import Experiment
 from jaxcost.study.recipes import Recipe, StudyConfig
+from jaxcost.study.trials import FIGURES
 from jaxcost.transforms import prune
 
 HOSTILE = "</script><script>window.harmed = true</script><img src=x onerror='window.harmed = true'>"
 """What a data example or an error may hold."""
 
 USD_PER_SECOND = 0.1 / 3600
-_FIGURES = {
-    "score": "measured",
-    "score_before_recovery": "measured",
-    "control_score": "measured",
-    "checkpoint_bytes": "measured",
-    "step_flops": "compiled",
-    "step_peak_bytes": "compiled",
-    "inference_flops_per_token": "compiled",
-    "step_seconds": "measured",
-    "decode_tokens_per_second": "measured",
-    "decode_seconds_per_token": "measured",
-    "usd_per_million_tokens": "estimated",
-    "kwh_per_million_tokens": "estimated",
-    "usd": "estimated",
-    "hours": "measured",
-    "kwh": "estimated",
-    "kg_co2": "estimated",
-}
 _PARTS = {
     "data": 0.0,
     "base": 100_000.0,
@@ -77,7 +60,7 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "flops": 1.5e12,
         "kwh": 2e-5,
         "kg_co2": 1e-5,
-        "figures": _FIGURES,
+        "figures": FIGURES,
         "recovery": f"recovery{index}",
         "recovery_totals": {"seconds": 10.0, "tokens": 65_536, "flops": 1.5e12, "bytes": 0},
         "scoring_seconds": 2.0,
