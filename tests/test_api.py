@@ -396,5 +396,5 @@ def test_a_failure_of_the_model_is_said_to_all(monkeypatch):
 @pytest.mark.slow
 def test_weights_that_are_no_numbers_are_refused():
     broken = {**params(), "unembed": {"kernel": params()["unembed"]["kernel"].at[3].set(np.nan)}}
-    with pytest.raises(ValueError, match="The weights of small give logits that are no numbers"):
+    with pytest.raises(ValueError, match="The weights of small give outputs that are no numbers"):
         text_model("small", MODEL, broken, TOKENIZER, SLOTS)

@@ -23,12 +23,19 @@ from jaxcost.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, WIDTH, MLP, LAYERS, LENGTH = 2048, 1024, 2048, 4, 1024
+# As large as a model for so many chips is: the compiler gathers by all-reduces what is small on each.
+VOCABULARY, WIDTH, MLP, LAYERS, LENGTH, HEADS, HEAD_DIM = 16384, 4096, 4096, 2, 1024, 32, 128
 MODEL = ModelConfig(
-    width=WIDTH, num_layers=LAYERS, num_heads=8, num_kv_heads=8, head_dim=128, mlp_width=MLP, max_length=LENGTH
+    width=WIDTH,
+    num_layers=LAYERS,
+    num_heads=HEADS,
+    num_kv_heads=HEADS,
+    head_dim=HEAD_DIM,
+    mlp_width=MLP,
+    max_length=LENGTH,
 )
 ITEM = 2
-BLOCKS = ITEM * LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP)
+BLOCKS = ITEM * LAYERS * (4 * WIDTH * HEADS * HEAD_DIM + 3 * WIDTH * MLP)
 UNEMBEDDING = ITEM * VOCABULARY * WIDTH
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 
