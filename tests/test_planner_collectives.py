@@ -100,6 +100,7 @@ def test_the_compiler_makes_all_reduces_of_what_is_scattered_over_a_whole_torus(
     assert (one.kind, one.group_size) == ("all-reduce", 16)
 
 
+@pytest.mark.xfail(strict=True, reason="gradients through query, key, value, gate and up are scattered each by itself")
 @pytest.mark.parametrize(("name", "fsdp"), [("v5e:16x16", 64), ("v5p:4x4x4", 16)])
 def test_tensor_reduces_activations_twice_a_layer_and_pass(name, fsdp):
     tensor, rows = 4, 2 * fsdp
@@ -110,7 +111,6 @@ def test_tensor_reduces_activations_twice_a_layer_and_pass(name, fsdp):
         for one in cost.collectives
         if one.kind in REDUCTIONS and one.group_size == tensor and one.operand_bytes >= ITEM * activation
     )
-    print(name, {(c.kind, c.group_size, c.operand_bytes): c.times for c in cost.collectives if c.group_size == tensor})
     passes = 3  # forwards, again, backwards
     assert 4 * LAYERS <= reductions <= 2 * passes * LAYERS + 2
 
