@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `oracles`, `browser`, `all`.
+# Runs a selection of the tests: `bash scripts/test.sh` the default ones, or `slow`, `long`, `oracles`, `browser`, `all`.
 # `oracles` compares with torch, transformers and peft, and lets further clients ask the API, in an environment of its
 # own (.venv-oracles).
 # `browser` looks at pages in Chromium, which it installs where apt-get is there and may.
@@ -12,7 +12,7 @@ run_default() {
   use_environment .venv "[test,serve]"
   ruff check .
   ruff format --check .
-  python -m pytest -q -n 2 --dist loadfile -m "not slow and not oracles and not browser" "$@"
+  python -m pytest -q -n 2 --dist loadfile -m "not slow and not long and not oracles and not browser" "$@"
 }
 
 run_slow() {
@@ -25,6 +25,11 @@ run_slow() {
   [ -d ".plan-gpu/jax_cuda12_plugin-$version.dist-info" ] || python -m pip install --quiet --disable-pip-version-check \
     --upgrade --no-deps --target .plan-gpu "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
   PYTHONPATH="$PWD/.plan-gpu:${PYTHONPATH:-}" python -m pytest -q -m slow tests/test_planner_gpu.py
+}
+
+run_long() {
+  use_environment .venv "[test,serve,plan]"
+  python -m pytest -q -n 2 --dist loadfile -m long "$@"
 }
 
 run_oracles() (
@@ -51,8 +56,9 @@ shift || true
 case $selection in
   default) run_default "$@" ;;
   slow) run_slow "$@" ;;
+  long) run_long "$@" ;;
   oracles) run_oracles "$@" ;;
   browser) run_browser "$@" ;;
-  all) run_default "$@"; run_slow "$@"; run_oracles "$@"; run_browser "$@" ;;
-  *) echo "error: there is no selection '$selection'; use slow, oracles, browser, all, or nothing for the default tests." >&2; exit 2 ;;
+  all) run_default "$@"; run_slow "$@"; run_long "$@"; run_oracles "$@"; run_browser "$@" ;;
+  *) echo "error: there is no selection '$selection'; use slow, long, oracles, browser, all, or nothing for the default tests." >&2; exit 2 ;;
 esac

@@ -23,13 +23,14 @@ _FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "t
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several workers, one runs all tests of a file, and of the slow ones one all files that compile for TPUs."""
+    """Of several workers, one runs all tests of a file; of those that compile for TPUs, which are slow ones or long ones,
+    one runs all."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return "tpu" if config.option.markexpr == "slow" and Path(file).stem in _FOR_TPUS else file
+            return "tpu" if config.option.markexpr in ("slow", "long") and Path(file).stem in _FOR_TPUS else file
 
     return ByFile(config, log)
 

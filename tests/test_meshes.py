@@ -109,7 +109,7 @@ def assert_as_alone(kind, axes, found):
     np.testing.assert_allclose(found, alone(kind, parts), rtol=1e-5)
 
 
-@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=1)
+@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=1, rest=pytest.mark.long)
 def test_a_mesh_gives_the_losses_of_one_device(kind, axes):
     assert_as_alone(kind, axes, losses(kind, axes))
 
@@ -129,7 +129,7 @@ CALIBRATED = {"wanda", "sparsegpt", "factorize whitened", "gptq", "awq", "smooth
 """What looks at data first; its weights are of the same kinds as those of a transform that does not."""
 
 
-@sweep("name", [name for name in TRANSFORMS if name not in CALIBRATED], quick=0)
+@sweep("name", [name for name in TRANSFORMS if name not in CALIBRATED], quick=0, rest=pytest.mark.long)
 def test_a_transform_trains_on_a_mesh_as_on_one_device(name):
     transform = TRANSFORMS[name]
     params = jax.eval_shape(lambda: initialize(Transformer(BIASED), jax.random.key(0))[0])

@@ -7,7 +7,7 @@ import pytest
 NOTEBOOK = Path(__file__).parent.parent / "colab" / "quickstart.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_and_shows_its_pictures(tmp_path, monkeypatch):
     import nbclient
     import nbformat

@@ -21,7 +21,7 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.planning import steps, topology
 from jaxcost.sharding import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # As large as a model for so many chips is: the compiler gathers by all-reduces what is small on each.
 VOCABULARY, WIDTH, MLP, LAYERS, LENGTH, HEADS, HEAD_DIM = 16384, 4096, 4096, 2, 1024, 32, 128

@@ -406,7 +406,7 @@ def real(data_dir):
     return dataclasses.replace(value, study=dataclasses.replace(value.study, verify=verify, decode_tokens=8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_search_survives_kills_at_any_moment(tmp_path, data_dir):
     whole = search(real(data_dir), tmp_path / "whole")
     assert whole["answer"]["recipe"] and whole["verification"]["test"]["examples"] > 8
