@@ -23,8 +23,7 @@ _FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "t
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several workers, one runs all tests of a file; of those that compile for TPUs, which are slow ones or long ones,
-    one runs all."""
+    """Of several workers, one runs all tests of a file, and of slow or long ones one all that compile for TPUs."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
