@@ -343,7 +343,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, data_di
 
 @pytest.mark.slow
 def test_kill_at_any_moment_and_the_same_command_ends_with_the_same_bits(tmp_path, data_dir):
-    longer = ("--training.steps", "1200", "--training.evaluate-every", "100", "--checkpoint.every-steps", "40")
+    longer = ("--training.steps", "2400", "--training.evaluate-every", "200", "--checkpoint.every-steps", "40")
     # Twice: the first fills the compilation cache, so that the second says how long the killed runs will take.
     for name in ("first", "whole"):
         start = time.monotonic()
