@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxcost import sharding
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form, hardware, links
@@ -136,9 +138,9 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     chip = topology_chip(topology)
     teacher = teacher_of(experiment) if step == "train" else None
     question = repr((experiment.trained_part(), teacher, experiment.mesh, topology, step, vocab_size))
-    program, categories, tokens = cache.cached(question, lambda: _compile(experiment, topology, step, vocab_size))
-    # Partitions of the program are numbered in the order of the mesh.
     mesh = sharding.make_mesh(experiment.mesh, list(topology_devices(topology)))
+    program, categories, tokens = cache.cached(question, lambda: _compile(experiment, mesh, step, vocab_size))
+    # Partitions of the program are numbered in the order of the mesh.
     compiled = read_step(program, chip, links.network_of(list(mesh.devices.flat), chip))
     given = dataclasses.replace(
         experiment.hardware, chip=chip.name, num_chips=max(1, compiled.num_devices // chip.devices_per_chip)
@@ -148,8 +150,7 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
     return Plan(step, topology, hardware.resolve(given), compiled, split, tokens, runs)
 
 
-def _compile(experiment: Experiment, topology: str, step: StepName, vocab_size: int):
-    mesh = sharding.make_mesh(experiment.mesh, list(topology_devices(topology)))
+def _compile(experiment: Experiment, mesh: Mesh, step: StepName, vocab_size: int):
     traced = trace_step(step, experiment, vocab_size, mesh)
     return compile_step(traced.jitted, traced.arguments, traced.static), traced.bytes_by_category, traced.tokens
 
