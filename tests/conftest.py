@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the tests' time: LLVM without its optimizations, behind XLA's older and quicker code generator for
-# fusions, takes a third of it. Both come after XLA's own passes, so that what programs cost is read from the same HLO.
+# Compiling is most of the tests' time, and LLVM without its optimizations, behind XLA's older code generator for
+# fusions, takes a third of it. Programs that a test starts inherit this.
 _QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     (_QUICK_TO_COMPILE, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")

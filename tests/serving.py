@@ -4,7 +4,6 @@ import functools
 
 import jax
 import numpy as np
-from small import QUICK
 
 from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.models.config import ModelConfig
@@ -23,7 +22,7 @@ SLOTS = SlotsConfig(slots=4, prefill_tokens=(4, 16), tokens_per_dispatch=4)
 
 @functools.cache
 def params(seed=0):
-    made = jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(seed))
+    made = jax.jit(lambda key: initialize(MODEL, key)[0])(jax.random.key(seed))
     # Sharper than new weights are, so that no two tokens are as likely as each other but for rounding, and never
     # an id that no text has.
     kernel = 4 * made["unembed"]["kernel"]
@@ -65,7 +64,7 @@ def _log_probabilities():
         hidden, _ = MODEL.apply({"params": own}, tokens)
         return jax.nn.log_softmax(logits(CONFIG, own, hidden[0]), axis=-1)
 
-    return jax.jit(made, compiler_options=QUICK)
+    return jax.jit(made)
 
 
 def _padded(tokens):

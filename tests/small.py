@@ -49,8 +49,6 @@ GPT2 = dataclasses.replace(
 )
 """The same with all that GPT-2 has and Llama has not."""
 MODEL = Transformer(CONFIG)
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
 
 KERNELS = [f"layers/attention/{name}/kernel" for name in ("key", "output", "query", "value")]
 KERNELS += [f"layers/mlp/{name}/kernel" for name in ("down", "gate", "up")]
@@ -59,7 +57,7 @@ UP = "layers/mlp/up/kernel"
 
 @functools.cache
 def dense_params():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(MODEL, key)[0])(jax.random.key(0))
 
 
 @functools.cache
@@ -70,7 +68,7 @@ def forward():
 def trained(model, params, batches, mesh, *, transform=None, learning_rate=1e-2, **options):
     """The metrics of a step on each batch on a mesh, and the weights after them; they are transformed already."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=learning_rate, warmup_steps=2), 3)
-    step = jax.jit(make_train_step(model, optimizer, transform or chain(), **options), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, transform or chain(), **options))
     found = []
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))

@@ -12,7 +12,6 @@ import numpy as np
 import openai
 import pytest
 from serving import TOKENIZER
-from small import QUICK
 from test_api import ask, client, listening
 from test_scheduler import compilations
 
@@ -44,7 +43,7 @@ TEXTS = ["a", "some words", "0123456789abcdef", "0123456789abcdefghijkl", "x" * 
 @functools.cache
 def params(kind):
     model = Transformer(CONFIGS[kind])
-    return jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
 
 
 @functools.cache
@@ -79,7 +78,7 @@ def model_of(kind):
         valid = np.arange(64)[None] < length
         return model.apply({"params": params(kind)}, ids[None], valid_BT=valid, types_BT=types[None])[0][0]
 
-    return jax.jit(states, compiler_options=QUICK)
+    return jax.jit(states)
 
 
 def states(kind, ids, types=()):

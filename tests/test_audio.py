@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import small
 from checkpoints import tensors_of, write
-from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -108,7 +107,7 @@ def forward(config):
         hidden, _ = Transformer(config).apply({"params": params}, audio, valid_BT=valid)
         return logits(config, params, hidden)
 
-    return jax.jit(outputs, compiler_options=QUICK)
+    return jax.jit(outputs)
 
 
 def ours(config, params, audio, valid=None):
@@ -227,7 +226,7 @@ KINDS = {
 @functools.cache
 def made(kind):
     config = dataclasses.replace(BASE, **KINDS[kind])
-    start = jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)
+    start = jax.jit(lambda key: initialize(Transformer(config), key)[0])
     return config, start(jax.random.key(0))
 
 
@@ -279,7 +278,7 @@ def test_a_training_step_costs_what_the_closed_form_says(name, kind):
     answers = (4, 1 if config.head.pooling != "none" else frames)
     batch = {"inputs": jax.ShapeDtypeStruct((4, config.audio.length(frames), *channels), jnp.float32)}
     batch |= {"targets": jax.ShapeDtypeStruct(answers, jnp.int32), "mask": jax.ShapeDtypeStruct(answers, jnp.float32)}
-    step = jax.jit(make_train_step(model, optimizer, TRANSFORMS[name]), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, TRANSFORMS[name]))
     compiled = compiled_cost(step.lower(state, batch).compile()).flops
     assert training_step_flops(config, params, 4, frames, "full") == pytest.approx(compiled, rel=1e-3)
     if name == "plain" and config.head.pooling == "none":
@@ -303,10 +302,10 @@ def test_an_encoder_hears_for_a_decoder():
     speech = {"vocab_size": 20, "causal": True, "head": HeadConfig(), "encoder": EncoderConfig(3, max_length=13)}
     config = dataclasses.replace(BASE, **KINDS["spectrogram"] | speech | {"max_length": 8})
     model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     assert "embed" in params and "audio" in params["encoder"] and "audio" not in params
     audio, tokens = jnp.asarray(sounds(config, frames=13)), jnp.arange(16).reshape(2, 8)
-    apply = jax.jit(functools.partial(model.apply, {"params": params}), compiler_options=QUICK)
+    apply = jax.jit(functools.partial(model.apply, {"params": params}))
     want, _ = apply(tokens, source_BS=audio)
     assert np.abs(want - apply(tokens, source_BS=audio[::-1])[0]).max() > 1e-3
     cache = start_cache(model, params, 2, 8, audio)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import CONFIG, MODEL, QUICK, dense_params
+from small import CONFIG, MODEL, dense_params
 from sweep import sweep
 
 from jaxcost import weights
@@ -159,7 +159,7 @@ def test_activation_scales_are_written(tmp_path):
 )
 def test_what_the_layout_does_not_have_is_refused(transform, change, message, tmp_path):
     config = dataclasses.replace(CONFIG, **change)
-    make = jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)
+    make = jax.jit(lambda key: initialize(Transformer(config), key)[0])
     dense = make(jax.random.key(0)) if change else dense_params()
     with pytest.raises(UnsupportedModel, match=message):
         huggingface.save(tmp_path / "out", config, transform(dense), layout="compressed-tensors")

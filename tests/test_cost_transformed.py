@@ -36,8 +36,6 @@ CONFIG = ModelConfig(
     vocab_size=256, width=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=160, max_length=128
 )
 BATCH, SEQUENCE = 4, 64
-QUICK = {"xla_backend_optimization_level": 0}
-"""What is counted are products, which no level of optimisation changes; compiling is most of a test's time."""
 
 TRANSFORMS = {
     "plain": chain(),
@@ -74,7 +72,7 @@ def compiled_and_closed(transform, unroll, config=CONFIG):
     if config.encoder.num_layers:
         batch["source"] = jax.ShapeDtypeStruct((BATCH, config.source.max_length), jnp.int32)
     batch["mask"] = jax.ShapeDtypeStruct((BATCH, SEQUENCE), jnp.float32)
-    step = jax.jit(make_train_step(model, optimizer, transform), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, transform))
     compiled = compiled_cost(step.lower(state, batch).compile()).flops
     return compiled, training_step_flops(config, params, BATCH, SEQUENCE, "full")
 

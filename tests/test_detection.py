@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding
@@ -59,7 +58,7 @@ MODEL = Transformer(CONFIG, ExecutionConfig(unroll="never"))
 
 @functools.cache
 def made():
-    return jax.jit(lambda key: initialize(MODEL, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(MODEL, key)[0])(jax.random.key(0))
 
 
 def images_of(rows, seed=0):
@@ -221,7 +220,7 @@ def test_a_step_costs_what_the_closed_form_says(name):
     state = jax.eval_shape(lambda params: init_state(params, optimizer, 0), params)
     labels, boxes, mask = objects_of(4)
     batch = {"inputs": images_of(4), "targets": labels, "boxes": boxes, "mask": mask}
-    step = jax.jit(make_train_step(MODEL, optimizer, TRANSFORMS[name]), compiler_options=QUICK)
+    step = jax.jit(make_train_step(MODEL, optimizer, TRANSFORMS[name]))
     compiled = compiled_cost(step.lower(state, batch).compile()).flops
     closed = training_step_flops(CONFIG, params, 4, CONFIG.images.tokens, "full")
     assert closed == pytest.approx(compiled, rel=1e-3)
@@ -295,7 +294,7 @@ def test_every_device_matches_its_own_images_and_asks_no_other():
     given = dict(enumerate((*answers_of(8), *objects_of(8))))
     with jax.set_mesh(mesh):
         placed = sharding.place_batch(given, mesh).values()
-        compiled = jax.jit(match, compiler_options=QUICK).lower(*placed).compile()
+        compiled = jax.jit(match).lower(*placed).compile()
         np.testing.assert_array_equal(compiled(*placed), match(*given.values()))
     assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "collective-permute"))
 

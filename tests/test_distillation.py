@@ -37,12 +37,10 @@ BIG = ModelConfig(
 )
 SMALL = dataclasses.replace(BIG, num_layers=2, width=16, mlp_width=32)
 VOCABULARY = 64
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
 
 
 def initial(model, seed=0):
-    return jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(seed))
+    return jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(seed))
 
 
 def logits(seed, shape=(2, 3, VOCABULARY)):
@@ -192,7 +190,7 @@ def test_relations_diverge_as_their_definition_says_whatever_the_chunks_and_size
         found, back = jax.vjp(both, student, teacher)
         return found, back((1.0, 0.0)), back((0.0, 1.0))
 
-    found, one, cut = jax.jit(values_and_gradients, compiler_options=QUICK)(student, teacher)
+    found, one, cut = jax.jit(values_and_gradients)(student, teacher)
     np.testing.assert_allclose(found, [np.sum(each * mask)] * 2, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, cut)
     assert all(map(np.any, jax.tree.leaves(one[0]))) and not any(map(np.any, jax.tree.leaves(one[1])))
@@ -251,7 +249,7 @@ def test_what_is_seen_is_the_last_layers_and_nothing_else_changes(top_layers, re
     jax.tree.map(np.testing.assert_array_equal, twice, seen | {"value": 2 * seen["value"]})
 
 
-def step_of(config, accumulation=1, chunks=1, options=QUICK):
+def step_of(config, accumulation=1, chunks=1):
     """The jitted step of a small student, its state, a batch and its teacher."""
     execution = ExecutionConfig(unroll="never")
     student, teacher = (Transformer(dataclasses.replace(c, vocab_size=VOCABULARY), execution) for c in (SMALL, BIG))
@@ -264,12 +262,12 @@ def step_of(config, accumulation=1, chunks=1, options=QUICK):
     state = init_state(params, optimizer, 0, distiller.beside(student.config.width, 0))
     tokens = jax.random.randint(jax.random.key(5), (4, 16), 0, VOCABULARY)
     batch = {"inputs": tokens, "targets": jnp.roll(tokens, -1, 1), "mask": jnp.ones((4, 16))}
-    return jax.jit(step, compiler_options=options), state, batch, Teacher(teacher, taught)
+    return jax.jit(step), state, batch, Teacher(teacher, taught)
 
 
 @pytest.mark.slow
 def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
-    step, state, batch, teacher = step_of(DistillConfig(logits=1.0), options={})
+    step, state, batch, teacher = step_of(DistillConfig(logits=1.0))
     places = [path[-1] for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)]
     assert {place.key for place in places if hasattr(place, "key")} == set(weights.partition(state.params)[0])
     optimizer = make_optimizer(OptimizerConfig(), 10)
@@ -527,7 +525,7 @@ def test_a_step_with_a_teacher_is_planned_with_it(data_dir, taught):
         return trace_step("train", value, 384, sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
 
     def compiled(found):
-        return compiled_cost(found.jitted.lower(*found.arguments).compile(compiler_options=QUICK))
+        return compiled_cost(found.jitted.lower(*found.arguments).compile())
 
     config = DistillConfig(teacher=str(taught), logits=1.0, hidden=1.0, attention=1.0)
     alone, both = traced(DistillConfig()), traced(config)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import QUICK
 from sweep import sweep
 
 from jaxcost.models import families, huggingface
@@ -260,7 +259,7 @@ SMALL = ModelConfig(
 
 @functools.cache
 def made(config=SMALL):
-    return jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(Transformer(config), key)[0])(jax.random.key(0))
 
 
 def in_pieces(config, params, **options):
@@ -335,7 +334,7 @@ def test_beams_share_what_their_source_holds():
     engine = BeamEngine(model, 4)
     cache = jax.eval_shape(lambda: start_cache(model, params, 2, 8, jnp.zeros((2, 1000), int)))
     inputs = (params, jax.ShapeDtypeStruct((2, 96), jnp.float32), cache)
-    memory = engine.search.lower(*inputs, end_ids=(1,), length=8).compile(QUICK).memory_analysis()
+    memory = engine.search.lower(*inputs, end_ids=(1,), length=8).compile().memory_analysis()
     held = sum(a.size * a.dtype.itemsize for a in (cache.source.key, cache.source.value))
     assert memory.temp_size_in_bytes < 2 * held
 

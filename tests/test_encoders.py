@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding
@@ -223,7 +222,7 @@ KINDS = {
 @functools.cache
 def made(kind):
     config = dataclasses.replace(BASE, **KINDS[kind])
-    start = jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)
+    start = jax.jit(lambda key: initialize(Transformer(config), key)[0])
     return config, start(jax.random.key(0))
 
 
@@ -404,7 +403,7 @@ def test_images_of_another_size_are_refused():
 def test_tokens_behind_the_last_learned_position_reach_nothing_before_it():
     config = dataclasses.replace(BASE, num_layers=2, causal=True, position="learned", max_length=6)
     model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     apply = functools.partial(model.apply, {"params": params})
     got, _ = apply(jnp.asarray(TOKENS), init_cache(config, 3, 12, jnp.float32))
     np.testing.assert_allclose(got[:, :6], apply(jnp.asarray(TOKENS[:, :6]))[0], atol=1e-5)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -113,7 +112,7 @@ def model_of(family):
     fields = (IMAGES if family in ("vit", "deit", "yolos", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
     config = BESIDE.get(family) or families.config_of(fields | {"model_type": family})
     model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     # Off 0 and 1, where a vector that is lost would not be missed.
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -200,7 +199,7 @@ PAIRS = [
 def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(family, name):
     model, params = model_of(family)
     batches = [inputs_of(model.config, seed) for seed in (1, 2)]
-    forward = jax.jit(functools.partial(outputs, model), compiler_options=QUICK)
+    forward = jax.jit(functools.partial(outputs, model))
     made = calibrated(TRANSFORMS[name], params, jax.random.key(2), lambda p, x: outputs(model, p, x), lambda: batches)
     got = forward(made, batches[0])
     assert np.all(np.isfinite(got)) and got.shape == forward(params, batches[0]).shape

@@ -32,13 +32,12 @@ DROPLESS = ModelConfig(
 CAPACITY = dataclasses.replace(DROPLESS, capacity_factor=1.0)
 ROOMY = dataclasses.replace(DROPLESS, capacity_factor=4.0)
 SHARED = dataclasses.replace(DROPLESS, shared_width=12, normalize_experts=False, experts_per_token=1)
-QUICK = {"xla_backend_optimization_level": 0}
 LOSSES = {"load_balancing": 0.1, "router_z": 0.01}
 
 
 @functools.cache
 def params_of(config):
-    return jax.jit(lambda key: initialize(Transformer(config), key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(Transformer(config), key)[0])(jax.random.key(0))
 
 
 def tokens_of(shape, seed=1):
@@ -300,7 +299,7 @@ def test_router_losses_even_out_the_loads():
         params["layers"]["mlp"]["router"]["kernel"] = params["layers"]["mlp"]["router"]["kernel"].at[..., 1].mul(4.0)
         state = init_state(params, optimizer, 0)
         step = make_train_step(model, optimizer, chain(), router_losses=router_losses)
-        jitted = jax.jit(step, compiler_options=QUICK)
+        jitted = jax.jit(step)
         tokens = tokens_of((4, 17), seed=9)
         batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": jnp.ones((4, 16))}
         for _ in range(12):
@@ -328,7 +327,7 @@ def test_rematerialisation_changes_no_gradient(config):
     def gradient(execution):
         model = Transformer(config, execution)
         loss = lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, tokens)[0]))  # noqa: E731
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params_of(config))
+        return jax.jit(jax.grad(loss))(params_of(config))
 
     want = gradient(ExecutionConfig(unroll="never"))
     for execution in (ExecutionConfig(remat="full"), ExecutionConfig(remat="full", save=("mlp_up",))):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from small import CONFIG, MODEL, QUICK, dense_params
+from small import CONFIG, MODEL, dense_params
 from sweep import sweep
 
 from jaxcost.models.config import HeadConfig, ModelConfig
@@ -145,7 +145,7 @@ TINY = ModelConfig(
 @functools.cache
 def tiny(seed, width=8, sharpness=3.0):
     model = Transformer(dataclasses.replace(TINY, width=width))
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(seed))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(seed))
     return model, {**params, "unembed": {"kernel": sharpness * params["unembed"]["kernel"]}}
 
 
@@ -243,7 +243,7 @@ def test_a_row_draws_the_same_in_any_speculative_batch():
 @pytest.mark.slow
 def test_proposals_behind_the_last_learned_position_reach_nothing_before_it():
     model = Transformer(dataclasses.replace(TINY, position="learned", max_length=12))
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     params["unembed"]["kernel"] *= 3
     prompts = [np.array([3, 5, 4, 1])]
     want = Engine(model).generate(params, prompts, max_new_tokens=8)

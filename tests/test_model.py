@@ -48,8 +48,6 @@ from jaxcost.transforms import (
 SMALL = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=32
 )
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
 
 CONFIGS = {
     "llama": SMALL,
@@ -64,9 +62,7 @@ CONFIGS = {
 
 @functools.cache
 def params_of(name):
-    return jax.jit(lambda key: initialize(Transformer(CONFIGS[name]), key)[0], compiler_options=QUICK)(
-        jax.random.key(0)
-    )
+    return jax.jit(lambda key: initialize(Transformer(CONFIGS[name]), key)[0])(jax.random.key(0))
 
 
 def random_tokens(shape, vocab, seed=1):
@@ -130,7 +126,7 @@ def full_logits(name):
     """Logits (B, T, V) of the whole sequence at once, and its tokens."""
     model, tokens = Transformer(CONFIGS[name]), random_tokens((3, 10), CONFIGS[name].vocab_size)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def f(params):
         return weights.contract(model.apply({"params": params}, tokens)[0], unembedding(params))
 
@@ -146,7 +142,7 @@ def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths
     # What stands beyond a prompt is no part of it.
     prompts = np.where(np.arange(6) < lengths[:, None], tokens[:, :6], 5)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def one(params, tokens_B, cache):
         hidden, cache = model.apply({"params": params}, tokens_B[:, None], cache)
         return weights.contract(hidden[:, 0], unembedding(params)), cache
@@ -176,7 +172,7 @@ def test_greedy_generation_equals_the_full_forward_token_by_token():
     # With random weights the logits are close to each other; larger ones make the likeliest token a clear one.
     params = {**params, "unembed": {"kernel": 8 * params["unembed"]["kernel"]}}
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def full(tokens):
         return weights.contract(model.apply({"params": params}, tokens)[0], unembedding(params))
 
@@ -234,7 +230,7 @@ EXECUTIONS = {
 
 @functools.cache
 def deep_params():
-    return jax.jit(lambda key: initialize(Transformer(DEEP), key)[0], compiler_options=QUICK)(jax.random.key(2))
+    return jax.jit(lambda key: initialize(Transformer(DEEP), key)[0])(jax.random.key(2))
 
 
 def deep_loss(execution):
@@ -255,7 +251,7 @@ def trace(execution):
 def executed(name):
     """Dots in the traced gradient, the compiled program, and what it computes."""
     traced = trace(EXECUTIONS[name])
-    compiled = traced.lower().compile(compiler_options=QUICK)
+    compiled = traced.lower().compile()
     return str(traced.jaxpr), compiled, compiled(deep_params())
 
 
@@ -273,7 +269,7 @@ def test_no_execution_changes_the_loss_or_the_gradients(name):
     want_loss, want = executed("none")[2]
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-6 * max(5, np.abs(expected).max()))
 
 
 def test_presets_compute_again_what_they_do_not_keep():
@@ -310,7 +306,9 @@ def test_offloaded_activations_go_to_the_host_and_come_back():
 
 
 def test_unrolling_is_what_was_asked_for():
-    assert "while(" not in executed("unrolled")[1].as_text() and "while(" in executed("none")[1].as_text()
+    # Scattered gradients of embeddings may be a loop of their own.
+    loops = {name: executed(name)[1].as_text().count("while(") for name in ("unrolled", "none")}
+    assert loops["unrolled"] < loops["none"]
     # On CPU, auto unrolls, except what is rematerialised: without a loop, the compiler undoes it.
     assert trace(ExecutionConfig()).lower().as_text() == trace(EXECUTIONS["unrolled"]).lower().as_text()
     assert trace(ExecutionConfig(remat="full")).lower().as_text() == trace(EXECUTIONS["full"]).lower().as_text()
@@ -343,7 +341,7 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(chunks):
 
     def loss(chunks):
         f = lambda hidden, kernel: cross_entropy(hidden, Output(kernel), targets, mask, chunks=chunks)  # noqa: E731
-        return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True), compiler_options=QUICK)(hidden, kernel)
+        return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, kernel)
 
     (total, count), gradients = loss(chunks)
     (want, want_count), want_gradients = loss(1)
@@ -417,7 +415,7 @@ def losses(name, mesh_name):
         compile_key = (mesh_name, moving, shapes, jax.tree.structure(state))
         if compile_key not in STEPS:
             step = make_train_step(model, optimizer, moving)
-            STEPS[compile_key] = jax.jit(step, out_shardings=(places, one), compiler_options=QUICK)
+            STEPS[compile_key] = jax.jit(step, out_shardings=(places, one))
         step = STEPS[compile_key]
         for batch in tokens:
             batch = {"inputs": batch[:, :-1], "targets": batch[:, 1:], "mask": mask}
@@ -479,7 +477,7 @@ def test_stochastic_rounding_takes_a_key_for_every_layer_and_step_and_none_witho
     model, tokens = Transformer(SMALL), random_tokens((2, 8), 64)
     trainable, frozen = weights.partition(params)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradients(trainable, key):
         def f(trainable):
             hidden, _ = model.apply({"params": weights.combine(params, trainable, frozen)}, tokens, key=key)
@@ -516,7 +514,7 @@ def step_flops(transform, unroll):
     state = jax.eval_shape(lambda params: init_state(transform(params), optimizer, 0), params)
     batch = {name: jax.ShapeDtypeStruct((8, 256), jnp.int32) for name in ("inputs", "targets")}
     batch["mask"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
-    step = jax.jit(make_train_step(model, optimizer, transform), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, transform))
     return compiled_cost(step.lower(state, batch).compile()).flops
 
 

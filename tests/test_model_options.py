@@ -25,7 +25,6 @@ from jaxcost.transforms import freeze
 PLAIN = ModelConfig(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=32
 )
-QUICK = {"xla_backend_optimization_level": 0}
 WINDOWS = dataclasses.replace(PLAIN, num_layers=5, pattern=("local", "local", "global"), window=3)
 CONFIGS = {
     "all local": dataclasses.replace(PLAIN, pattern=("local",), window=4),
@@ -52,9 +51,7 @@ CONFIGS = {
 
 @functools.cache
 def params_of(name):
-    params = jax.jit(lambda key: initialize(Transformer(CONFIGS[name]), key)[0], compiler_options=QUICK)(
-        jax.random.key(0)
-    )
+    params = jax.jit(lambda key: initialize(Transformer(CONFIGS[name]), key)[0])(jax.random.key(0))
     # Biases and scales at 0 or 1 would hide a wrong one.
     moved = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(len(path)), a.shape)  # noqa: E731
     return weights.map_weights(lambda path, a: moved(path, a) if path.endswith(("bias", "scale")) else a, params)
@@ -68,7 +65,7 @@ def tokens_of(shape, seed=1):
 def full_logits(name):
     model, tokens = Transformer(CONFIGS[name]), tokens_of((3, 12))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def f(params):
         return logits(CONFIGS[name], params, model.apply({"params": params}, tokens)[0])
 
@@ -116,7 +113,7 @@ def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths
     lengths, rows = np.array([6, 3, 1]), np.arange(3)
     prompts = np.where(np.arange(6) < lengths[:, None], tokens[:, :6], 5)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def one(params, tokens_B, cache):
         hidden, cache = model.apply({"params": params}, tokens_B[:, None], cache)
         return logits(CONFIGS[name], params, hidden[:, 0]), cache
@@ -295,7 +292,7 @@ EXECUTIONS = {
 
 @functools.cache
 def deep_params():
-    return jax.jit(lambda key: initialize(Transformer(DEEP), key)[0], compiler_options=QUICK)(jax.random.key(2))
+    return jax.jit(lambda key: initialize(Transformer(DEEP), key)[0])(jax.random.key(2))
 
 
 def deep_loss(execution):
@@ -312,7 +309,7 @@ def deep_gradients(name, top_layers=None):
     params = deep_params() if top_layers is None else freeze(top_layers=top_layers)(deep_params())
     trainable, frozen = weights.partition(params)
     loss = lambda p: deep_loss(EXECUTIONS[name])(weights.combine(params, p, frozen))  # noqa: E731
-    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(trainable)
+    return jax.jit(jax.value_and_grad(loss))(trainable)
 
 
 @sweep("name", [name for name in EXECUTIONS if name != "scanned"], quick=1)

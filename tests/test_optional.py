@@ -23,8 +23,6 @@ CONFIGS = {
     "llama": CONFIG,
     "gpt2": dataclasses.replace(CONFIG, position="learned", norm="layer", gated=False, activation="gelu"),
 }
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
 
 ADDITIONS = {
     "prompt": prompt_tuning(tokens=5),
@@ -48,7 +46,7 @@ TRAINS["prefix and prompt"] = TRAINS["prefix"] | TRAINS["prompt"]
 @functools.cache
 def dense_params(name):
     model = Transformer(CONFIGS[name])
-    return jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
 
 
 @functools.cache
@@ -70,7 +68,7 @@ def tokens(length=10):
 def logits(config, params, tokens, **execution):
     model = Transformer(CONFIGS[config], ExecutionConfig(**execution))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def f(params, tokens):
         return weights.contract(model.apply({"params": params}, tokens)[0], unembedding(params))
 
@@ -120,7 +118,7 @@ def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths
     prompts = np.where(np.arange(6) < lengths[:, None], all_tokens[:, :6], 5)
     cache = engine.start(params, batch_size=3, slots=10)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def one(params, tokens_B, cache):
         hidden, cache = model.apply({"params": params}, tokens_B[:, None], cache)
         return weights.contract(hidden[:, 0], unembedding(params)), cache

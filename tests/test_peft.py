@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import CONFIG, KERNELS, MODEL, QUICK, UP, dense_params, flat, forward, tokens
+from small import CONFIG, KERNELS, MODEL, UP, dense_params, flat, forward, tokens
 
 from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
@@ -220,7 +220,7 @@ def test_adapters_may_be_chosen_inside_a_compiled_program_and_on_a_mesh():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(several, sharding.shardings(several, axes_of(MODEL, several), mesh))
     with jax.set_mesh(mesh):
-        got = jax.jit(chosen, compiler_options=QUICK)(placed, jnp.array([2, 0]))
+        got = jax.jit(chosen)(placed, jnp.array([2, 0]))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -231,7 +231,7 @@ def test_adapters_train_side_by_side():
     def loss(trainable):
         return jnp.sum(jnp.sin(MODEL.apply({"params": weights.combine(several, trainable, frozen)}, tokens())[0]))
 
-    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(trainable)[f"{UP}/a"]
+    gradient = jax.jit(jax.grad(loss))(trainable)[f"{UP}/a"]
     assert np.any(gradient[:, 0]) and np.any(gradient[:, 2]) and not np.any(gradient[:, 1])
 
 
@@ -356,7 +356,7 @@ def test_ia3_changes_nothing_at_first_and_trains_a_factor_a_channel():
 def test_freeze_keeps_the_function_and_the_gradients_of_what_trains(tied):
     config = ModelConfig(**{**vars(CONFIG), "tie_embeddings": tied})
     model = Transformer(config)
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(1))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(1))
     frozen = freeze(top_layers=1)(params)
     assert frozen["layers"]["mlp"]["up"]["kernel"].shape[0] == 1
     assert frozen["frozen_layers"]["mlp"]["up"]["kernel"].weight.shape[0] == 2
@@ -371,8 +371,8 @@ def test_freeze_keeps_the_function_and_the_gradients_of_what_trains(tied):
     def frozen_loss(trainable):
         return loss(weights.combine(frozen, trainable, rest))
 
-    (_, hidden), gradient = jax.jit(jax.value_and_grad(frozen_loss, has_aux=True), compiler_options=QUICK)(trainable)
-    (_, want_hidden), want = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
+    (_, hidden), gradient = jax.jit(jax.value_and_grad(frozen_loss, has_aux=True))(trainable)
+    (_, want_hidden), want = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(hidden, want_hidden, rtol=1e-5, atol=1e-5)
     want = flat(want)
     for path, got in gradient.items():
@@ -413,7 +413,7 @@ def test_freeze_rules_reach_into_the_blocks(transform, expected):
 
 def test_bias_only_trains_biases_and_refuses_a_model_without():
     model = Transformer(ModelConfig(32, 16, 2, 2, 2, 8, 24, norm="layer"))
-    params = jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     paths = {f"{name}/bias" for name in ("final_norm", "layers/attention_norm", "layers/mlp_norm")}
     assert weights.partition(bias_only()(params))[0].keys() == paths
     with pytest.raises(RuleError, match=r"freeze: the rule 'bias\$' matches no weight"):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import CONFIG, QUICK, UP, dense_params, flat, normal, pruned_counts
+from small import CONFIG, UP, dense_params, flat, normal, pruned_counts
 from sweep import sweep
 
 from jaxcost import sharding
@@ -324,7 +324,7 @@ WIDE = Transformer(dataclasses.replace(CONFIG, width=64, head_dim=16, mlp_width=
 
 @functools.cache
 def wide_params():
-    return jax.jit(lambda key: initialize(WIDE, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(WIDE, key)[0])(jax.random.key(0))
 
 
 @functools.cache
@@ -346,10 +346,10 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does_and_gathers_no_wei
     shapes = transform.abstract(params)
     places = sharding.shardings(shapes, axes_of(WIDE, shapes), mesh)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(transform, out_shardings=places, compiler_options=QUICK)
+        jitted = jax.jit(transform, out_shardings=places)
         compiled = jitted.lower(placed, key, statistics()).compile()
     got = compiled(placed, key, statistics())
-    expected = jax.jit(transform, compiler_options=QUICK)(params, key, statistics())
+    expected = jax.jit(transform)(params, key, statistics())
     assert jax.tree.structure(got) == jax.tree.structure(expected) == jax.tree.structure(shapes)
     for a, place, w in zip(jax.tree.leaves(got), jax.tree.leaves(places), jax.tree.leaves(expected), strict=True):
         assert a.sharding == place

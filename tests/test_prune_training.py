@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import CONFIG, QUICK, UP, dense_params, flat, pruned_counts, tokens
+from small import CONFIG, UP, dense_params, flat, pruned_counts, tokens
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
@@ -26,7 +26,7 @@ def run(transform, steps, optimizer=None):
     optimizer = optimizer or optax.sgd(0.5)
     model = Transformer(CONFIG, ExecutionConfig(unroll="never"))
     state = init_state(transform(dense_params()), optimizer, seed=0)
-    step = jax.jit(make_train_step(model, optimizer, chain(transform)), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, chain(transform)))
     states = [state]
     for _ in range(steps):
         states.append(step(states[-1], batch())[0])

@@ -41,9 +41,6 @@ from jaxcost.weights import (
 )
 from jaxcost.weights.quantized import NF4_LEVELS, decode, spread
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""For what is computed and not how: compiling is most of its time."""
-
 KERNEL = (path_rule("kernel"),)
 
 
@@ -61,7 +58,7 @@ def apply_to(transform, w, x=None):
     params = {"layers": {"kernel": w}}
     if x is None:
         return transform(params)["layers"]["kernel"]
-    place = lambda make, *arguments: jax.jit(make, compiler_options=QUICK)(*arguments)  # noqa: E731
+    place = lambda make, *arguments: jax.jit(make)(*arguments)  # noqa: E731
     return calibrated(transform, params, None, forward, lambda: [x], place)["layers"]["kernel"]
 
 

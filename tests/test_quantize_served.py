@@ -30,8 +30,6 @@ from jaxcost.weights import QuantAware, Quantized, materialize
 CONFIG = ModelConfig(
     vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24, max_length=16
 )
-QUICK = {"xla_backend_optimization_level": 0}
-"""For what is computed and not how: compiling is most of its time."""
 
 TRAININGS = {
     "int8": quantize(mode="training", stochastic_rounding=True),
@@ -63,7 +61,7 @@ def trained(name, compute):
     model = Transformer(CONFIG, ExecutionConfig(compute=compute, unroll="never"))
     start = TRAININGS[name](initialize(model, jax.random.key(0))[0])
     optimizer = optax.adam(1e-2)
-    step = jax.jit(make_train_step(model, optimizer, chain()), compiler_options=QUICK)
+    step = jax.jit(make_train_step(model, optimizer, chain()))
     state = init_state(start, optimizer, seed=0)
     losses = []
     for _ in range(6):
@@ -201,7 +199,7 @@ def test_an_adapter_trains_on_every_grid():
         model, optimizer = Transformer(CONFIG, ExecutionConfig(unroll="never")), optax.sgd(0.1)
         state = init_state(params, optimizer, seed=0)
         batch = {"inputs": tokens()[:, :-1], "targets": tokens()[:, 1:], "mask": jnp.ones((8, 8))}
-        step = jax.jit(make_train_step(model, optimizer, chain()), compiler_options=QUICK)
+        step = jax.jit(make_train_step(model, optimizer, chain()))
         state, first = step(state, batch)
         state, second = step(state, batch)
         assert second["loss"] < first["loss"]

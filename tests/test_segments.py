@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from small import QUICK
 from sweep import sweep
 
 from jaxcost import sharding
@@ -44,7 +43,7 @@ CONFIGS = {
 @functools.cache
 def params_of(name):
     model = Transformer(CONFIGS[name])
-    return jax.jit(lambda key: initialize(model, key)[0], compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
 
 
 def outputs(name, params, tokens, **options):
@@ -55,9 +54,7 @@ def outputs(name, params, tokens, **options):
 @sweep("name", CONFIGS, quick=1)
 def test_each_sequence_of_a_row_gives_what_it_gives_alone(name):
     params, tokens = params_of(name), np.random.default_rng(0).integers(0, 32, (1, 20))
-    together = jax.jit(functools.partial(outputs, name), compiler_options=QUICK)(
-        params, tokens, segments_BT=jnp.asarray(SEGMENTS)
-    )
+    together = jax.jit(functools.partial(outputs, name))(params, tokens, segments_BT=jnp.asarray(SEGMENTS))
     start = 0
     for length in LENGTHS:
         alone = outputs(name, params, tokens[:, start : start + length])
@@ -89,7 +86,7 @@ def test_a_number_that_comes_back_is_another_sequence():
     again = np.repeat([5, 5, 2, 0, 5, -1], (5, 1, 8, 2, 3, 1))[None]
     once = np.repeat([1, 2, 0, 4, 0], (6, 8, 2, 3, 1))[None]
     np.testing.assert_array_equal(attention.runs(jnp.asarray(again)), np.where(once == 4, 4, once))
-    run = jax.jit(functools.partial(outputs, "rotary"), compiler_options=QUICK)
+    run = jax.jit(functools.partial(outputs, "rotary"))
     got, want = (run(params, tokens, segments_BT=jnp.asarray(segments)) for segments in (again, once))
     np.testing.assert_array_equal(got, want)
     assert np.all(np.isfinite(run(params, tokens, segments_BT=jnp.zeros((1, 20), jnp.int32))))
@@ -101,7 +98,7 @@ def test_students_are_compared_with_teachers_one_document_at_a_time():
     config = DistillConfig(teacher="t", attention=1.0, values=2.0, hidden=1.0, logits=0.5, projection="fixed")
     distiller, tokens = Distiller(config, small.MODEL), np.random.default_rng(0).integers(0, 32, (1, 20))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(batch):
         def total(params):
             (hidden, _), sown = small.MODEL.apply(

@@ -52,8 +52,6 @@ BIASED = dataclasses.replace(
 )
 EXPERTS = dataclasses.replace(CONFIG, norm="layer", experts=4, experts_per_token=2, shared_width=8)
 CONFIGS = {"llama": CONFIG, "biased": BIASED, "experts": EXPERTS}
-QUICK = {"xla_backend_optimization_level": 0}
-"""For tests of what is computed and not of how: compiling is most of their time."""
 TOKENS = np.arange(16).reshape(2, 8)
 
 
@@ -66,11 +64,11 @@ def dense(config):
         keys = iter(jax.random.split(key, 100))
         return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), params)
 
-    return jax.jit(made, compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(made)(jax.random.key(0))
 
 
 def hidden(config, params):
-    apply = jax.jit(lambda p: Transformer(config).apply({"params": p}, TOKENS)[0], compiler_options=QUICK)
+    apply = jax.jit(lambda p: Transformer(config).apply({"params": p}, TOKENS)[0])
     return np.asarray(apply(params))
 
 
@@ -210,7 +208,7 @@ def test_sizes_follow_from_the_options_and_jit_changes_nothing(name):
     small = one(params)
     shapes = one.abstract(jax.eval_shape(lambda: params))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), small) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
-    jitted = jax.jit(one, compiler_options=QUICK)(params)
+    jitted = jax.jit(one)(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), small, jitted))
     left = resized(CONFIGS[name], small)
     fresh, _ = abstract(Transformer(left))
@@ -231,10 +229,10 @@ def test_a_mesh_changes_nothing_and_no_weight_is_gathered(name):
     placed = jax.device_put(params, sharding.shardings(params, axes_of(model, params), mesh))
     places = sharding.shardings(shapes, axes_of(model, shapes), mesh)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(one, out_shardings=places, compiler_options=QUICK).lower(placed).compile()
+        compiled = jax.jit(one, out_shardings=places).lower(placed).compile()
         small = compiled(placed)
         tokens = np.tile(TOKENS, (2, 1))
-        apply = jax.jit(lambda p: model.apply({"params": p}, tokens)[0], compiler_options=QUICK)
+        apply = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
         got = np.asarray(apply(small))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), small, want))
     close(got, np.tile(hidden(config, want), (2, 1, 1)))
@@ -279,7 +277,7 @@ def test_the_compiled_step_costs_what_the_closed_form_of_the_smaller_config_says
         state = jax.eval_shape(lambda params: init_state(params, optimizer, 0), params)
         batch = {name: jax.ShapeDtypeStruct((4, 16), jnp.int32) for name in ("inputs", "targets")}
         batch["mask"] = jax.ShapeDtypeStruct((4, 16), jnp.float32)
-        step = jax.jit(make_train_step(model, optimizer, one), compiler_options=QUICK)
+        step = jax.jit(make_train_step(model, optimizer, one))
         return compiled_cost(step.lower(state, batch).compile()).flops
 
     params = one.abstract(whole)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import KERNELS, MODEL, QUICK, UP, dense_params, flat, pruned_counts, tokens
+from small import KERNELS, MODEL, UP, dense_params, flat, pruned_counts, tokens
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -207,7 +207,7 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
     shapes = jax.eval_shape(transform, dense_params())
     places = sharding.shardings(shapes, axes_of(MODEL, shapes), mesh)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(transform, out_shardings=places, compiler_options=QUICK).lower(placed).compile()
+        compiled = jax.jit(transform, out_shardings=places).lower(placed).compile()
     got = compiled(placed)
     for a, place, w in zip(jax.tree.leaves(got), jax.tree.leaves(places), jax.tree.leaves(applied(name)), strict=True):
         assert a.sharding == place
@@ -261,10 +261,10 @@ def test_a_sharded_calibrated_transform_gives_the_same_and_no_device_holds_a_wei
     shapes = transform.abstract(dense_params())
     places = sharding.shardings(shapes, axes_of(MODEL, shapes), mesh)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(transform, out_shardings=places, compiler_options=QUICK)
+        jitted = jax.jit(transform, out_shardings=places)
         compiled = jitted.lower(placed, key, known).compile()
         got = jitted(placed, key, known)
-    expected = jax.jit(transform, compiler_options=QUICK)(dense_params(), key, statistics())
+    expected = jax.jit(transform)(dense_params(), key, statistics())
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for a, place, w in zip(jax.tree.leaves(got), jax.tree.leaves(places), jax.tree.leaves(expected), strict=True):
         assert a.sharding == place

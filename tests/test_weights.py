@@ -1,7 +1,6 @@
 """The law of weights: `contract(x, w) == x @ materialize(w)`, for every kind and every kind inside every other."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -265,7 +264,7 @@ def test_law_holds_under_jit_vmap_scan_checkpoint_and_grad(outer):
         return jax.lax.scan(step, 0.0, weights.combine(stacked, trainable, frozen))
 
     # What is compared here is JAX's tracing, so the compiler is told not to optimise, which takes it most of its time.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def all_at_once(trainable, x):
         (_, y), gradients = jax.value_and_grad(scanned, argnums=(0, 1), has_aux=True)(trainable, x)
         return y, {name: jax.vmap(contract, (None, 0))(x, w) for name, w in stacked.items()}, gradients
