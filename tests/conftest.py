@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the tests' time, and LLVM without its optimizations, behind XLA's older code generator for
-# fusions, takes a third of it. Programs that a test starts inherit this.
-_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = " ".join(
-    (_QUICK_TO_COMPILE, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "jaxcost-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -24,6 +19,24 @@ _MANY_MAPPINGS = 20_000
 _FOR_TPUS = {"test_context", "test_distillation", "test_planner", "test_planner_collectives", "test_planning"}
 _FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "test_study"}
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
+
+
+_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_configure(config):
+    """Starts the CPU backend with flags of its own: compiling is most of the tests' time, and LLVM without its
+    optimizations, behind XLA's older code generator for fusions, takes a third of it.
+
+    They are taken back at once, since compilers for other chips read the same variable and know not all of them.
+    """
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        import jax
+
+        flags = os.environ["XLA_FLAGS"]
+        os.environ["XLA_FLAGS"] = f"{_QUICK_TO_COMPILE} {flags}"
+        jax.devices()
+        os.environ["XLA_FLAGS"] = flags
 
 
 @pytest.hookimpl(optionalhook=True)
