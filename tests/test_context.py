@@ -174,8 +174,8 @@ def test_a_long_sequence_on_a_slice_takes_less_memory_with_the_axis(method, ways
     pytest.importorskip("libtpu")
 
     def found(context):
-        axes = {"data": 1, "fsdp": 4 // context, "tensor": 1, "context": context}
-        mesh, heads = topology.topology_mesh("v5e:2x2", axes), {"num_heads": 4, "num_kv_heads": 4, "head_dim": 128}
+        devices, heads = topology.topology_devices("v5e:2x2"), {"num_heads": 4, "num_kv_heads": 4, "head_dim": 128}
+        mesh = sharding.make_mesh(MeshConfig(fsdp=4 // context, context=context), list(devices))
         return temporaries(context, method, 16384, mesh, "v5e", width=512, **heads)
 
     few, many = map(found, ways)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost.cost import hardware, trace
 from jaxcost.planning import topology
+from jaxcost.sharding import MeshConfig, make_mesh
 
 P = PartitionSpec
 LAYERS, WIDTH, BATCH, VOCABULARY = 6, 1024, 512, 32000
@@ -45,6 +46,11 @@ def arguments(mesh, batch=BATCH):
     )
 
 
+def planned(name, mesh, **options):
+    mesh = make_mesh(mesh, list(topology.topology_devices(name)))
+    return topology.plan_step(step, arguments(mesh, **options), topology.topology_chip(name))
+
+
 def test_plan_of_real_devices():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
     plan = topology.plan_step(step, arguments(mesh), hardware.load_chip("cpu"))
@@ -63,7 +69,7 @@ def test_plan_needs_shardings():
 def test_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(topology.PlanningUnavailable, match=r"pip install 'jaxcost\[plan\]'"):
-        topology.topology_mesh("v5e:8x16", {"data": -1})
+        topology.topology_devices("v5e:8x16")
 
 
 @pytest.mark.parametrize(("version", "refused"), [("0.0.9", True), ("0.0.42", False), ("0.1", False)])
@@ -117,7 +123,7 @@ def test_a_libtpu_that_another_process_holds_is_one_sentence(tmp_path):
 )
 def test_wrong_topologies_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        topology.topology_mesh(name, {"data": -1})
+        topology.topology_devices(name)
 
 
 @pytest.mark.slow
@@ -125,7 +131,7 @@ def test_wrong_topologies_are_refused(name, message):
 def test_step_compiled_for_a_slice(name):
     """On v5p, v6e and tpu7x a look-up or an exchange goes to a SparseCore, and `as_text()` fails."""
     pytest.importorskip("libtpu")
-    plan = topology.compile_for(name, {"data": -1, "tensor": 2}, step, arguments)
+    plan = planned(name, MeshConfig(data=-1, tensor=2))
     devices = 8 if name.startswith(("v3", "tpu7x")) else 4
     assert plan.num_devices == plan.cost.num_devices == devices
     assert plan.fits
@@ -142,7 +148,7 @@ def test_step_compiled_for_a_slice(name):
 def test_batched_matmul_on_a_tpu_counts_like_the_trace(name, equation):
     """A TPU writes batched matmuls as convolutions whose windows mostly meet holes."""
     pytest.importorskip("libtpu")
-    sharding = NamedSharding(topology.topology_mesh(name, {"data": -1}), P("data"))
+    sharding = NamedSharding(make_mesh(MeshConfig(data=-1), list(topology.topology_devices(name))), P("data"))
     shapes = {"bqhd": (8, 256, 4, 128), "bkhd": (8, 512, 4, 128), "bhqk": (8, 4, 256, 512)}
     operands = [
         jax.ShapeDtypeStruct(shapes[labels], jnp.bfloat16, sharding=sharding)
@@ -157,9 +163,7 @@ def test_batched_matmul_on_a_tpu_counts_like_the_trace(name, equation):
 @pytest.mark.slow
 def test_step_that_does_not_fit():
     pytest.importorskip("libtpu")
-    plan = topology.compile_for(
-        "v5e:2x2", {"data": 1, "tensor": 4}, step, functools.partial(arguments, batch=4096 * BATCH)
-    )
+    plan = planned("v5e:2x2", MeshConfig(tensor=4), batch=4096 * BATCH)
     assert plan.fits is False
     assert "memory" in plan.message
     assert plan.cost is None and plan.estimate is None
@@ -167,9 +171,7 @@ def test_step_that_does_not_fit():
 
 
 @pytest.mark.slow
-def test_wrong_mesh_for_a_slice():
+def test_a_shape_that_no_slice_has():
     pytest.importorskip("libtpu")
-    with pytest.raises(ValueError, match="does not fill the 4 devices"):
-        topology.topology_mesh("v5e:2x2", {"data": 3})
     with pytest.raises(ValueError, match="the compiler knows no topology"):
-        topology.topology_mesh("v5e:3x3", {"data": -1})
+        topology.topology_devices("v5e:3x3")

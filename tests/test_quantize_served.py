@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -213,19 +212,19 @@ def test_an_adapter_trains_on_every_grid():
 @pytest.mark.slow
 def test_a_tpu_reads_codes_and_multiplies_integers():
     pytest.importorskip("libtpu")
-    from jaxcost.planning.topology import compile_for
+    from jaxcost.planning import topology
+
+    mesh = sharding.make_mesh(sharding.MeshConfig(), list(topology.topology_devices("v5e:1x1")))
 
     def plan(**options):
         def make():
             dense = jnp.zeros((4096, 16384), jnp.bfloat16)
             return weights.quantized(dense, **options) if options else dense
 
-        def arguments(mesh):
-            place = NamedSharding(mesh, PartitionSpec())
-            shapes = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), jax.eval_shape(make)
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
-
-        return compile_for("v5e:1x1", {"data": 1}, jax.jit(weights.contract), arguments)
+        shapes = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), jax.eval_shape(make)
+        place = sharding.replicated(mesh)
+        arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+        return topology.plan_step(jax.jit(weights.contract), arguments, topology.topology_chip("v5e:1x1"))
 
     dense = plan()
     plans = {

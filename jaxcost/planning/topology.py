@@ -17,11 +17,10 @@ import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcost import sharding
 from jaxcost.cost import estimate as estimates
@@ -159,52 +158,6 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             ) from error
         raise ValueError(f"the compiler knows no topology {topology!r}, change its shape: {said}") from error
     return tuple(described.devices)
-
-
-def topology_mesh(topology: str, axis_sizes: Mapping[str, int]) -> jax.sharding.Mesh:
-    """A mesh over the described devices of a slice.
-
-    Args:
-        topology: chip and shape, for example `v5e:4x4`.
-        axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
-
-    Raises:
-        PlanningUnavailable: libtpu is not installed.
-        ValueError: the sizes do not multiply to the slice's devices.
-    """
-    devices = topology_devices(topology)
-    sizes = list(axis_sizes.values())
-    if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // rest
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"the mesh {dict(axis_sizes)} does not fill the {len(devices)} devices of {topology!r}; "
-            "change an axis so that the sizes multiply to that number."
-        )
-    return jax.sharding.Mesh(np.array(devices).reshape(sizes), tuple(axis_sizes))
-
-
-def compile_for(
-    topology: str,
-    axis_sizes: Mapping[str, int],
-    jitted_step: Any,
-    abstract_args: Callable[[jax.sharding.Mesh], tuple[Any, ...]],
-) -> StepPlan:
-    """Compiles a step for a slice and reads its cost.
-
-    Args:
-        topology: chip and shape, for example `v5e:4x4`.
-        axis_sizes: size of each mesh axis by name, in order; one may be -1 for what is left.
-        jitted_step: the step under `jax.jit`, with its donations.
-        abstract_args: makes the step's arguments for a mesh: trees of `jax.ShapeDtypeStruct` with shardings.
-
-    Raises:
-        PlanningUnavailable: libtpu is not installed.
-        ValueError: the topology or the mesh is wrong.
-    """
-    mesh = topology_mesh(topology, axis_sizes)
-    return plan_step(jitted_step, abstract_args(mesh), topology_chip(topology))
 
 
 def plan_step(
