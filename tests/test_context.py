@@ -167,7 +167,7 @@ def test_a_devices_temporaries_fall_with_the_axis():
     assert four < one / 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "ways"), [("all_to_all", (1, 4)), ("ring", (2, 4))])
 def test_a_long_sequence_on_a_slice_takes_less_memory_with_the_axis(method, ways):
     """The ring begins at 2: in a model as small as this, its pieces of scores are more than splash attention needs."""
