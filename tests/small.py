@@ -55,6 +55,12 @@ KERNELS += [f"layers/mlp/{name}/kernel" for name in ("down", "gate", "up")]
 UP = "layers/mlp/up/kernel"
 
 
+def assert_close(found, expected):
+    """The same but for the rounding of float32, which is that of the largest entries where they are summed up."""
+    largest = np.abs(expected).max(initial=5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6 * largest)
+
+
 @functools.cache
 def dense_params():
     return jax.jit(lambda key: initialize(MODEL, key)[0])(jax.random.key(0))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import assert_close
 from sweep import sweep
 
 from jaxcost import sharding, weights
@@ -269,7 +270,7 @@ def test_no_execution_changes_the_loss_or_the_gradients(name):
     want_loss, want = executed("none")[2]
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-6 * max(5, np.abs(expected).max()))
+        assert_close(got, expected)
 
 
 def test_presets_compute_again_what_they_do_not_keep():

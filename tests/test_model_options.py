@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import assert_close
 from sweep import sweep
 
 from jaxcost import weights
@@ -316,7 +317,7 @@ def deep_gradients(name, top_layers=None):
 def test_no_execution_changes_the_loss_or_the_gradients(name):
     (loss, gradients), (want_loss, want) = deep_gradients(name), deep_gradients("scanned")
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, want)
+    jax.tree.map(assert_close, gradients, want)
 
 
 @pytest.mark.parametrize("top_layers", [1, 3, 6])
@@ -327,7 +328,7 @@ def test_a_stack_cut_anywhere_keeps_each_layers_kind(top_layers):
     for path, gradient in gradients.items():
         full = want[path]
         cut = full[-top_layers:] if path.startswith("layers/") else full
-        np.testing.assert_allclose(gradient, cut, rtol=1e-4, atol=1e-5)
+        assert_close(gradient, cut)
 
 
 def residuals(config, execution):
