@@ -158,10 +158,10 @@ def stages() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("stage", 1)
 
 
-def batch_ways() -> int:
-    """Parts that the current mesh splits the rows of a batch into."""
+def ways(axis: str) -> int:
+    """Parts that the current mesh splits a logical axis into."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+    return math.prod(sizes.get(name, 1) for name in RULES[axis])
 
 
 def mesh_spec(axes: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:

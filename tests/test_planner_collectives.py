@@ -100,7 +100,6 @@ def test_the_compiler_makes_all_reduces_of_what_is_scattered_over_a_whole_torus(
     assert (one.kind, one.group_size) == ("all-reduce", 16)
 
 
-@pytest.mark.xfail(strict=True, reason="gradients through query, key, value, gate and up are scattered each by itself")
 @pytest.mark.parametrize(("name", "fsdp"), [("v5e:16x16", 64), ("v5p:4x4x4", 16)])
 def test_tensor_reduces_activations_twice_a_layer_and_pass(name, fsdp):
     tensor, rows = 4, 2 * fsdp

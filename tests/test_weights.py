@@ -494,3 +494,30 @@ def test_quantized_keeps_the_scale_of_every_output_channel_apart():
     assert isinstance(q, Quantized) and q.codes.dtype == jnp.int8 and q.scale.shape == (1, 2)
     np.testing.assert_allclose(q.scale, [[1 / 127, 1000 / 127]], rtol=1e-6)
     np.testing.assert_array_equal(q.codes, [[127, 127], [64, -3]])  # 63.5 and -2.54, to nearest, ties to even
+
+
+def test_weights_of_one_input_share_the_product_of_its_gradient():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8), jnp.bfloat16)
+    ws = [jax.random.normal(jax.random.key(i), (8, size)) for i, size in enumerate((6, 2, 4))]
+
+    def loss(x, ws, ways):
+        made = weights.contract_all(x, ws, (None,) * len(ws), ways)
+        return sum(jnp.sum(jnp.sin(i * y.astype(jnp.float32))) for i, y in enumerate(made, 1))
+
+    def found(ways):
+        gradient = jax.value_and_grad(loss, (0, 1))
+        return gradient(x, ws, ways), str(jax.make_jaxpr(gradient, static_argnums=2)(x, ws, ways)).count("dot_general")
+
+    ((value, (dx, dws)), products), ((want, (want_dx, want_dws)), apart) = found(2), found(1)
+    assert value == want and (products, apart) == (3 + 3 + 1, 3 + 3 + 3)
+    jax.tree.map(np.testing.assert_array_equal, dws, want_dws)
+    # Rounded to bfloat16 once, not once for every weight.
+    scale = np.abs(want_dx.astype(np.float32)).max()
+    np.testing.assert_allclose(dx.astype(np.float32), want_dx.astype(np.float32), rtol=0, atol=0.01 * scale)
+
+
+def test_only_dense_weights_that_devices_split_evenly_share_it():
+    x, dense = jnp.ones((3, 8)), jnp.ones((8, 4))
+    for ws, ways in (([dense, weights.Frozen(dense)], 2), ([dense, jnp.ones((8, 3))], 2), ([dense], 2)):
+        made = weights.contract_all(x, ws, (None,) * len(ws), ways)
+        jax.tree.map(np.testing.assert_array_equal, made, [weights.contract(x, w) for w in ws])

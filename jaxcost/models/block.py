@@ -18,7 +18,7 @@ from jaxcost.models.cache import Source
 from jaxcost.models.config import LayerKind, ModelConfig
 from jaxcost.models.execution import named
 from jaxcost.models.experts import Experts
-from jaxcost.models.layers import Linear, Norm, activation
+from jaxcost.models.layers import Linear, Norm, activation, of_one_input
 from jaxcost.models.mlp import Mlp
 from jaxcost.models.positions import frequencies, rotate
 from jaxcost.sharding import constrain
@@ -45,12 +45,17 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, positions_BT, cache, key, valid_BT, bias, seen_BTD=None):
         """What is added to the stream, and the cache. Keys and values are of `seen_BTD`, or of x if it is None."""
         c = self.config
-        seen_BTD = x_BTD if seen_BTD is None else seen_BTD
         keys = weights.split_keys(key, 4)
         heads_axes, kv_axes = ("embed", "heads"), ("embed", "kv_heads")
-        q = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")(x_BTD, keys[0])
-        k = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key")(seen_BTD, keys[1])
-        v = Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value")(seen_BTD, keys[2])
+        query = Linear(c.num_heads * c.head_dim, heads_axes, c.qkv_bias, name="query")
+        key_value = [
+            Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias and c.key_bias, name="key"),
+            Linear(c.num_kv_heads * c.head_dim, kv_axes, c.qkv_bias, name="value"),
+        ]
+        if seen_BTD is None:
+            q, k, v = of_one_input([query, *key_value], x_BTD, keys)
+        else:
+            q, (k, v) = query(x_BTD, keys[0]), of_one_input(key_value, seen_BTD, keys[1:])
         if c.query_key_norm == "projection":
             q, k = Norm(c, name="query_norm")(q), Norm(c, name="key_norm")(k)
         q_BTHh = constrain(split_heads(q, c.head_dim), "batch", "length", "heads", "head_dim")

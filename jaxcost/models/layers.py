@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
 
 
@@ -22,11 +22,23 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x, key=None):
-        y = weights.contract(x, kernel(self, (x.shape[-1], self.features), self.axes), key)
+    def __call__(self, x, key=None, product=None):
+        y = product
+        if product is None:
+            y = weights.contract(x, kernel(self, (x.shape[-1], self.features), self.axes), key)
         if self.bias:
             y = y + vector(self, "bias", nn.initializers.zeros, self.features, self.axes[1]).astype(y.dtype)
         return y
+
+
+def of_one_input(layers: Sequence[Linear], x, keys) -> list[jax.Array]:
+    """What each layer makes of x (..., in), (..., features), as `weights.contract_all` does it."""
+    keys = keys[: len(layers)]
+    products = [None] * len(layers)
+    if all(layer.has_variable("params", "kernel") for layer in layers):
+        kernels = [layer.get_variable("params", "kernel") for layer in layers]
+        products = weights.contract_all(x, kernels, keys, sharding.ways(layers[0].axes[1]))
+    return [layer(x, key, product) for layer, key, product in zip(layers, keys, products, strict=True)]
 
 
 class Norm(nn.Module):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 from flax import linen as nn
 
 from jaxcost import weights
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import named
-from jaxcost.models.layers import Linear, activation
+from jaxcost.models.layers import Linear, activation, of_one_input
 from jaxcost.sharding import constrain
 
 
@@ -24,9 +22,10 @@ class Mlp(nn.Module):
     def __call__(self, x_BTD, key):
         c = self.config
         keys = weights.split_keys(key, 3)
-        inward = functools.partial(Linear, self.hidden, ("embed", "mlp"), c.mlp_bias)
-        up_BTF = named(inward(name="up")(x_BTD, keys[0]), "mlp_up")
-        gate_BTF = named(inward(name="gate")(x_BTD, keys[1]), "mlp_gate") if c.gated else None
+        names = ("up", "gate") if c.gated else ("up",)
+        inward = [Linear(self.hidden, ("embed", "mlp"), c.mlp_bias, name=name) for name in names]
+        up_BTF, *gate = of_one_input(inward, x_BTD, keys)
+        up_BTF, gate_BTF = named(up_BTF, "mlp_up"), named(gate[0], "mlp_gate") if gate else None
         hidden_BTF = constrain(activated(c, up_BTF, gate_BTF), "batch", "length", "mlp")
         return Linear(c.width, ("mlp", "embed"), c.mlp_bias, name="down")(hidden_BTF, keys[2])
 

@@ -79,7 +79,7 @@ def over_layers(
     if stages == 1 or whole or depth % (stages * rounds):
         return lax.scan(lambda x, layer: step(beside, x, layer), x_BTD, layers, unroll=unroll)
     rows = x_BTD.shape[0]
-    parts = microbatches(parts, stages, rows, sharding.batch_ways())
+    parts = microbatches(parts, stages, rows, sharding.ways("batch"))
     turns, length = parts * rounds + stages - 1, depth // (stages * rounds)
     stage_S = jnp.arange(stages)
 

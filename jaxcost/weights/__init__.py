@@ -13,7 +13,16 @@ One law holds for every kind and every nesting: `contract(x, w) == x @ materiali
 """
 
 from jaxcost.weights.adapters import Adapters, choose, stack_adapters
-from jaxcost.weights.base import Weight, contract, is_weight, logical_axes, materialize, split_keys, trainable
+from jaxcost.weights.base import (
+    Weight,
+    contract,
+    contract_all,
+    is_weight,
+    logical_axes,
+    materialize,
+    split_keys,
+    trainable,
+)
 from jaxcost.weights.frozen import Frozen
 from jaxcost.weights.lowrank import Dora, Lora, LowRank, column_norm
 from jaxcost.weights.observed import Inputs, Observed, blank_inputs
@@ -57,6 +66,7 @@ __all__ = [
     "column_norm",
     "combine",
     "contract",
+    "contract_all",
     "encode",
     "fake_quantize",
     "forget_pruned",
