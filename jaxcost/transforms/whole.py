@@ -30,6 +30,11 @@ class Share:
     axes: tuple[str, ...] = ()
     """The axes of the mesh that share the outputs; none where one device has all."""
 
+    @property
+    def devices(self) -> int:
+        """How many share them."""
+        return lax.axis_size(self.axes) if self.axes else 1
+
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of what all devices have."""
         return lax.psum(x, self.axes) if self.axes else x
@@ -38,11 +43,15 @@ class Share:
         """(..., part) of every device as (..., out)."""
         return lax.all_gather(x, self.axes, axis=x.ndim - 1, tiled=True) if self.axes else x
 
+    def rows(self, x: jax.Array) -> jax.Array:
+        """(rows, part) of every device as (rows / devices, out): all columns of some rows, for all rows of some."""
+        return lax.all_to_all(x, self.axes, split_axis=0, concat_axis=1, tiled=True) if self.axes else x
+
     def mine(self, x: jax.Array) -> jax.Array:
         """(..., part) of what all devices know, (..., out)."""
         if not self.axes:
             return x
-        part = x.shape[-1] // lax.axis_size(self.axes)
+        part = x.shape[-1] // self.devices
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axes) * part, part, axis=-1)
 
 
@@ -77,35 +86,24 @@ def by_outputs(f: Callable[..., Any], split: Arrays, shared: Arrays, gives_outpu
     return mapped(*split, *shared)
 
 
-def on_each_device(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f of every matrix of a stack (..., in, out), computed on every device of the mesh; without a mesh it is f.
+def splitting_axes() -> tuple[str, ...]:
+    """The axes of the mesh that split weights, in the order in which the partitioner trades inputs for outputs.
 
-    The matrices are gathered one at a time, so that no device ever holds the stack.
+    In another order it would gather both.
     """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for name, size in reversed(sizes.items()) if size > 1 and name != _COPIES)
 
-    def run(*arrays):
-        if _alone():
-            return f(*arrays)
-        one = jax.shard_map(f, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-        stack = arrays[0].shape[:-2]
-        made = lax.map(lambda each: one(*each), tuple(a.reshape(-1, *a.shape[len(stack) :]) for a in arrays))
-        return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), made)
 
-    return run
+def _sharing(outputs: int) -> tuple[str, ...]:
+    """Those of them that share so many outputs: as many as divide them."""
+    sizes, axes = jax.sharding.get_abstract_mesh().shape, []
+    for name in splitting_axes():
+        if outputs % math.prod(sizes[axis] for axis in (*axes, name)) == 0:
+            axes.append(name)
+    return tuple(axes)
 
 
 def _alone() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
-
-
-def _sharing(outputs: int) -> tuple[str, ...]:
-    """The axes of the mesh that share so many outputs: those that divide, but for copies of the model.
-
-    They are in the order in which the partitioner trades inputs for outputs instead of gathering both.
-    """
-    mesh, axes = jax.sharding.get_abstract_mesh(), []
-    for name, size in reversed(mesh.shape.items()):
-        if size > 1 and name != _COPIES and outputs % (size * math.prod(mesh.shape[axis] for axis in axes)) == 0:
-            axes.append(name)
-    return tuple(axes)
