@@ -19,9 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from jaxcost.transforms.whole import Share, splitting_axes
+from jaxcost.transforms.whole import Share, alone, split
 
 _TOLERANCE = 3e-5
 """The part of a column that may lie along a longer one before a last tournament, as a share of the longest column. What
@@ -56,29 +55,29 @@ def singular_values(w: jax.Array, gram: jax.Array | None = None, damping: float 
     return found[..., : min(w.shape[-2:])]
 
 
-def _of_each(one: Callable[..., Any], w: jax.Array, gram: jax.Array | None, split: Any) -> Any:
-    """one(share, matrix, gram) of a stack, each device with its columns; `split` are the axes of the result to join."""
-    axes, grams = splitting_axes(), () if gram is None else (gram,)
-    stack = w.shape[:-2]
+def _of_each(one: Callable[..., Any], w: jax.Array, gram: jax.Array | None, joined: Any) -> Any:
+    """one(share, matrix, gram) of a stack, each device with its columns; `joined` says which axes it has a part of."""
+    grams, stack = () if gram is None else (gram,), w.shape[:-2]
 
-    def every(*arrays):
+    def every(share, *arrays):
+        local = arrays[0].shape[:-2]
         flat = tuple(a.reshape(-1, *a.shape[len(stack) :]) for a in arrays)
-        found = lax.map(lambda matrices: one(Share(axes), *matrices), flat)
-        return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), found)
+        found = lax.map(lambda matrices: one(share, *matrices), flat)
+        return jax.tree.map(lambda a: a.reshape(*local, *a.shape[1:]), found)
 
-    if not axes:
-        return every(w, *grams)
-    # Two blocks for each device, and as many rows, which are traded for columns.
+    if alone():
+        return every(Share(), w, *grams)
+    places = split(stack)
+    axes = places.matrix
+    # Two blocks for each device, and rows that can be traded for columns.
     multiple = 2 * math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
     w = _padded(w, *(-(-size // multiple) * multiple for size in w.shape[-2:]))
-
-    def place(axis):
-        last = {-2: (axes, None), -1: (None, axes)}[axis]
-        return PartitionSpec(*(None,) * len(stack), *last)
-
-    placed = PartitionSpec() if split is None else jax.tree.map(place, split)
+    specs = {-2: places.spec(axes or None, None), -1: places.spec(None, axes or None), None: places.spec()}
     mapped = jax.shard_map(
-        every, in_specs=(place(-1), *(PartitionSpec() for _ in grams)), out_specs=placed, check_vma=False
+        functools.partial(every, Share(axes)),
+        in_specs=(specs[-1], *(specs[None] for _ in grams)),
+        out_specs=tuple(specs[axis] for axis in joined) if isinstance(joined, tuple) else specs[joined],
+        check_vma=False,
     )
     return mapped(w, *grams)
 
@@ -136,7 +135,8 @@ def _tournaments(axes: tuple[str, ...], x: jax.Array) -> tuple[jax.Array, jax.Ar
     rows, part = x.shape
     own = lax.axis_index(axes) * part + jnp.arange(part)
     # By ppermute, JAX (0.10.2) numbers devices along the axes in the mesh's order, in whichever they are named.
-    axes = tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in mesh.axis_names if name in axes)
     devices, device = lax.axis_size(axes), lax.axis_index(axes)
 
     def meet(times, carry):
@@ -154,9 +154,10 @@ def _tournaments(axes: tuple[str, ...], x: jax.Array) -> tuple[jax.Array, jax.Ar
     def tournament(carry):
         both, _, times = carry
         both, worst = lax.fori_loop(0, 2 * devices - 1, meet, (both, jnp.float32(0)))
-        longest = jnp.max(jnp.linalg.norm(both[:rows], axis=0))
-        worst, longest = lax.pmax(jnp.stack([worst, longest]), axes)
-        return both, jnp.where(longest > 0, worst / longest, 0.0), times + 1
+        longest = lax.pmax(jnp.max(jnp.linalg.norm(both[:rows], axis=0)), axes)
+        share = jnp.where(longest == 0, 0.0, worst / longest)
+        # All devices of the mesh wait for each other's messages, and so must go on for as long, with whichever matrix.
+        return both, lax.pmax(share, mesh.axis_names), times + 1
 
     def unsettled(carry):
         _, worst, times = carry
@@ -165,7 +166,7 @@ def _tournaments(axes: tuple[str, ...], x: jax.Array) -> tuple[jax.Array, jax.Ar
     identity = jnp.arange(devices * part)[:, None] == own
     start = (jnp.concatenate([x, identity.astype(x.dtype)]), jnp.float32(jnp.inf), 0)
     both, worst, _ = lax.while_loop(unsettled, tournament, start)
-    both = jnp.where(worst > _TOLERANCE, jnp.nan, both)
+    both = jnp.where(worst <= _TOLERANCE, both, jnp.nan)
     return both[:rows], both[rows:]
 
 

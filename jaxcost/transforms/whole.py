@@ -21,6 +21,8 @@ Arrays = tuple[jax.Array, ...]
 
 _COPIES = "data"
 """The axis of a mesh that splits no weight."""
+_STACKS = ("stage", "expert")
+"""Those that split stacks of weights, by layers and by experts: there they stay, and others share each matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,55 +57,66 @@ class Share:
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axes) * part, part, axis=-1)
 
 
-def by_outputs(f: Callable[..., Any], split: Arrays, shared: Arrays, gives_outputs: bool = True) -> Any:
-    """f(share, *split, *shared) for every matrix of a stack, each device of the mesh with its own outputs.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The axes of a mesh that share a stack of matrices."""
+
+    stack: tuple[str | None, ...]
+    """What splits each axis of the stack."""
+    matrix: tuple[str, ...]
+    """What is there to share each matrix."""
+
+    def spec(self, *last: Any) -> PartitionSpec:
+        """Of an array of as many stack axes, the others being split so."""
+        return PartitionSpec(*self.stack, *last)
+
+
+def by_outputs(f: Callable[..., Any], wholes: Arrays, shared: Arrays, gives_outputs: bool = True) -> Any:
+    """f(share, *wholes, *shared) for every matrix of a stack, each device of the mesh with its own outputs.
 
     Args:
       f: a function of one matrix; its first argument is the device's `Share`.
-      split: arrays (..., in, out), of which a device gets (..., in, part).
-      shared: arrays (..., ...) of as many stack axes, which every device gets whole.
+      wholes: arrays (..., in, out), of which a device gets (..., in, part).
+      shared: arrays (..., ...) of as many stack axes, which every device gets whole, but
+        for its part of the stack.
       gives_outputs: whether what f gives has outputs as its last axes, or is the same on every device.
     """
 
     def every(share, *arrays):
         one = functools.partial(f, share)
-        return functools.reduce(lambda inner, _: jax.vmap(inner), range(split[0].ndim - 2), one)(*arrays)
+        return functools.reduce(lambda inner, _: jax.vmap(inner), range(wholes[0].ndim - 2), one)(*arrays)
 
-    if _alone():
-        return every(Share(), *split, *shared)
-    axes = _sharing(split[0].shape[-1])
+    if alone():
+        return every(Share(), *wholes, *shared)
+    outputs, stack = wholes[0].shape[-1], wholes[0].shape[:-2]
+    places, axes = split(stack), ()
+    for name in places.matrix:
+        if outputs % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in (*axes, name)) == 0:
+            axes = (*axes, name)
 
     def last(a):
-        return PartitionSpec(*(None,) * (a.ndim - 1), axes or None)
+        return places.spec(*(None,) * (a.ndim - len(stack) - 1), axes or None)
 
-    given = jax.eval_shape(functools.partial(every, Share()), *split, *shared)
+    given = jax.eval_shape(functools.partial(every, Share()), *wholes, *shared)
     mapped = jax.shard_map(
         functools.partial(every, Share(axes)),
-        in_specs=(*map(last, split), *(PartitionSpec(),) * len(shared)),
-        out_specs=jax.tree.map(last, given) if gives_outputs else PartitionSpec(),
+        in_specs=(*map(last, wholes), *(places.spec(),) * len(shared)),
+        out_specs=jax.tree.map(last, given) if gives_outputs else places.spec(),
         check_vma=False,
     )
-    return mapped(*split, *shared)
+    return mapped(*wholes, *shared)
 
 
-def splitting_axes() -> tuple[str, ...]:
-    """The axes of the mesh that split weights, in the order in which the partitioner trades inputs for outputs.
-
-    In another order it would gather both.
-    """
+def split(stack: tuple[int, ...]) -> Split:
+    """How the mesh shares matrices that are stacked along axes of these sizes."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return tuple(name for name, size in reversed(sizes.items()) if size > 1 and name != _COPIES)
+    names = [name if sizes.get(name, 1) > 1 else None for name in _STACKS[: len(stack)]]
+    names = [name if name and size % sizes[name] == 0 else None for name, size in zip(names, stack, strict=False)]
+    # In this order the partitioner trades inputs for outputs; in the mesh's it would gather both.
+    left = (name for name, size in reversed(sizes.items()) if size > 1 and name not in (_COPIES, *names))
+    return Split((*names, *(None,) * (len(stack) - len(names))), tuple(left))
 
 
-def _sharing(outputs: int) -> tuple[str, ...]:
-    """Those of them that share so many outputs: as many as divide them."""
-    sizes, axes = jax.sharding.get_abstract_mesh().shape, []
-    for name in splitting_axes():
-        if outputs % math.prod(sizes[axis] for axis in (*axes, name)) == 0:
-            axes.append(name)
-    return tuple(axes)
-
-
-def _alone() -> bool:
+def alone() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
