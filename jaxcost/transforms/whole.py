@@ -1,8 +1,7 @@
-"""Work that goes through a matrix input by input, or decomposes it, and how the devices of a mesh share it.
+"""How the devices of a mesh share matrices, so that none ever holds one, and work that goes through one by its inputs.
 
 Left to the partitioner, such loops exchange rows in every round. Outputs do not know of each other there, so each
-device takes the whole columns of some of them (`by_outputs`), and none ever holds the matrix; a decomposition is of
-the matrix as it is, and each device makes it for itself (`on_each_device`), of one matrix of a stack after the other.
+device takes the whole columns of some of them (`by_outputs`). Decompositions, where they do, are in `svd`.
 """
 
 from __future__ import annotations
