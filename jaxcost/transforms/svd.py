@@ -39,24 +39,29 @@ def factors(w: jax.Array, rank: int, gram: jax.Array | None = None, damping: flo
       w: float32 (..., in, out); the matrices of a stack have their turns.
       rank: at most the smaller of in and out.
       gram: float32 (..., in, in), the sum of the outer products of the inputs, if the outputs are to be near; every
-        device gets it whole.
+        device gets it whole, but for its part of the stack.
       damping: added to every direction of the inputs, as a share of their mean square.
 
     Returns:
       float32 (..., in, rank) and (..., rank, out).
     """
-    left, right = _of_each(functools.partial(_factors, rank=rank, damping=damping), w, gram, (-2, -1))
+    one = functools.partial(_factors, rank=rank, damping=damping)
+    left, right = _of_each(one, w, gram, lambda rows, columns, whole: (rows, columns))
     return left[..., : w.shape[-2], :], right[..., : w.shape[-1]]
 
 
 def singular_values(w: jax.Array, gram: jax.Array | None = None, damping: float = 0.0) -> jax.Array:
     """Those of a matrix, or of its outputs as `factors` takes them, largest first: float32 (..., min(in, out))."""
-    found = _of_each(functools.partial(_values, damping=damping), w, gram, None)
+    found = _of_each(functools.partial(_values, damping=damping), w, gram, lambda rows, columns, whole: whole)
     return found[..., : min(w.shape[-2:])]
 
 
-def _of_each(one: Callable[..., Any], w: jax.Array, gram: jax.Array | None, joined: Any) -> Any:
-    """one(share, matrix, gram) of a stack, each device with its columns; `joined` says which axes it has a part of."""
+def _of_each(one: Callable[..., Any], w: jax.Array, gram: jax.Array | None, gives: Callable[..., Any]) -> Any:
+    """one(share, matrix, gram) of every matrix of a stack, each device with its columns.
+
+    `gives` picks from the specs of split rows, of split columns and of what all devices know for what comes back, whose
+    rows and columns have zeros at the end where the devices do not divide them.
+    """
     grams, stack = () if gram is None else (gram,), w.shape[:-2]
 
     def every(share, *arrays):
@@ -72,11 +77,11 @@ def _of_each(one: Callable[..., Any], w: jax.Array, gram: jax.Array | None, join
     # Two blocks for each device, and rows that can be traded for columns.
     multiple = 2 * math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
     w = _padded(w, *(-(-size // multiple) * multiple for size in w.shape[-2:]))
-    specs = {-2: places.spec(axes or None, None), -1: places.spec(None, axes or None), None: places.spec()}
+    rows, columns, whole = places.spec(axes or None, None), places.spec(None, axes or None), places.spec()
     mapped = jax.shard_map(
         functools.partial(every, Share(axes)),
-        in_specs=(specs[-1], *(specs[None] for _ in grams)),
-        out_specs=tuple(specs[axis] for axis in joined) if isinstance(joined, tuple) else specs[joined],
+        in_specs=(columns, *(whole for _ in grams)),
+        out_specs=gives(rows, columns, whole),
         check_vma=False,
     )
     return mapped(w, *grams)
