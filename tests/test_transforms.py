@@ -165,6 +165,7 @@ TRANSFORMS = {
     "freeze": freeze(top_layers=1),
     "all": chain(factorize(parameters=0.6), prune(), quantize(), lora(rank=2)),
 }
+DECOMPOSED = ("factorize", "pissa", "all")
 
 
 @functools.cache
@@ -214,16 +215,15 @@ def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
         if a.dtype in (jnp.bool_, jnp.int8, jnp.int4):
             np.testing.assert_array_equal(a, w)
         else:
-            np.testing.assert_allclose(a, w, rtol=1e-4, atol=1e-5)
+            # Singular vectors turn by what is rounded, over the distance of their values.
+            np.testing.assert_allclose(a, w, rtol=1e-4, atol=1e-4 if name in DECOMPOSED else 1e-5)
     up = got["layers"]["mlp"]["up"]["kernel"]
     assert all(not leaf.is_fully_replicated for leaf in jax.tree.leaves(up) if 16 in leaf.shape or 24 in leaf.shape)
-    if name == "factorize":
-        # One matrix of a stack after the other, and not all of them at once.
+    if name in ("factorize", "pissa"):
+        # No more than a device's own part of the factors, as it is to have it, and no matrix of the stack.
         gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
-        largest = max(
-            w.shape[-2] * w.shape[-1] for path, w in flat(dense_params()).items() if path.startswith("layers")
-        )
-        assert max(np.prod([int(n) for n in shape.split(",")]) for shape in gathered) <= largest
+        parts = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(got["layers"])]
+        assert max(np.prod([int(n) for n in shape.split(",")]) for shape in gathered) <= max(parts)
     if name in ("prune", "2:4", "gradual"):
         cost = compiled_cost(compiled)
         assert "all-gather" not in compiled.as_text()

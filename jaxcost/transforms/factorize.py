@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxcost import weights
 from jaxcost.transforms.base import Calibration, CalibrationError, Stage, Transform, matrix_shape, rule
-from jaxcost.transforms.whole import on_each_device
+from jaxcost.transforms.svd import factors, singular_values
 from jaxcost.weights import Frozen, Inputs, LowRank, Params, Weight
 
 
@@ -64,8 +63,7 @@ class factorize(Transform):
             return w.replace(weight=self.apply(path, w.weight, key, inputs))
         dense = _dense(path, w)
         rank = self.rank_for(path, dense.shape)
-        grams = (inputs.gram,) if self.whitened else ()
-        u, v = on_each_device(functools.partial(_factors, rank=rank, damping=self.damping))(dense, *grams)
+        u, v = factors(dense, rank, inputs.gram if self.whitened else None, self.damping)
         return LowRank(u.astype(w.dtype), v.astype(w.dtype))
 
     def rank_for(self, path: str, shape: tuple[int, ...]) -> int:
@@ -171,33 +169,15 @@ def _dense(path: str, w: Any) -> jax.Array:
     return w.astype(jnp.float32)
 
 
-def _factors(dense: jax.Array, gram: jax.Array | None = None, *, rank: int, damping: float) -> tuple:
-    """The factors (..., in, rank) and (..., rank, out) of a matrix, whitened by its inputs' gram matrix if given."""
-    whiten, restore = (None, None) if gram is None else _whitening(gram, damping)
-    u, s, vt = jnp.linalg.svd(dense if whiten is None else _product(whiten, dense), full_matrices=False)
-    u = u if restore is None else _product(restore, u)
-    root = jnp.sqrt(s[..., :rank])
-    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
-
-
-def _whitening(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
-    """S (..., in, in) such that ‖S·M‖ is the size of x·M over the data, damped, and its inverse."""
-    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None] / gram.shape[-1]
-    values, vectors = jnp.linalg.eigh(gram / jnp.where(size > 0, size, 1.0)[..., None])
-    root = jnp.sqrt(jnp.maximum(values, 0.0) + damping)
-    return root[..., None] * jnp.swapaxes(vectors, -2, -1), vectors / root[..., None, :]
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 def _energies(path: str, settings: factorize, w: Any, inputs: Inputs | None) -> np.ndarray:
     """The squared singular values of a weight, largest first, summed over its stack."""
-    dense = _dense(path, w.weight if isinstance(w, Frozen) else w)
+    dense, gram = _dense(path, w.weight if isinstance(w, Frozen) else w), None
     if settings.whitened:
         if inputs is None:
             raise CalibrationError(f"allocate_ranks: nothing is known of the inputs of {path}; calibrate first.")
-        dense = _product(_whitening(inputs.gram, settings.damping)[0], dense)
-    values = np.asarray(jnp.linalg.svd(dense, compute_uv=False), np.float64)
+        gram = inputs.gram
+    values = np.asarray(_singular_values(dense, gram, settings.damping), np.float64)
     return np.square(values).reshape(-1, values.shape[-1]).sum(axis=0)
+
+
+_singular_values = jax.jit(singular_values)

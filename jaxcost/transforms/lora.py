@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcost.transforms.base import Adapting, matrix_shape
+from jaxcost.transforms.svd import factors
 from jaxcost.weights import Adapters, Dora, Frozen, Inputs, Lora, Weight, column_norm
 
 
@@ -69,8 +70,6 @@ class lora(Adapting):
             raise ValueError(
                 f"lora: init='pissa' splits float weights, but {path} is {type(w).__name__} already; apply it first."
             )
-        u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
-        root = jnp.sqrt(s[..., : self.rank] / self._scale())
-        a, b = u[..., : self.rank] * root[..., None, :], root[..., None] * vt[..., : self.rank, :]
+        a, b = (factor / self._scale() ** 0.5 for factor in factors(w.astype(jnp.float32), self.rank))
         rest = w.astype(jnp.float32) - self._scale() * jnp.matmul(a, b, preferred_element_type=jnp.float32)
         return Lora(rest.astype(w.dtype), a, b, self._scale(), own_base=True)
