@@ -47,6 +47,7 @@ setup(
         # error whatever the script, so it is asked for by itself.
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
+        "synthesis": ["openai>=3,<4"],  # OpenAI's own client
         "watch": ["tensorboardX>=2.6,<3", "wandb>=0.20,<1"],
         "test": [
             "pytest>=8,<10",
