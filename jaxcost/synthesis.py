@@ -79,15 +79,18 @@ def synthesize(
 
 
 def prompts(config: SynthesisConfig, train: Examples) -> list[tuple[int, str]]:
-    """What is asked: the number of a label and a prompt with examples of it, drawn for each, label by label."""
+    """What is asked: the number of a label and a prompt with examples of it, drawn for each.
+
+    The labels take turns, so that what is asked for fewer texts is what is asked first for more of them.
+    """
     texts: dict[int, list[str]] = collections.defaultdict(list)
     for example in train:
         texts[example["label"]].append(example["text"])
+    draws = [np.random.default_rng((config.seed, label)) for label in range(len(train.labels))]
     found = []
-    for label, name in enumerate(train.labels):
-        draw = np.random.default_rng((config.seed, label))
-        for _ in range(config.texts_per_label):
-            chosen = draw.permutation(len(texts[label]))[: config.examples]
+    for _ in range(config.texts_per_label):
+        for label, name in enumerate(train.labels):
+            chosen = draws[label].permutation(len(texts[label]))[: config.examples]
             found.append((label, config.prompt(name, tuple(texts[label][i] for i in chosen))))
     return found
 

@@ -70,9 +70,9 @@ def completion(text, reason="stop", read=7, generated=3):
 
 
 def written(body, _):
-    """A text of the label that the prompt asks for; every third of a label's is of another label."""
+    """A text of the label that the prompt asks for; one in three of each label is of another."""
     label = body["prompt"].split("'")[1]
-    word = {"red": "blue", "blue": "green", "green": "red"}[label] if body["seed"] % 3 == 2 else label
+    word = {"red": "blue", "blue": "green", "green": "red"}[label] if body["seed"] // 3 % 3 == 2 else label
     letters = np.random.default_rng(body["seed"]).choice(list("xyz"), 12)
     return completion(f' "{word} {"".join(letters)}"\n')
 
@@ -105,6 +105,8 @@ def test_new_examples_are_sifted_paid_once_and_priced_in_the_ledger(folder, teac
         assert counts["asked"] == 18 and counts["disagreed"] == 6 and counts["kept"] == len(found) == 12
         # A rerun asks for nothing, and more texts of each label only for what is new.
         assert synthesize(made_by, teacher, tmp_path / "cache") == (found, counts) and len(asked) == 18
+        longer = session(folder, dataclasses.replace(config, url=url, texts_per_label=8))
+        assert synthesize(longer, teacher, tmp_path / "cache")[1]["asked"] == 24 == len(asked)
     labels = made_by.train_stream.labels
     assert all(record["text"].startswith(f"{labels[record['label']]} ") for record in found)
     assert {(record["origin"], record["teacher"]) for record in found} == {("generated", f"small at {url}")}
