@@ -59,6 +59,7 @@ def test_a_model_learns_the_folders_of_images_and_a_plan_is_of_its_batches(folde
     }
     fitted = session.train(tmp_path / "run")
     assert fitted.metrics["accuracy"] == 1.0 and fitted.metrics["scored_examples"] == 12
+    assert fitted.totals["tokens"] == 20 * 16 * MODEL.images.tokens
     assert session.train_stream.labels == tuple(COLOURS) and session.purchases["labels"] == 36
     with pytest.raises(ValueError, match="is 'labels' of images; give a training with .* data.inputs 'texts'"):
         labeller(session, ["a text"])
