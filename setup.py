@@ -47,6 +47,8 @@ setup(
         # error whatever the script, so it is asked for by itself.
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
         "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
+        "wordnet": ["wn>=1,<2"],  # synonyms; its data are fetched by itself
+        "synthesis": ["openai>=3,<4"],  # OpenAI's own client
         "watch": ["tensorboardX>=2.6,<3", "wandb>=0.20,<1"],
         "test": [
             "pytest>=8,<10",
@@ -56,6 +58,7 @@ setup(
             "jsonschema>=4,<5",
             "nbclient>=0.10,<1",
             "ipykernel>=6,<8",
+            "wn>=1,<2",
             "openai>=3,<4",  # OpenAI's own client, and one that makes requests of the API's document, test the API
             "schemathesis>=4.32,<5",
         ],

@@ -20,6 +20,7 @@ from jaxcost import transforms
 from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.cost.purchases import PriceConfig
 from jaxcost.data.config import DataConfig
+from jaxcost.data.synthesis.config import SynthesisConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models import context, pipeline
 from jaxcost.models.config import ModelConfig
@@ -61,6 +62,8 @@ class Experiment:
     """The chips that the run is priced on."""
     prices: PriceConfig = PriceConfig()
     """What data cost."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """Which language model is asked for new texts with labels, and how; by `scripts/synthesize.py` alone."""
     start: str = ""
     """Folder of a training, or of an imported checkpoint, that this one goes on from: its model, tokenizer and newest
     weights take the place of this one's, and its transforms come before this one's. New weights if it is empty."""
@@ -79,6 +82,12 @@ class Experiment:
             raise ValueError(
                 f"data.sequence_length ({self.data.sequence_length}) is longer than model.max_length "
                 f"({self.model.max_length}); lower the one or raise the other."
+            )
+        tokens = self.model.images.tokens
+        if self.data.of_images and tokens and self.data.sequence_length != tokens:
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, and an image makes {tokens} tokens by "
+                f"model.images; set it to {tokens}, so that what a step costs is what is computed."
             )
         if self.data.batch_size % self.training.accumulation:
             raise ValueError(
@@ -108,8 +117,8 @@ class Experiment:
     def trained_part(self) -> Experiment:
         """The experiment without what does not touch a training: prices, what is kept, what is compared, the place."""
         default = Experiment()
-        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None, group_field="")
-        kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices")
+        data = dataclasses.replace(self.data, data_dir=None, cache_dir=None, group_field="", workers=0)
+        kept_out = ("hardware", "checkpoint", "watch", "study", "mesh", "prices", "synthesis")
         rest = {name: getattr(default, name) for name in kept_out}
         execution = dataclasses.replace(self.execution, cache=default.execution.cache)
         distill = dataclasses.replace(self.distill, store="")

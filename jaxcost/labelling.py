@@ -29,14 +29,20 @@ def labeller(session: Session, texts: Sequence[str]) -> Labeller:
       ValueError: the session does not learn labels, or there are no texts.
     """
     data = session.experiment.data
-    if data.objective != "labels":
-        raise ValueError(
-            f"The training learns {data.objective!r} and no labels; give one with data.objective 'labels'."
-        )
+    check_texts(data)
     if not len(texts):
         raise ValueError("There are no texts to label; give a larger split.")
     rows = [label_row(session.tokenizer, data.sequence_length, {"text": text, "label": 0}) for text in texts]
     return Labeller(session.model, batches_in_order(rows, data.batch_size), session.mesh)
+
+
+def check_texts(data: DataConfig) -> None:
+    """ValueError unless labels of texts are learned."""
+    if data.objective != "labels" or data.of_images:
+        raise ValueError(
+            f"What is learned is {data.objective!r} of {data.inputs}; give a training with data.objective 'labels' and "
+            "data.inputs 'texts'."
+        )
 
 
 def pseudo_label(
@@ -140,6 +146,7 @@ def agreed(
 def unlabelled(session: Session, split: str, sources: tuple[str, ...] = ()) -> list[str]:
     """The texts of a split that are neither among the session's examples nor among those that it is scored on."""
     data = session.experiment.data
+    check_texts(data)
     plain = dataclasses.replace(
         data, objective="next_token", augment=AugmentConfig(), sources=sources or data.sources, weights=()
     )

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
 from jaxcost.data.augmentation.text import AugmentText
 from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
+from jaxcost.data.images import image_row
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.evaluation.labels import Labeller
@@ -23,8 +24,8 @@ from jaxcost.models.transformer import Transformer
 Split = TokenStream | Examples
 
 
-def check_model(objective: str, model: ModelConfig) -> None:
-    """ValueError, in one sentence, if a model cannot learn the objective."""
+def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> None:
+    """ValueError, in one sentence, if a model cannot learn the objective, of images or of texts."""
     head, alone = model.head, model.of_tokens and not model.encoder.num_layers
     answers = objective == "answers" and model.generates and model.encoder.num_layers and model.source.of_tokens
     if objective in ("next_token", "answers") and not (model.language_model or answers):
@@ -37,10 +38,17 @@ def check_model(objective: str, model: ModelConfig) -> None:
             "data.objective is 'masked_tokens', which takes an encoder with logits of the vocabulary; turn "
             "model.causal off, and leave model.head.outputs and model.encoder by default."
         )
-    if objective == "labels" and (not head.outputs or head.pooling == "none" or head.boxes or not alone):
+    if objective == "labels":
+        wanted = model.images.patch > 0 and not model.encoder.num_layers if of_images else alone
+        if not head.outputs or head.pooling == "none" or head.boxes or not wanted:
+            kind = "of images, by model.images," if of_images else "of tokens"
+            raise ValueError(
+                f"data.objective is 'labels', which takes a model {kind} that gives one answer for each; set "
+                "model.head.outputs to the number of labels, and model.head.pooling to 'first', 'last' or 'mean'."
+            )
+    if of_images and model.images.channels not in (1, 3):
         raise ValueError(
-            "data.objective is 'labels', which takes a model of tokens that gives one answer for each; set "
-            "model.head.outputs to the number of labels, and model.head.pooling to 'first', 'last' or 'mean'."
+            f"model.images.channels is {model.images.channels}; image files have 1 or 3, so set it to one."
         )
 
 
@@ -118,6 +126,9 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    if config.of_images:
+        images = model.images
+        return functools.partial(image_row, (images.height, images.width, images.channels))
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
     make = label_row if config.objective == "labels" else answer_row

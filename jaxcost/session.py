@@ -124,7 +124,7 @@ class Session:
     @cached_property
     def scorer(self) -> Callable[[weights.Params], Any]:
         """Scores weights on the validation split."""
-        objectives.check_model(self.experiment.data.objective, self.experiment.model)
+        objectives.check_model(self.experiment.data.objective, self.experiment.model, self.experiment.data.of_images)
         limit = self.experiment.evaluation.max_tokens or None
         split = self.validation_stream
         return objectives.make_scorer(self.experiment.data, split, self.tokenizer, self.model, self.mesh, limit)
@@ -250,7 +250,7 @@ class Session:
         self.open()
         rows = sharding.own_rows(self.mesh, self.experiment.data.batch_size)
         batches = self.train_batches(rows=rows, numbered=self.experiment.watch.records)
-        with alone_in(directory):
+        with contextlib.closing(batches), alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
             self._claim(directory)
@@ -279,7 +279,7 @@ class Session:
 
     def open(self) -> None:
         """Reads both splits and prepares the scorer, so that a session derived from this one need not."""
-        objectives.check_model(self.experiment.data.objective, self.experiment.model)
+        objectives.check_model(self.experiment.data.objective, self.experiment.model, self.experiment.data.of_images)
         self.train_stream, self.scorer  # noqa: B018
 
     def distiller(self, teacher: Transformer | None) -> Distiller | None:

@@ -16,6 +16,8 @@ from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, log_probabilities, p
 
 from jaxcost.cost.hardware import HardwareConfig, resolve
 from jaxcost.data.pretrained import read_tokenizer, write_tokenizer
+from jaxcost.data.synthesis import SynthesisConfig
+from jaxcost.data.synthesis.client import Writer
 from jaxcost.serving.api.app import create_app
 from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.generation import TextModel
@@ -184,6 +186,18 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 
 
 # ---- What is malformed ----
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_new_texts_for_labels_may_be_asked_of_this_server(server, tmp_path, api):
+    url = f"http://127.0.0.1:{server[0]}/v1"
+    writer = Writer(SynthesisConfig(url=url, api=api, temperature=0.0, max_tokens=5, stop=()), tmp_path)
+    (answer,) = writer.answers(writer.model(), ["abc"])
+    completed = np.concatenate([[TOKENIZER.separator_id], TOKENIZER.encode("abc")])
+    ids = TOKENIZER.encode("user: abc\nassistant:") if api == "chat" else completed
+    assert answer.text == TOKENIZER.decode(alone(ids, 5))
+    assert (answer.finished, answer.read_tokens, answer.generated_tokens) == (False, len(ids), 5)
+
 
 GOOD = {"model": "small", "prompt": "a", "max_tokens": 1}
 

@@ -16,7 +16,7 @@ class PriceConfig:
     label_usd: float | None = None
     """A label that a person gives."""
     read_token_usd: float | None = None
-    """A token that a model reads to label a text."""
+    """A token that a model reads, to label a text or to write a new one."""
     generated_token_usd: float | None = None
     """A token that a model writes of a new text."""
     translated_sentence_usd: float | None = None

@@ -21,6 +21,9 @@ class DataConfig:
     sources: tuple[str, ...] = ()
     """What is read in the place of `name`: files or folders of text, .jsonl, .csv, .parquet or .arrow, folders that
     `datasets` saved to disk, and TFDS datasets as `tfds:NAME`; several are read one behind the other."""
+    inputs: Literal["texts", "images"] = "texts"
+    """What is read of `sources`: texts, or the image files of folders, each with the name of the folder that holds it
+    as its label (`train/cat/1.png`)."""
     weights: tuple[float, ...] = ()
     """Shares of each of `sources` in the train split, which are then mixed until the first of them runs out."""
     train_split: str = "train"
@@ -69,6 +72,8 @@ class DataConfig:
     keeps documents apart."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
+    workers: int = 0
+    """Processes that prepare the batches to learn from; with 0, a thread of this one does. The batches are the same."""
     shuffle_seed: int = 0
     """Seed of the order of the training sequences, which is drawn anew every epoch."""
 
@@ -86,6 +91,7 @@ class DataConfig:
                 f"data.objective is '{self.objective}'; use 'next_token', 'masked_tokens', 'labels' or 'answers'."
             )
         self._check_sources()
+        self._check_images()
         if self.augment.active and not self.of_examples:
             raise ValueError(
                 "data.augment changes texts that are learned from one by one; set data.objective to 'labels' or "
@@ -101,6 +107,10 @@ class DataConfig:
             raise ValueError(
                 f"data.bpe_vocab_size is {self.bpe_vocab_size}; it must be at least {MIN_BPE_VOCAB_SIZE}, "
                 "256 bytes and the separator."
+            )
+        if self.workers < 0:
+            raise ValueError(
+                f"data.workers is {self.workers}; it cannot be negative, and 0 is a thread of this process."
             )
         for field in ("sequence_length", "batch_size"):
             if getattr(self, field) < 1:
@@ -118,6 +128,19 @@ class DataConfig:
         if self.max_corrupt_records < 0 or self.max_record_bytes < 1:
             raise ValueError("data.max_corrupt_records cannot be negative, and data.max_record_bytes must be above 0.")
 
+    def _check_images(self):
+        if self.inputs not in ("texts", "images"):
+            raise ValueError(f"data.inputs is '{self.inputs}'; use 'texts' or 'images'.")
+        if not self.of_images:
+            return
+        if self.objective != "labels" or not self.sources or any(name.startswith("tfds:") for name in self.sources):
+            raise ValueError(
+                "data.inputs is 'images', which are read with their labels from folders; set data.objective to "
+                "'labels' and data.sources to such folders."
+            )
+        if self.augment.active or self.select.active:
+            raise ValueError("data.augment and data.select are for texts, and data.inputs is 'images'; leave both out.")
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The features that are read, the text's first."""
@@ -128,6 +151,11 @@ class DataConfig:
     def of_examples(self) -> bool:
         """Whether each text is a sequence of its own, and not a piece of a stream of tokens."""
         return self.objective in ("labels", "answers")
+
+    @property
+    def of_images(self) -> bool:
+        """Whether images are read, and not texts."""
+        return self.inputs == "images"
 
     @property
     def of_segments(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcost.data.config import DataConfig
+from jaxcost.data.images import read_image
 from jaxcost.data.local import check_corrupt
 from jaxcost.data.sources import DocumentSource, open_source
 from jaxcost.data.tokenizers import Tokenizer
@@ -16,16 +17,17 @@ from jaxcost.data.tokenizers import Tokenizer
 _MEASURED = 10_000
 """Examples whose tokens are counted for the report, the first ones."""
 
-_ORIGIN = ("origin", "teacher", "confidence", "tokens")
+_ORIGIN = ("origin", "teacher", "confidence", "request", "tokens", "read_tokens")
 _BOUGHT = {
     "pseudo_label": ("read_tokens", True),
     "generated": ("generated_tokens", True),
     "translated": ("translated_sentences", False),
 }
-"""What an example of each origin costs, and whether that is counted in tokens; a label if it is another."""
+"""What an example of each origin costs, and whether that is counted in tokens; a label if it is another. What a model
+read to write it comes on top."""
 
 Example = dict[str, Any]
-"""`text`, and `label`, the number of one, or `answer`, another text."""
+"""`text`, or `image`, uint8 (height, width, 3), and `label`, the number of one, or `answer`, another text."""
 Row = dict[str, np.ndarray]
 
 
@@ -54,15 +56,23 @@ class Examples(Sequence):
             raise IndexError(f"Example {index} was asked of {self.source.label}, which holds {len(self)}.")
         config = self.config
         record = self.source.record(int(self.chosen[index]), config.fields)
-        example: Example = {"text": record[config.text_field]}
+        if config.of_images:
+            example: Example = {"image": read_image(record[config.text_field], config.max_record_bytes)}
+        else:
+            example = {"text": record[config.text_field]}
         if config.objective == "labels":
             return example | {"label": label_number(record[config.label_field], self.labels)}
         return example | {"answer": str(record[config.answer_field])}
 
-    def origin(self, index: int) -> dict[str, str | int]:
-        """Where an example came from and what it cost, as its record says: `origin`, `teacher`, `confidence`, `tokens`.
+    def shown(self, index: int) -> str:
+        """What a person is shown of an example: its text, or where its image lies."""
+        return self.source[int(self.chosen[index])]
 
-        Nothing where the record says nothing: a person gave the label.
+    def origin(self, index: int) -> dict[str, str | int]:
+        """Where an example came from and what it cost, as its record says.
+
+        That is `origin`, `teacher`, `confidence`, `request`, `tokens` and `read_tokens`, as far as it has them; nothing
+        where a person gave the label.
         """
         record = self.source.records[int(self.chosen[index])]
         return {name: record[name] for name in _ORIGIN if name in record}
@@ -75,6 +85,7 @@ class Examples(Sequence):
             kind = origin.get("origin", "label")
             name, by_tokens = _BOUGHT.get(kind, ("labels", False))
             found[name] += int(origin.get("tokens", 0)) if by_tokens else 1
+            found["read_tokens"] += int(origin.get("read_tokens", 0))
         return found
 
 
@@ -180,16 +191,20 @@ def source_row(tokenizer: Tokenizer, sequence_length: int, start: int, example: 
 def report(examples: Examples, tokenizer: Tokenizer) -> dict[str, Any]:
     """How many examples a split has, how many were left out, and how many of the first are cut, as plain values."""
     config = examples.config
+    found = {
+        "examples": len(examples),
+        **examples.source.left_out,
+        "skipped_records": len(examples.skipped),
+        "skipped": list(examples.skipped[:5]),
+    }
+    if config.of_images:
+        return found
     measured = examples[:_MEASURED]
     if config.objective == "labels":
         sizes = [len(tokenizer.encode_source(example["text"])) for example in measured]
     else:
         sizes = [sum(map(len, _turns(tokenizer, example))) - 1 for example in measured]
-    return {
-        "examples": len(examples),
-        **examples.source.left_out,
-        "skipped_records": len(examples.skipped),
-        "skipped": list(examples.skipped[:5]),
+    return found | {
         "measured_examples": len(measured),
         "truncated_examples": int(np.sum(np.array(sizes) > config.sequence_length)),
         "mean_tokens": float(np.mean(sizes)),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says of a disk without room, a user's quota that is used up, and a file that may not grow further."""
 
 
 @contextlib.contextmanager
@@ -23,6 +27,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
       ValueError: the folder cannot be written to.
+      OSError: the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -33,11 +38,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             f"'{path.parent}' cannot be written to ({error.strerror}); set data.cache_dir to a folder that can."
         ) from error
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _saying_what_is_full(path.parent):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,6 +60,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
       ValueError: something stands there already, or the folder cannot be made.
+      OSError: the disk is full.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already; name a folder that does not, or remove it.")
@@ -63,13 +70,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{path} cannot be made ({error.strerror}); name another folder.") from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        _flush(temporary)
-        os.replace(temporary, path)
+        with _saying_what_is_full(path.absolute().parent):
+            yield temporary
+            for file in temporary.rglob("*"):
+                _flush(file)
+            _flush(temporary)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _saying_what_is_full(folder: Path) -> Iterator[None]:
+    """OSError with the folder's name where the system's own has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            f"The disk of '{folder}' is full ({error.strerror}), so that nothing was written; make room there, or name "
+            "a folder on another disk."
+        ) from error
 
 
 def _flush(path: Path) -> None:

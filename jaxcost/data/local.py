@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxcost.data.config import DataConfig
 from jaxcost.data.files import atomic_write
+from jaxcost.data.images import SUFFIXES, ImageFiles, read_image
 from jaxcost.data.records import ArrowTable, BadRecord, Csv, Lines, Records, TextFiles, decoded, parquet
 
 _LOGGER = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def open_local(config: DataConfig, path: Path, split: str, cache_dir: Path) -> O
 
     Args:
       config: names the fields, and says how much may be corrupt.
-      path: a file or folder of text, JSON lines, CSV, Parquet or Arrow, or what `datasets` saved to disk.
+      path: a file or folder of text, JSON lines, CSV, Parquet or Arrow, or what `datasets` saved to disk; where images
+        are read, a folder with a folder for each label.
       split: split in TFDS's notation.
       cache_dir: where the places of sound records are kept, and Parquet as Arrow.
 
@@ -79,16 +81,19 @@ def open_local(config: DataConfig, path: Path, split: str, cache_dir: Path) -> O
     path = path.expanduser()
     if not path.exists():
         raise ValueError(f"data.sources names '{path}', which does not exist; give a file or a folder.")
-    files = _files_by_split(path, cache_dir)
+    suffixes = SUFFIXES if config.of_images else (*_TEXT, *_TABLES)
+    files = _files_by_split(path, cache_dir, suffixes)
     if not files:
-        raise ValueError(f"'{path}' holds no file that can be read; give one of {', '.join((*_TEXT, *_TABLES))}.")
+        raise ValueError(f"'{path}' holds no file that can be read; give one of {', '.join(suffixes)}.")
+    if config.of_images:
+        _check_labelled(path, [file for of_split in files.values() for file in of_split])
     used = [name for name in files if re.search(rf"\b({re.escape(name)}|all)\b", split)]
     readers: list[Records] = []
     sound: dict[str, np.ndarray] = dict.fromkeys(files, np.zeros(0, np.int64))
     skipped: list[str] = []
     for name in used:
         before = sum(map(len, readers))
-        opened = _open_files(config, files[name], cache_dir)
+        opened = _open_files(config, path, files[name], cache_dir)
         good, bad = _checked(config, opened, _identity(config, path, files[name]), cache_dir)
         readers += opened
         sound[name] = before + good
@@ -115,10 +120,10 @@ def check_corrupt(skipped: Sequence[str], limit: int, where: str) -> None:
     _LOGGER.warning("%d corrupt records of %s are left out: %s.", len(skipped), where, said)
 
 
-def _files_by_split(path: Path, cache_dir: Path) -> dict[str, list[Path]]:
+def _files_by_split(path: Path, cache_dir: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each split, in the order of their names; hidden ones and what is derived are none."""
     if path.is_file():
-        return {"train": [path]} if path.suffix.lower() in (*_TEXT, *_TABLES) else {}
+        return {"train": [path]} if path.suffix.lower() in suffixes else {}
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return {name: _saved_files(path / name) for name in names}
@@ -128,13 +133,24 @@ def _files_by_split(path: Path, cache_dir: Path) -> dict[str, list[Path]]:
     for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
         hidden = any(part.startswith(".") for part in parts) or cache_dir.resolve() in file.resolve().parents
-        if hidden or not file.is_file() or file.suffix.lower() not in (*_TEXT, *_TABLES):
+        if hidden or not file.is_file() or file.suffix.lower() not in suffixes:
             continue
         named = _SPLITS.match(parts[0])
         name = named[1].lower() if named else ""
         found.setdefault(_ALIASES.get(name, name), []).append(file)
     others = found.pop("", [])
     return found or ({"train": others} if others else {})
+
+
+def _check_labelled(path: Path, images: Sequence[Path]) -> None:
+    """ValueError for an image that no folder gives a label to: it lies beside the folders, or in that of its split."""
+    for image in images:
+        folders = () if path == image else image.relative_to(path).parts[:-1]
+        if len(folders) <= bool(folders and _SPLITS.match(folders[0])):
+            raise ValueError(
+                f"The image '{image}' lies in no folder that names its label; put it into one, and name the folder "
+                "above in data.sources."
+            )
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -154,7 +170,9 @@ def _class_names(path: Path, field: str) -> tuple[str, ...]:
     return ()
 
 
-def _open_files(config: DataConfig, files: Sequence[Path], cache_dir: Path) -> list[Records]:
+def _open_files(config: DataConfig, path: Path, files: Sequence[Path], cache_dir: Path) -> list[Records]:
+    if config.of_images:
+        return [ImageFiles(files, path, (config.text_field, config.label_field))]
     texts = [file for file in files if file.suffix.lower() in _TEXT]
     readers: list[Records] = [TextFiles(texts, config.text_field, config.max_record_bytes)] if texts else []
     for file in files:
@@ -185,7 +203,10 @@ def _checked(
         for reader in readers:
             for i in range(len(reader)):
                 try:
-                    _check_record(reader[i], config.fields)
+                    record = reader[i]
+                    _check_record(record, config.fields)
+                    if config.of_images:
+                        read_image(record[config.text_field], config.max_record_bytes)
                 except BadRecord as error:
                     bad[place + i] = f"{reader.name(i)} {error}"
                 except KeyError as error:
@@ -230,7 +251,9 @@ def _identity(config: DataConfig, path: Path, files: Sequence[Path]) -> dict[str
     """What the records of files, and which of them are sound, depend on."""
     base = path if path.is_dir() else path.parent
     stamps = {file.relative_to(base).as_posix(): _stamp(file) for file in files}
-    return {"files": stamps, "fields": config.fields, "max_record_bytes": config.max_record_bytes}
+    read = {"fields": config.fields, "max_record_bytes": config.max_record_bytes}
+    # What was written of texts, before there were images, keeps its name.
+    return {"files": stamps, **read, **({"inputs": "images"} if config.of_images else {})}
 
 
 def _stamp(file: Path) -> list[int]:

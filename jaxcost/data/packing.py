@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import mmap
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -72,7 +74,26 @@ def tokenize_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Toke
     return TokenStream(tokens, text_bytes, len(source), source.skipped, source.left_out)
 
 
-class Windows:
+class _OfTokens:
+    """Sequences of a token array, which worker processes map from its file for themselves, if it has one."""
+
+    _tokens: np.ndarray
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokens = self._tokens
+        # A part of a mapped array is copied: NumPy does not say where in the file it begins.
+        if not isinstance(tokens, np.memmap) or not isinstance(tokens.base, mmap.mmap):
+            return vars(self)
+        where = (tokens.filename, tokens.dtype, "r", tokens.offset, tokens.shape)
+        return vars(self) | {"_tokens": functools.partial(np.memmap, *where)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if callable(self._tokens):
+            self._tokens = self._tokens()
+
+
+class Windows(_OfTokens):
     """The sequences of a token array, by index: window i predicts tokens i·S+1 to i·S+S from those one earlier.
 
     The stride is S, so over all windows every token but the first is predicted exactly once.
@@ -114,7 +135,7 @@ class Windows:
         return window
 
 
-class Rows:
+class Rows(_OfTokens):
     """The sequences of a token array, by index, of whole documents: each is in the first row that has room for it.
 
     Documents are placed from the longest to the shortest; one that is longer than a row is cut first, and its pieces

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcost.data.config import DataConfig
 from jaxcost.data.packing import Rows, Windows
+from jaxcost.data.workers import WorkerBatches
 
 if TYPE_CHECKING:
     import grain
@@ -31,13 +32,13 @@ def train_batches(
     rows: Sequence[int] | None = None,
     numbered: bool = False,
     prepare: Callable[[Any, np.random.Generator], dict[str, np.ndarray]] | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[Batch] | WorkerBatches:
     """Iterates for ever over shuffled windows of the tokens, or over shuffled examples.
 
     The order is drawn from `config.shuffle_seed` and anew every epoch; an epoch holds every full window once, and a
-    batch may span two epochs. A thread prepares a few batches ahead, but `get_state()` is the position after the
-    batch last handed out: a small dict of plain integers, fit for JSON, from which `set_state()` goes on with exactly
-    the batches that would have come.
+    batch may span two epochs. A thread, or `config.workers` processes, prepare a few batches ahead, but `get_state()`
+    is the position after the batch last handed out: a small dict of plain integers, fit for JSON, from which
+    `set_state()` goes on with exactly the batches that would have come.
 
     Args:
       config: sequence length (S), batch size (B) and seed.
@@ -51,7 +52,8 @@ def train_batches(
         every epoch; what it does depends on nothing else.
 
     Returns:
-      A Grain iterator of batches: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all ones.
+      A Grain iterator of batches, or one like it: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all
+      ones.
 
     Raises:
       ValueError: the tokens don't fill one batch, or `start_step` is negative.
@@ -83,7 +85,10 @@ def train_batches(
         made = {name: np.stack([one[name] for one in found]) for name in found[0]}
         return made | {RECORDS: np.asarray([order[place] for place in places])} if numbered else made
 
-    batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
+    steps = sys.maxsize // config.batch_size
+    if config.workers:
+        return WorkerBatches(batch, steps, config.workers, start_step)
+    batches = grain.MapDataset.range(steps).map(batch)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
     iterator = iter(batches.to_iter_dataset(options))
     if start_step:

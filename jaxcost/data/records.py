@@ -51,7 +51,7 @@ class TextFiles:
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._paths[index]
         try:
-            _check_size(path.stat().st_size, self._max_bytes)
+            check_size(path.stat().st_size, self._max_bytes)
             return {self._field: decoded(path.read_bytes())}
         except OSError as error:
             raise BadRecord(f"cannot be read ({error.strerror})") from error
@@ -89,7 +89,7 @@ class Lines:
 
     def _text(self, index: int) -> str:
         start, end = int(self._starts[index]), int(self._ends[index])
-        _check_size(end - start, self._max_bytes)
+        check_size(end - start, self._max_bytes)
         return decoded(self._bytes[start:end].tobytes())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def decoded(content: bytes) -> str:
         raise BadRecord(f"is not UTF-8 from byte {error.start} on") from error
 
 
-def _check_size(size_bytes: int, max_bytes: int) -> None:
+def check_size(size_bytes: int, max_bytes: int) -> None:
+    """BadRecord for a record that has more bytes than it may have."""
     if size_bytes > max_bytes:
         raise BadRecord(f"has {size_bytes} bytes, more than data.max_record_bytes ({max_bytes})")
 

@@ -81,7 +81,11 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     answers = shape if experiment.model.head.pooling == "none" else (shape[0], 1)
     shapes_of = {"inputs": shape, "targets": answers, "mask": answers}
     batch = {name: jax.ShapeDtypeStruct(shapes_of[name], dtype) for name, dtype in dtypes.items()}
-    if experiment.data.objective == "labels":
+    if experiment.data.of_images:
+        images = experiment.model.images
+        pixels = (shape[0], images.height, images.width, images.channels)
+        batch["inputs"] = jax.ShapeDtypeStruct(pixels, jnp.float32)
+    elif experiment.data.objective == "labels":
         batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
     if experiment.data.of_segments:
         batch["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -127,8 +127,9 @@ def _of_examples(session: Session, batches: list[dict[str, Any]], targets: np.nd
     else:
         names = None
         cuts.append(_by_frequency(targets, _token_counts(session)))
-    lengths = np.array([len(split[i]["text"]) for i in range(len(split))])
-    cuts += _in_thirds(lengths, examples)
+    if not data.of_images:
+        lengths = np.array([len(split[i]["text"]) for i in range(len(split))])
+        cuts += _in_thirds(lengths, examples)
     why_not = None if data.group_field else "The data have no group attribute; name one as data.group_field."
     if data.group_field:
         cuts.append(_by_group(data.group_field, groups(session, split.chosen), examples))
@@ -136,9 +137,10 @@ def _of_examples(session: Session, batches: list[dict[str, Any]], targets: np.nd
     def name(answer):
         return session.tokenizer.decode(np.array([answer], np.int32)) if names is None else names[answer]
 
-    unit = "a text with its label" if names is not None else "an answer to a text"
+    unit = f"{'an image' if data.of_images else 'a text'} with its label"
+    unit = unit if names is not None else "an answer to a text"
     return HeldOut(
-        batches, targets, examples, unit, tuple(cuts), why_not, lambda example, _: split[example]["text"], name
+        batches, targets, examples, unit, tuple(cuts), why_not, lambda example, _: split.shown(example), name
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 NEGATIONS = tuple(
     [
@@ -62,6 +63,9 @@ class AugmentConfig:
 
     synonyms: float = 0.0
     """Share of the words that another of the same meaning takes the place of, where one is known."""
+    thesaurus: Literal["table", "wordnet"] = "table"
+    """Where others of the same meaning are known from: a small table of ours, or the English WordNet that the package
+    `wn` has on this machine."""
     insert: float = 0.0
     """Words that are put in at random places, over those that are there: others of the same meaning as one of them."""
     swap: float = 0.0
@@ -78,6 +82,8 @@ class AugmentConfig:
     """Words that are never changed, moved or left out, as the label may hang on them."""
 
     def __post_init__(self):
+        if self.thesaurus not in ("table", "wordnet"):
+            raise ValueError(f"data.augment.thesaurus is '{self.thesaurus}'; use 'table' or 'wordnet'.")
         for name in (*STRENGTHS, "untouched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.augment.{name} is {getattr(self, name)}; it must lie between 0 and 1.")

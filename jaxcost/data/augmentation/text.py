@@ -11,7 +11,8 @@ import grain
 import numpy as np
 
 from jaxcost.data.augmentation.config import AugmentConfig
-from jaxcost.data.augmentation.tables import NEIGHBOURS, SHAPES, SYNONYMS
+from jaxcost.data.augmentation.tables import NEIGHBOURS, SHAPES
+from jaxcost.data.augmentation.thesaurus import Thesaurus, check_installed, synonyms
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
@@ -22,6 +23,11 @@ class AugmentText(grain.transforms.RandomMap):
 
     config: AugmentConfig
 
+    def __post_init__(self):
+        """ValueError if words are to come from a WordNet that is not there."""
+        if self.config.synonyms or self.config.insert:
+            check_installed(self.config.thesaurus)
+
     def random_map(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """The example with its text changed, or as it is."""
         if rng.random() < self.config.untouched:
@@ -31,7 +37,7 @@ class AugmentText(grain.transforms.RandomMap):
 
 def changed(config: AugmentConfig, text: str, rng: np.random.Generator) -> str:
     """One changed copy of a text; the same generator state gives the same copy. At least one word is left."""
-    pieces = _Pieces(text, frozenset(config.protected))
+    pieces = _Pieces(text, frozenset(config.protected), config.thesaurus)
     pieces.synonyms(config.synonyms, rng)
     pieces.insert(config.insert, rng)
     pieces.swap(config.swap, rng)
@@ -44,9 +50,9 @@ def changed(config: AugmentConfig, text: str, rng: np.random.Generator) -> str:
 class _Pieces:
     """A text as words, at odd places, and what stands between, before and behind them, at even ones."""
 
-    def __init__(self, text: str, protected: frozenset[str]):
+    def __init__(self, text: str, protected: frozenset[str], thesaurus: Thesaurus):
         self.pieces: list[str] = []
-        self._protected = protected
+        self._protected, self._thesaurus = protected, thesaurus
         end = 0
         for found in _WORD.finditer(text):
             self.pieces += [text[end : found.start()], found[0]]
@@ -62,10 +68,10 @@ class _Pieces:
 
     def synonyms(self, share: float, rng: np.random.Generator) -> None:
         for i in self._drawn(share, rng):
-            self.pieces[i] = _synonym(self.pieces[i], rng) or self.pieces[i]
+            self.pieces[i] = self._synonym(self.pieces[i], rng) or self.pieces[i]
 
     def insert(self, share: float, rng: np.random.Generator) -> None:
-        new = [word for i in self._drawn(share, rng) if (word := _synonym(self.pieces[i], rng))]
+        new = [word for i in self._drawn(share, rng) if (word := self._synonym(self.pieces[i], rng))]
         for word in new:
             place = 2 * int(rng.integers(len(self.pieces) // 2)) + 1
             self.pieces[place:place] = [word, " "]
@@ -94,14 +100,13 @@ class _Pieces:
             letters = [_other(letter, table, rng) if bad else letter for letter, bad in zip(word, wrong, strict=True)]
             self.pieces[i] = "".join(letters)
 
-
-def _synonym(word: str, rng: np.random.Generator) -> str | None:
-    """Another word of the same meaning, with a capital where the word has one; None if none is known."""
-    others = SYNONYMS.get(word.lower())
-    if not others:
-        return None
-    other = others[int(rng.integers(len(others)))]
-    return other.capitalize() if word[0].isupper() else other
+    def _synonym(self, word: str, rng: np.random.Generator) -> str | None:
+        """Another word of the same meaning, with a capital where the word has one; None if none is known."""
+        others = synonyms(self._thesaurus, word.lower())
+        if not others:
+            return None
+        other = others[int(rng.integers(len(others)))]
+        return other.capitalize() if word[0].isupper() else other
 
 
 def _other(letter: str, table: Mapping[str, str], rng: np.random.Generator) -> str:

@@ -1,0 +1,76 @@
+"""Images in folders that are their labels: where they lie, what they show, and the arrays that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcost.data.records import BadRecord, check_size
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class ImageFiles:
+    """Image files, each a record of where it lies and which label it has: the name of the folder that holds it.
+
+    What an image shows is read by `read_image`, so that labels are known without it.
+    """
+
+    def __init__(self, paths: Sequence[Path], base: Path, fields: tuple[str, str]):
+        """`base` is the folder of all, and `fields` names that of the place and that of the label."""
+        self._paths, self._base, self._fields = list(paths), base, fields
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self._paths[index]
+        return dict(zip(self._fields, (str(path), path.parent.name), strict=True))
+
+    def name(self, index: int) -> str:
+        return self._paths[index].relative_to(self._base).as_posix()
+
+
+def read_image(path: str | Path, max_bytes: int) -> np.ndarray:
+    """What an image shows, uint8 (height, width, 3); of several in a file, the first.
+
+    Raises:
+      BadRecord: it is none, is damaged, or its file has more than `max_bytes` bytes.
+    """
+    from PIL import Image
+
+    try:
+        check_size(Path(path).stat().st_size, max_bytes)
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except BadRecord:
+        raise
+    # Pillow's formats each have errors of their own for files that are damaged.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadRecord(f"cannot be read ({reason.rstrip('.') or type(error).__name__})") from error
+
+
+def image_row(size: tuple[int, int, int], example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What a model that gives one answer for an image reads, and the label that it is to give.
+
+    Args:
+      size: height, width and channels, 1 or 3, that the model takes.
+      example: with `image`, uint8 of any height and width (height, width, 3), which is resized, and `label`.
+
+    Returns:
+      `inputs`, float32 of that size, from -1 to 1, `targets`, int32 (1,), and `mask`, float32 (1,).
+    """
+    from PIL import Image
+
+    height, width, channels = size
+    picture = Image.fromarray(example["image"]).convert("L" if channels == 1 else "RGB")
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    return {
+        "inputs": resized.reshape(size) / 127.5 - 1,
+        "targets": np.array([example["label"]], np.int32),
+        "mask": np.ones(1, np.float32),
+    }
