@@ -16,6 +16,7 @@ from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.evaluation.labels import Labeller
 from jaxcost.evaluation.masked import MaskedScorer
+from jaxcost.evaluation.regression import Regressor
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer
@@ -41,6 +42,11 @@ def check_model(objective: str, model: ModelConfig) -> None:
         raise ValueError(
             "data.objective is 'labels', which takes a model of tokens that gives one answer for each; set "
             "model.head.outputs to the number of labels, and model.head.pooling to 'first', 'last' or 'mean'."
+        )
+    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not alone):
+        raise ValueError(
+            "data.objective is 'regression', which takes a model of tokens that gives one number for each text; set "
+            "model.head.outputs to 1, and model.head.pooling to 'first', 'last' or 'mean'."
         )
 
 
@@ -93,6 +99,8 @@ def make_scorer(
         return MaskedScorer(model, batches, mesh)
     if config.objective == "labels":
         return Labeller(model, batches, mesh)
+    if config.objective == "regression":
+        return Regressor(model, batches, mesh)
     return Scorer(model, batches, tokenizer.token_bytes, mesh)
 
 
@@ -120,5 +128,5 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
 def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
-    make = label_row if config.objective == "labels" else answer_row
+    make = label_row if config.one_answer else answer_row
     return functools.partial(make, tokenizer, config.sequence_length)
