@@ -145,7 +145,7 @@ def export_run(
         if isinstance(session.tokenizer, PretrainedTokenizer) or not config.of_tokens:
             files = [path for name in (_IMAGES, *FILES) if (path := kept / name).is_file()]
         else:
-            extra = write_tokenizer(session.tokenizer, Path(made))
+            extra |= write_tokenizer(session.tokenizer, Path(made))
             files = list(Path(made).iterdir())
         options = {"model_type": model_type, "dtype": dtype, "layout": layout, "extra": extra}
         huggingface.save(folder, config, params, files=files, quiet=quiet, **options)
