@@ -100,6 +100,11 @@ class Experiment:
                 f"A gradual transform ends at step {last}, but training.steps is {self.training.steps}; "
                 "train longer or let it end earlier."
             )
+        if self.distill.active and self.data.objective == "regression":
+            raise ValueError(
+                "data.objective is 'regression', and a teacher is learned from by probabilities, of which a number has "
+                "none; leave distill out."
+            )
         if self.start and self.distill.from_layers:
             raise ValueError(
                 "distill.from_layers makes new weights, and start has some already; leave one of them out."

@@ -134,6 +134,9 @@ def export_run(
         model_type = model_type or before["model_type"]
         names = (*_SPECIAL, *(_LABELS if len(before.get("id2label") or ()) == config.head.labels else ()))
         extra = {name: before[name] for name in names if name in before}
+    if session.experiment.data.one_answer:
+        regression = session.experiment.data.objective == "regression"
+        extra["problem_type"] = "regression" if regression else "single_label_classification"
     model_type = fields_of(config, model_type)["model_type"]
     if adapter_only:
         huggingface.save_adapter(folder, config, params, model_type)
@@ -142,7 +145,7 @@ def export_run(
         if isinstance(session.tokenizer, PretrainedTokenizer) or not config.of_tokens:
             files = [path for name in (_IMAGES, *FILES) if (path := kept / name).is_file()]
         else:
-            extra = write_tokenizer(session.tokenizer, Path(made))
+            extra |= write_tokenizer(session.tokenizer, Path(made))
             files = list(Path(made).iterdir())
         options = {"model_type": model_type, "dtype": dtype, "layout": layout, "extra": extra}
         huggingface.save(folder, config, params, files=files, quiet=quiet, **options)

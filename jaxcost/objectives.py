@@ -17,6 +17,7 @@ from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.evaluation.labels import Labeller
 from jaxcost.evaluation.masked import MaskedScorer
+from jaxcost.evaluation.regression import Regressor
 from jaxcost.evaluation.score import Scorer
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer
@@ -49,6 +50,11 @@ def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> 
     if of_images and model.images.channels not in (1, 3):
         raise ValueError(
             f"model.images.channels is {model.images.channels}; image files have 1 or 3, so set it to one."
+        )
+    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not alone):
+        raise ValueError(
+            "data.objective is 'regression', which takes a model of tokens that gives one number for each text; set "
+            "model.head.outputs to 1, and model.head.pooling to 'first', 'last' or 'mean'."
         )
 
 
@@ -101,6 +107,8 @@ def make_scorer(
         return MaskedScorer(model, batches, mesh)
     if config.objective == "labels":
         return Labeller(model, batches, mesh)
+    if config.objective == "regression":
+        return Regressor(model, batches, mesh)
     return Scorer(model, batches, tokenizer.token_bytes, mesh)
 
 
@@ -131,5 +139,5 @@ def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callab
         return functools.partial(image_row, (images.height, images.width, images.channels))
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
-    make = label_row if config.objective == "labels" else answer_row
+    make = label_row if config.one_answer else answer_row
     return functools.partial(make, tokenizer, config.sequence_length)

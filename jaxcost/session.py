@@ -129,7 +129,7 @@ class Session:
         split = self.validation_stream
         return objectives.make_scorer(self.experiment.data, split, self.tokenizer, self.model, self.mesh, limit)
 
-    def evaluate(self, params: weights.Params) -> dict[str, float]:
+    def evaluate(self, params: weights.Params) -> dict[str, float | None]:
         """The figures that go into the ledger."""
         return dataclasses.asdict(self.scorer(params))
 
@@ -442,7 +442,7 @@ def read_experiment(directory: Path) -> Experiment:
 def started(experiment: Experiment) -> Experiment:
     """The experiment with the model and the transforms of the folder that it starts from; itself without one.
 
-    Where labels are learned, the head is the experiment's own.
+    Where labels or numbers are learned, the head is the experiment's own.
 
     Raises:
       ValueError: the folder holds no run, or the model does not suit the experiment.
@@ -452,8 +452,8 @@ def started(experiment: Experiment) -> Experiment:
     first = read_experiment(Path(experiment.start))
     own = (*first.transforms, *experiment.transforms)
     model = first.model
-    if experiment.data.objective == "labels" and experiment.model.head.outputs:
-        # Labels are told by a head of their own, which starts anew where the folder's is another.
+    if experiment.data.one_answer and experiment.model.head.outputs:
+        # They are told by a head of their own, which starts anew where the folder's is another.
         model = dataclasses.replace(model, head=experiment.model.head, tie_embeddings=False)
     return dataclasses.replace(experiment, model=model, transforms=own)
 

@@ -40,7 +40,8 @@ def main(arguments: Arguments) -> dict:
     scores = session.reopen(changed).evaluate(params)
     table = Table("score", "value", title=f"step {step} on {changed.data.name} {changed.data.validation_split}")
     for name, value in scores.items():
-        table.add_row(name, f"{value:.5g}" if isinstance(value, float) else f"{value:,}")
+        said = f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if value is not None else "unknown"
+        table.add_row(name, said)
     Console().print(table)
     return {"schema": "jaxcost-evaluate-1", "step": step, "data": changed.data.name, **scores}
 

@@ -16,7 +16,6 @@ from checkpoints import tensors_of, write
 from sweep import sweep
 
 from jaxcost import sharding, weights
-from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.cost.transformed import training_step_flops
@@ -28,8 +27,6 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Output
 from jaxcost.models.huggingface import fields
 from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, logits, start_cache
-from jaxcost.planning.plan import vocabulary_of
-from jaxcost.planning.ranking import sizes_of
 from jaxcost.serving.ctc import greedy_decode
 from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.optimizer import make_optimizer
@@ -474,14 +471,6 @@ def test_audio_of_another_shape_is_refused():
         ours(config, params, np.zeros((1, 19), np.float32))
     with pytest.raises(ValueError, match=r"takes \(batch, samples\)"):
         ours(config, params, np.zeros((1, 40, 2), np.float32))
-
-
-def test_audio_is_not_planned():
-    experiment = Experiment(model=made("waveform")[0])
-    with pytest.raises(ValueError, match="model.audio is on, and plans are of batches of tokens"):
-        vocabulary_of(experiment)
-    with pytest.raises(ValueError, match="model.audio is on, which leaves no vocabulary"):
-        sizes_of(experiment, 512)
 
 
 SMALL = {"model_type": "wav2vec2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

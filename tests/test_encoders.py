@@ -17,15 +17,23 @@ from jaxcost import sharding
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.data import DataConfig
-from jaxcost.evaluation.losses import cross_entropy
+from jaxcost.evaluation.losses import cross_entropy, squared_error
 from jaxcost.models import attention, huggingface
 from jaxcost.models.attention import Scores
 from jaxcost.models.config import HeadConfig, ImageConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Output
 from jaxcost.models.huggingface import fields
-from jaxcost.models.transformer import Transformer, abstract, axes_of, init_cache, initialize, logits, unembedding
-from jaxcost.planning.plan import vocabulary_of
+from jaxcost.models.transformer import (
+    Transformer,
+    abstract,
+    axes_of,
+    init_cache,
+    initialize,
+    logits,
+    output_of,
+    unembedding,
+)
 from jaxcost.planning.steps import trace_step
 from jaxcost.session import Session
 from jaxcost.transforms import prompt_tuning
@@ -148,6 +156,44 @@ def test_outputs_are_those_of_transformers_and_ours_are_theirs(name, head, tmp_p
     back, same = huggingface.load(tmp_path / "out")
     assert fields._effective(back) == fields._effective(config)
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@oracles
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "ModernBert"])
+def test_the_loss_of_a_regression_is_that_of_transformers(kind, tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    given = getattr(transformers, f"{kind}Config")(**SIZES | {"num_labels": 1}, problem_type="regression")
+    whole = getattr(transformers, f"{kind}ForSequenceClassification")
+    model = whole._from_config(given, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "in")
+    config, params = huggingface.load(tmp_path / "in")
+    assert config.head.outputs == 1 and config.head.pooling == "first"
+    numbers = np.array([[-1.5], [0.25], [3.0]], np.float32)
+
+    def their(model):
+        tokens = {"input_ids": torch.as_tensor(np.where(VALID, TOKENS, 1)), "attention_mask": torch.as_tensor(VALID)}
+        return model(**{name: a.long() for name, a in tokens.items()}, labels=torch.as_tensor(numbers[:, 0])).loss
+
+    def our(params):
+        model = Transformer(config)
+        hidden, _ = model.apply({"params": params}, jnp.asarray(TOKENS), valid_BT=jnp.asarray(VALID))
+        total, count = squared_error(hidden, output_of(config, params), numbers, jnp.ones((3, 1)))
+        return total / count
+
+    want = their(model)
+    want.backward()
+    got, gradient = jax.jit(jax.value_and_grad(our))(params)
+    np.testing.assert_allclose(got, float(want.detach()), rtol=1e-4)
+    last = [parameter for path, parameter in model.named_parameters() if path.endswith("weight")][-1]
+    np.testing.assert_allclose(gradient["head"]["output"]["kernel"], last.grad.numpy().T, atol=2e-4)
+
+    huggingface.save(tmp_path / "out", config, params, extra={"pad_token_id": 1, "problem_type": "regression"})
+    again = whole.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32).eval()
+    assert again.config.num_labels == 1 and again.config.problem_type == "regression"
+    np.testing.assert_allclose(float(their(again).detach()), float(want.detach()), rtol=1e-5)
 
 
 @functools.cache
@@ -382,16 +428,13 @@ def test_there_are_as_many_targets_as_answers():
         cross_entropy(hidden, Output(unembedding(params)), jnp.zeros((8, 12), jnp.int32), jnp.ones((8, 12)))
 
 
-def test_a_step_of_a_classifier_is_planned_and_of_images_refused():
+def test_a_step_of_a_classifier_is_planned():
     experiment = Experiment(
         model=dataclasses.replace(made("pooled")[0], max_length=16), data=DataConfig(sequence_length=16)
     )
     traced = trace_step("train", experiment, 96, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
     assert traced.arguments[1]["targets"].shape == (experiment.data.batch_size, 1)
     traced.jitted.trace(*traced.arguments)
-    data = DataConfig(sequence_length=4)
-    with pytest.raises(ValueError, match="plans are of batches of tokens"):
-        vocabulary_of(Experiment(model=dataclasses.replace(BASE, **KINDS["pictures"]), data=data))
 
 
 def test_images_of_another_size_are_refused():

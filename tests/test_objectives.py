@@ -4,16 +4,21 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
-from labels import ENCODER, LABELS, experiment, session_of, write_folder
+from labels import ENCODER, LABELS, NUMBER, experiment, session_of, write_folder
 
+from jaxcost.conversion import export_run
 from jaxcost.data import DataConfig
 from jaxcost.data.examples import answer_row, label_row, open_examples
 from jaxcost.data.masking import Masking
 from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.evaluation.labels import label_score
+from jaxcost.evaluation.losses import squared_error
+from jaxcost.evaluation.regression import regression_score
 from jaxcost.models.config import HeadConfig
+from jaxcost.models.heads import Output
 from jaxcost.objectives import chosen_vocabulary
 from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.steps import trace_step
@@ -52,6 +57,70 @@ def test_labels_are_learned_and_an_interrupted_run_ends_alike(folder, tmp_path):
         broken.train(tmp_path / "broken")
     again = session_of(value).train(tmp_path / "broken")
     assert again.metrics == fitted.metrics and again.losses == fitted.losses[20:]
+
+
+def numbers(folder, **changes):
+    data = {"label_field": "number"} | changes.pop("data", {})
+    return experiment(folder, NUMBER, "regression", data=data, **changes)
+
+
+def test_numbers_are_learned_and_scored(folder, tmp_path):
+    session = session_of(numbers(folder))
+    fitted = session.train(tmp_path)
+    # Numbers of an even mixture of the three have a variance of 2.
+    assert fitted.metrics["mean_squared_error"] < 0.1 and fitted.metrics["pearson"] > 0.98
+    assert fitted.metrics["spearman"] > 0.9 and fitted.metrics["scored_examples"] == 30
+    assert fitted.losses[-1] < 0.2 < fitted.losses[0]
+    again, params, step = load_run(tmp_path, jax.devices()[:1])
+    assert step == 40 and again.evaluate(params) == {n: fitted.metrics[n] for n in fitted.metrics if n != "train_loss"}
+    # To transformers, one output would else be one label.
+    export_run(tmp_path, tmp_path / "out", quiet=True)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["problem_type"] == "regression" and list(written["id2label"]) == ["0"]
+
+
+def test_a_regression_is_planned_with_the_batches_that_are_learned_from(folder):
+    session = session_of(numbers(folder))
+    step = trace_step("train", session.experiment, session.model.config.vocab_size, session.mesh)
+    batch = next(session.train_batches())
+    assert batch["targets"].dtype == np.float32 and set(batch["targets"].ravel().tolist()) <= {-1.5, 0.25, 2.0}
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        name: (a.shape, a.dtype) for name, a in step.arguments[1].items()
+    }
+
+
+def test_squared_errors_and_correlations_are_those_of_the_definition():
+    found, right = np.array([1.0, 2.0, 2.0, 5.0]), np.array([2.0, 1.0, 4.0, 5.0])
+    score = regression_score(found, right)
+    assert score.mean_squared_error == pytest.approx((1 + 1 + 4 + 0) / 4) and score.scored_examples == 4
+    assert score.pearson == pytest.approx(np.corrcoef(found, right)[0, 1])
+    # Equal numbers share the mean of their ranks.
+    assert score.spearman == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [2, 1, 3, 4])[0, 1])
+    flat = regression_score(np.ones(4), right)
+    assert flat.pearson is flat.spearman is None and flat.mean_squared_error == pytest.approx((1 + 0 + 9 + 16) / 4)
+    with pytest.raises(ValueError, match="0 numbers for 0 texts"):
+        regression_score(np.zeros(0), np.zeros(0))
+    hidden, output = np.arange(4.0).reshape(4, 1, 1), Output(np.full((1, 1), 2.0, np.float32), np.ones(1, np.float32))
+    total, count = squared_error(hidden, output, np.zeros((4, 1), np.float32), np.array([[1.0], [1], [0], [1]]))
+    assert (float(total), float(count)) == (1 + 9 + 49, 3)
+    with pytest.raises(ValueError, match="set model.head.outputs to 1"):
+        squared_error(hidden, output, np.zeros((4, 2), np.float32), np.ones((4, 2)))
+
+
+def test_what_is_no_number_is_named_and_left_out(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [("a", 0.5), ("b", "much"), ("c", "1.5"), ("d", 2), ("e", float("nan"))]
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    config = DataConfig(sources=(str(path),), objective="regression", cache_dir=str(tmp_path))
+    examples = open_examples(config, "train")
+    assert [example["label"] for example in examples] == [0.5, 1.5, 2.0] and examples.labels == ()
+    assert examples.skipped == (
+        "record 1 has the label 'much', which is no finite number",
+        "record 4 has the label nan, which is no finite number",
+    )
+    # To whom labels are names, a fraction is none.
+    named = open_examples(dataclasses.replace(config, objective="labels", labels=("0", "1", "2")), "train")
+    assert [example["label"] for example in named] == [2] and "the label 0.5, which is none of 0, 1" in named.skipped[0]
 
 
 def test_an_encoder_learns_hidden_tokens(folder, tmp_path):
@@ -160,6 +229,7 @@ def test_a_model_that_cannot_learn_the_objective_is_refused_before_anything_star
     cases = [
         (LABELS, "next_token", "takes a causal model"),
         (ENCODER, "labels", "set model.head.outputs to the number of labels"),
+        (LABELS, "regression", "set model.head.outputs to 1"),
         (dataclasses.replace(ENCODER, causal=True), "masked_tokens", "turn model.causal off"),
         (fewer, "labels", r"have 3 labels, more than model.head.outputs \(2\)"),
         (

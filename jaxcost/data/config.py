@@ -32,11 +32,12 @@ class DataConfig:
     """Split to score on; `train[95%:]` beside `train[:95%]` for a dataset that has no such split."""
     text_field: str = "text"
     """Feature of the dataset that holds the text."""
-    objective: Literal["next_token", "masked_tokens", "labels", "answers"] = "next_token"
+    objective: Literal["next_token", "masked_tokens", "labels", "regression", "answers"] = "next_token"
     """What is learned: the next token of documents; tokens that are hidden in them, by an encoder; the label of each
-    text; or the next token of the answer to each text."""
+    text, or a number; or the next token of the answer to each text."""
     label_field: str = "label"
-    """Feature that holds the label of a text, by name or number; read for that objective alone."""
+    """Feature that holds the label of a text, by name or number, or the number that is learned of it; read for these
+    objectives alone."""
     labels: tuple[str, ...] = ()
     """Names of the labels in the order of their numbers; those that the dataset tells, or else the different ones of
     the train split in order, if none are given."""
@@ -86,16 +87,17 @@ class DataConfig:
                 f"data.train_split and data.validation_split are both '{self.train_split}'; give two that don't "
                 "overlap, such as 'train[:95%]' and 'train[95%:]'."
             )
-        if self.objective not in ("next_token", "masked_tokens", "labels", "answers"):
+        if self.objective not in ("next_token", "masked_tokens", "labels", "regression", "answers"):
             raise ValueError(
-                f"data.objective is '{self.objective}'; use 'next_token', 'masked_tokens', 'labels' or 'answers'."
+                f"data.objective is '{self.objective}'; use 'next_token', 'masked_tokens', 'labels', 'regression' or "
+                "'answers'."
             )
         self._check_sources()
         self._check_images()
         if self.augment.active and not self.of_examples:
             raise ValueError(
-                "data.augment changes texts that are learned from one by one; set data.objective to 'labels' or "
-                "'answers', or leave it out."
+                "data.augment changes texts that are learned from one by one; set data.objective to 'labels', "
+                "'regression' or 'answers', or leave it out."
             )
         if not 0 < self.masked_fraction < 1:
             raise ValueError(f"data.masked_fraction is {self.masked_fraction}; it must lie between 0 and 1.")
@@ -144,13 +146,19 @@ class DataConfig:
     @property
     def fields(self) -> tuple[str, ...]:
         """The features that are read, the text's first."""
-        beside = {"labels": (self.label_field,), "answers": (self.answer_field,)}
-        return (self.text_field, *beside.get(self.objective, ()))
+        if self.one_answer:
+            return (self.text_field, self.label_field)
+        return (self.text_field, self.answer_field) if self.objective == "answers" else (self.text_field,)
 
     @property
     def of_examples(self) -> bool:
         """Whether each text is a sequence of its own, and not a piece of a stream of tokens."""
-        return self.objective in ("labels", "answers")
+        return self.one_answer or self.objective == "answers"
+
+    @property
+    def one_answer(self) -> bool:
+        """Whether a label or a number is learned of each text, and no tokens."""
+        return self.objective in ("labels", "regression")
 
     @property
     def of_images(self) -> bool:

@@ -1,8 +1,9 @@
-"""Texts with what is learned of each, a label or an answer, by index, and the arrays that a model reads of them."""
+"""Texts with what is learned of each, a label, a number or an answer, and the arrays that a model reads of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ _BOUGHT = {
 read to write it comes on top."""
 
 Example = dict[str, Any]
-"""`text`, or `image`, uint8 (height, width, 3), and `label`, the number of one, or `answer`, another text."""
+"""`text`, or `image`, uint8 (height, width, 3), and `label`, the number of one, an int, or what is learned, a float; or
+`answer`, another text."""
 Row = dict[str, np.ndarray]
 
 
@@ -40,9 +42,9 @@ class Examples(Sequence):
     config: DataConfig
     """Names their features and the objective."""
     chosen: np.ndarray
-    """int64 (examples,): the records that they are, those with a good label."""
+    """int64 (examples,): the records that they are, those with a good label or number."""
     labels: tuple[str, ...]
-    """Names of the labels by number; none where answers are learned."""
+    """Names of the labels by number; none where numbers or answers are learned."""
     skipped: tuple[str, ...]
     """Corrupt records that were left out, and why."""
 
@@ -62,6 +64,8 @@ class Examples(Sequence):
             example = {"text": record[config.text_field]}
         if config.objective == "labels":
             return example | {"label": label_number(record[config.label_field], self.labels)}
+        if config.objective == "regression":
+            return example | {"label": number(record[config.label_field])}
         return example | {"answer": str(record[config.answer_field])}
 
     def shown(self, index: int) -> str:
@@ -90,37 +94,50 @@ class Examples(Sequence):
 
 
 def open_examples(config: DataConfig, split: str) -> Examples:
-    """Opens a split whose texts have labels or answers.
+    """Opens a split whose texts have labels, numbers or answers.
 
     Raises:
       ValueError: the split cannot be opened (see `open_source`), or more labels than may be corrupt are none of the
-        known ones.
+        known ones, or no numbers.
     """
     source = open_source(config, split)
     chosen = np.arange(len(source))
-    if config.objective != "labels":
+    if not config.one_answer:
         return Examples(source, config, chosen, (), source.skipped)
     found = _label_values(config, source)
-    labels = config.labels or source.classes
-    if not labels:
-        train = found if split == config.train_split else _label_values(config, open_source(config, config.train_split))
-        labels = _in_order(train)
-    good = np.array([label_number(value, labels) >= 0 for value in found], bool)
-    known = ", ".join(labels[:8]) + (" and so on" if len(labels) > 8 else "")
-    wrong = [f"record {i} has the label {found[i]!r}, which is none of {known}" for i in np.flatnonzero(~good)]
+    labels: tuple[str, ...] = ()
+    if config.objective == "regression":
+        good = np.array([math.isfinite(number(value)) for value in found], bool)
+        known = "which is no finite number"
+    else:
+        labels = config.labels or source.classes
+        if not labels:
+            own = split == config.train_split
+            labels = _in_order(found if own else _label_values(config, open_source(config, config.train_split)))
+        good = np.array([label_number(value, labels) >= 0 for value in found], bool)
+        known = "which is none of " + ", ".join(labels[:8]) + (" and so on" if len(labels) > 8 else "")
+    wrong = [f"record {i} has the label {found[i]!r}, {known}" for i in np.flatnonzero(~good)]
     check_corrupt(wrong, config.max_corrupt_records, f"'{source.label}'")
     return Examples(source, config, chosen[good], labels, (*source.skipped, *wrong))
 
 
-def label_number(value: str | int, labels: Sequence[str]) -> int:
+def label_number(value: str | float, labels: Sequence[str]) -> int:
     """The number of a label that is given by name or by number; -1 if it is none of the labels."""
     if str(value) in labels:
         return labels.index(str(value))
     return int(value) if isinstance(value, int) and 0 <= value < len(labels) else -1
 
 
+def number(value: str | float) -> float:
+    """A number that is given as one, or written out; not a number (NaN) where it is none."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 def label_row(tokenizer: Tokenizer, sequence_length: int, example: Example) -> Row:
-    """What a model that gives one answer for a text reads, and the label that it is to give.
+    """What a model that gives one answer for a text reads, and the label, or the number, that it is to give.
 
     Args:
       tokenizer: makes tokens as an encoder reads them, with the special tokens that it was trained to see around.
@@ -128,15 +145,16 @@ def label_row(tokenizer: Tokenizer, sequence_length: int, example: Example) -> R
       example: with `text` and `label`.
 
     Returns:
-      `inputs`, int32 (S,), `valid`, bool (S,), `targets`, int32 (1,), and `mask`, float32 (1,).
+      `inputs`, int32 (S,), `valid`, bool (S,), `targets`, (1,), int32 of a label and float32
+      of a number, and `mask`, float32 (1,).
     """
-    ids = tokenizer.encode_source(example["text"])[:sequence_length]
+    ids, label = tokenizer.encode_source(example["text"])[:sequence_length], example["label"]
     inputs = np.zeros(sequence_length, np.int32)
     inputs[: len(ids)] = ids
     return {
         "inputs": inputs,
         "valid": np.arange(sequence_length) < len(ids),
-        "targets": np.array([example["label"]], np.int32),
+        "targets": np.array([label], np.float32 if isinstance(label, float) else np.int32),
         "mask": np.ones(1, np.float32),
     }
 
@@ -200,7 +218,7 @@ def report(examples: Examples, tokenizer: Tokenizer) -> dict[str, Any]:
     if config.of_images:
         return found
     measured = examples[:_MEASURED]
-    if config.objective == "labels":
+    if config.one_answer:
         sizes = [len(tokenizer.encode_source(example["text"])) for example in measured]
     else:
         sizes = [sum(map(len, _turns(tokenizer, example))) - 1 for example in measured]
@@ -221,11 +239,11 @@ def _turns(tokenizer: Tokenizer, example: Example) -> tuple[np.ndarray, np.ndarr
     return prompt, np.concatenate([tokenizer.encode(example["answer"]), [end]])
 
 
-def _label_values(config: DataConfig, source: DocumentSource) -> list[str | int]:
+def _label_values(config: DataConfig, source: DocumentSource) -> list[str | int | float]:
     return [source.record(i, (config.label_field,))[config.label_field] for i in range(len(source))]
 
 
-def _in_order(values: Sequence[str | int]) -> tuple[str, ...]:
+def _in_order(values: Sequence[str | int | float]) -> tuple[str, ...]:
     """The different values as names: numbers by size, and otherwise by the alphabet."""
     found = {str(value) for value in values}
     numbers = all(name.isdecimal() for name in found)

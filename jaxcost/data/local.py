@@ -228,7 +228,7 @@ def _check_record(record: dict[str, Any], fields: Sequence[str]) -> None:
         if isinstance(value, str):
             if not value.strip():
                 raise BadRecord(f"is empty in {field!r}")
-        elif field == fields[0] or not isinstance(value, int):
+        elif field == fields[0] or not isinstance(value, int | float):
             raise BadRecord(f"holds {type(value).__name__} and no text in {field!r}")
 
 

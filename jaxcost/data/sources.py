@@ -61,13 +61,10 @@ class DocumentSource(Sequence):
             raise IndexError(f"Document {index} was asked of {self.label}, which holds {len(self)}.")
         return _as_text(self.records[index % len(self)][self.text_field])
 
-    def record(self, index: int, fields: Sequence[str]) -> dict[str, str | int]:
-        """Returns some features of a record, text as strings and numbers as they are."""
+    def record(self, index: int, fields: Sequence[str]) -> dict[str, str | int | float]:
+        """Returns some features of a record, text as strings and numbers as Python's."""
         record = self.records[index]
-        return {
-            name: _as_text(record[name]) if isinstance(record[name], str | bytes) else int(record[name])
-            for name in fields
-        }
+        return {name: _as_plain(record[name]) for name in fields}
 
 
 def open_source(config: DataConfig, split: str) -> DocumentSource:
@@ -251,7 +248,8 @@ def _check_fields(config: DataConfig, features: Any) -> None:
     if config.text_field not in texts:
         choice = f"set data.text_field to one of {', '.join(texts)}" if texts else "set data.name to a text dataset"
         raise ValueError(f"Dataset '{config.name}' has no text feature '{config.text_field}'; {choice}.")
-    for field, setting in zip(config.fields[1:], (f"{config.objective.rstrip('s')}_field",), strict=False):
+    setting = "label_field" if config.one_answer else "answer_field"
+    for field in config.fields[1:]:
         if field not in features:
             raise ValueError(
                 f"Dataset '{config.name}' has no feature '{field}'; set data.{setting} to one of "
@@ -264,6 +262,12 @@ def _class_names(feature: Any) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
     return tuple(feature.names or ()) if isinstance(feature, tfds.features.ClassLabel) else ()
+
+
+def _as_plain(value: Any) -> str | int | float:
+    if isinstance(value, str | bytes):
+        return _as_text(value)
+    return float(value) if isinstance(value, float | np.floating) else int(value)
 
 
 def _as_text(value: str | bytes) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 Batch = dict[str, jax.Array]
-"""`inputs` and `targets`, int32 (B, T), and `mask`, float32 (B, T). Further, where a model takes them: `valid`, bool
+"""`inputs` and `targets`, int32 (B, T), and `mask`, float32 (B, T); targets that are float32 are numbers to tell, the
+others tokens or labels. Further, where a model takes them: `valid`, bool
 (B, T), the inputs that are no padding; `segments`, int32 (B, T), which of several sequences in a row each is of;
 `source`, int32 (B, S) or what stands in the place of tokens, which an encoder reads; `source_valid`, bool (B, S). Of
 detection, `inputs` are images, `targets` the labels (B, M) of what is on them, `boxes` (B, M, 4) where it is, and

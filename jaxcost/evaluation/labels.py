@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcost import sharding, weights
-from jaxcost.evaluation.batch import Batch, beside_inputs
-from jaxcost.models.transformer import Transformer, output_of
+from jaxcost import weights
+from jaxcost.evaluation.batch import Batch
+from jaxcost.evaluation.pooled import Answerer
+from jaxcost.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,42 +55,17 @@ def label_score(probabilities_NC: np.ndarray, targets_N: np.ndarray) -> LabelSco
     )
 
 
-class Labeller:
-    """Gives texts their labels' probabilities, with weights of any kinds; compiles once for each structure."""
+class Labeller(Answerer):
+    """Gives texts their labels' probabilities."""
 
     def __init__(self, model: Transformer, batches: Iterable[Batch], mesh: Mesh):
-        """Batches have one target a row; rows whose `mask` is 0 fill a batch up."""
-        self._batches, self._mesh = list(batches), mesh
-
-        def states(params, batch):
-            hidden_B1D, _ = model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
-            return hidden_B1D
-
-        def shares(params, batch):
-            return jax.nn.softmax(output_of(model.config, params)(states(params, batch))[:, 0])
-
-        # Every process of a job reads all of it.
-        whole = sharding.replicated(mesh)
-        self._shares = jax.jit(shares, out_shardings=whole)
-        self._states = jax.jit(
-            lambda params, batch: states(params, batch)[:, 0].astype(jnp.float32), out_shardings=whole
-        )
+        """Batches are as `Answerer` has them."""
+        super().__init__(model, batches, mesh, jax.nn.softmax)
 
     def probabilities(self, params: weights.Params) -> np.ndarray:
         """float32 (N, C), in the order of the texts."""
-        return self._of_each(self._shares, params)
-
-    def states(self, params: weights.Params) -> np.ndarray:
-        """The hidden states that labels are told from, float32 (N, D), in the order of the texts."""
-        return self._of_each(self._states, params)
-
-    def _of_each(self, compute, params: weights.Params) -> np.ndarray:
-        with jax.set_mesh(self._mesh):
-            found = [compute(params, sharding.place_batch(batch, self._mesh)) for batch in self._batches]
-        kept = [np.asarray(f)[b["mask"][:, 0] > 0] for f, b in zip(found, self._batches, strict=True)]
-        return np.concatenate(kept)
+        return self.answers(params)
 
     def __call__(self, params: weights.Params) -> LabelScore:
         """The score of one set of weights."""
-        targets = [batch["targets"][batch["mask"] > 0] for batch in self._batches]
-        return label_score(self.probabilities(params), np.concatenate(targets))
+        return label_score(self.probabilities(params), self.targets)

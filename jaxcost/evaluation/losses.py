@@ -50,6 +50,31 @@ def cross_entropy(
     return total, jnp.sum(mask_BT)
 
 
+def squared_error(
+    hidden_BTD: jax.Array, output: Output, targets_BT: jax.Array, mask_BT: jax.Array, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The summed squared difference of numbers from the right ones, and how many counted; both float32 scalars.
+
+    Args:
+      hidden_BTD: final hidden states in the compute dtype; T is 1 of a head that pools them.
+      output: what makes one number of each.
+      targets_BT: float32, the right numbers.
+      mask_BT: 1 where the target counts and 0 where it is padding.
+      key: random key for an output whose arithmetic is random.
+
+    Raises:
+      ValueError: there are not as many targets as hidden states, or the output is of more numbers than one.
+    """
+    found_BT1 = output(hidden_BTD, key)
+    if found_BT1.shape != (*targets_BT.shape, 1):
+        raise ValueError(
+            f"The model answers with numbers of the shape {found_BT1.shape} and the batch has {targets_BT.shape} "
+            "targets; a regression takes one for each, so set model.head.outputs to 1 and model.head.pooling to say "
+            "of what."
+        )
+    return jnp.sum((found_BT1[..., 0] - targets_BT) ** 2 * mask_BT), jnp.sum(mask_BT)
+
+
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Nats of each target (B, T), from float32 logits."""
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]

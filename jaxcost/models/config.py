@@ -271,6 +271,12 @@ class ModelConfig:
         """Whether the model reads tokens, not images or audio, which an encoder may read for it."""
         return self.encoder.num_layers > 0 or not (self.images.patch or self.audio.channels)
 
+    def row_tokens(self, sequence_length: int) -> int:
+        """Tokens that a row of a batch is: of a text of that length, of an image, or frames of the longest audio."""
+        if self.of_tokens:
+            return sequence_length
+        return self.images.tokens or self.max_length
+
     @property
     def language_model(self) -> bool:
         """Whether the model gives logits of the next token to a text alone."""

@@ -113,14 +113,10 @@ def _exchange(collective: links.Collective, each: links.Exchange) -> dict[str, A
 
 
 def vocabulary_of(experiment: Experiment) -> int:
-    """Rows of the embedding table: the model's, or those of the tokenizer that the data config names.
-
-    ValueError for a model of images or of audio, of which no plan is made.
-    """
-    if experiment.model.images.patch:
-        raise ValueError("model.images is on, and plans are of batches of tokens; set model.images.patch to 0.")
-    if experiment.model.audio.channels:
-        raise ValueError("model.audio is on, and plans are of batches of tokens; give a model without it.")
+    """Rows of the embedding table: the model's, or those of the tokenizer that the data config names; 0 of a model of
+    images or of audio, which has none."""
+    if not experiment.model.of_tokens:
+        return 0
     data = experiment.data
     return experiment.model.vocab_size or chosen_vocabulary(data.objective, build_tokenizer(data))
 
@@ -134,7 +130,7 @@ def plan(experiment: Experiment, topology: str, step: StepName = "train", vocab_
         PlanningUnavailable: the compiler for the chip is not installed.
         ValueError: the topology does not exist, or the experiment does not divide over its devices.
     """
-    vocab_size = vocab_size or vocabulary_of(experiment)
+    vocab_size = vocabulary_of(experiment) if vocab_size is None else vocab_size
     chip = topology_chip(topology)
     teacher = teacher_of(experiment) if step == "train" else None
     question = repr((experiment.trained_part(), teacher, experiment.mesh, topology, step, vocab_size))

@@ -22,7 +22,7 @@ from jaxcost.models import attention, context
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS
 from jaxcost.models.transformer import Transformer, abstract, resized
-from jaxcost.planning.steps import StepName
+from jaxcost.planning.steps import StepName, inputs_of
 from jaxcost.sharding import MeshConfig, make_mesh
 from jaxcost.transforms import chain
 
@@ -148,7 +148,7 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> Sizes:
     trainable, _ = weights.partition(params)
     leaves = jax.tree.leaves(params)
     kept = {
-        remat: _kept_bytes(Transformer(config, _scanned(experiment, remat)), params, experiment.data.sequence_length)
+        remat: _kept_bytes(Transformer(config, _scanned(experiment, remat)), params, _length(experiment))
         for remat in REMATS
     }
     left = resized(config, params)
@@ -162,9 +162,13 @@ def sizes_of(experiment: Experiment, vocab_size: int) -> Sizes:
     )
 
 
+def _length(experiment: Experiment) -> int:
+    return experiment.model.row_tokens(experiment.data.sequence_length)
+
+
 def _scanned(experiment: Experiment, remat: str):
     # A kernel that never stores the scores, as on the chips; which one is all the same to what it keeps.
-    length, execution = experiment.data.sequence_length, experiment.execution
+    length, execution = _length(experiment), experiment.execution
     implementation = attention.resolve("auto", "tpu", length, experiment.model.head_dim, 16)
     return dataclasses.replace(execution, remat=remat, unroll="never", attention=implementation)
 
@@ -177,9 +181,9 @@ def _kept_bytes(model: Transformer, params: weights.Params, length: int) -> floa
             trainable, frozen = weights.partition(params)
 
             def hidden(trainable):
-                tokens = jnp.zeros((rows, length), jnp.int32)
-                key = jax.random.key(0)
-                return model.apply({"params": weights.combine(params, trainable, frozen)}, tokens, key=key)[0]
+                read = inputs_of(model.config, rows, length)
+                inputs, key = jnp.zeros(read.shape, read.dtype), jax.random.key(0)
+                return model.apply({"params": weights.combine(params, trainable, frozen)}, inputs, key=key)[0]
 
             return jax.vjp(hidden, trainable)[1]
 
@@ -194,7 +198,7 @@ def training_form(experiment: Experiment, slice_: Slice, vocab_size: int, sizes:
     shards = e.mesh.fsdp * e.mesh.context * e.mesh.expert
     ways = shards * e.mesh.tensor
     devices = ways * e.mesh.data
-    length, width = e.data.sequence_length, model.width
+    length, width = _length(e), model.width
     tokens = e.data.batch_size * length / (e.mesh.data * shards)
     live = tokens / e.training.accumulation
     item = e.execution.dtype.itemsize

@@ -48,8 +48,8 @@ class Candidate:
     @property
     def tokens(self) -> int:
         """Tokens of one run of the step."""
-        data = self.experiment.data
-        return data.batch_size * (1 if self.step == "decode" else data.sequence_length)
+        data, model = self.experiment.data, self.experiment.model
+        return data.batch_size * (1 if self.step == "decode" else model.row_tokens(data.sequence_length))
 
     def layout(self) -> str:
         """What was chosen, for people."""

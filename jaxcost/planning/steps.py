@@ -7,6 +7,7 @@ model of them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
+from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, abstract, axes_of, largest_input, resized, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, rows_of
@@ -42,7 +44,7 @@ class TracedStep:
     bytes_by_category: dict[str, int]
     """Bytes of one device that the arguments take: weights, teacher, optimizer, cache, batch."""
     tokens: int
-    """Tokens that one run of the step trains on, reads or writes."""
+    """Tokens that one run of the step trains on, reads or writes: of an image its patches, of audio its frames."""
 
 
 def _model(experiment: Experiment, vocab_size: int) -> Transformer:
@@ -60,8 +62,11 @@ def _shapes(experiment: Experiment, model: Transformer, devices: int) -> weights
 def trace_step(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     """One of the experiment's steps for a mesh. For serving, the batch and the context are the data config's.
 
+    Of images and audio, `data.sequence_length` is the most that is to be told of one: objects, or characters.
+
     Raises:
-        ValueError: the experiment does not divide over the mesh's devices, or its teacher cannot teach it.
+        ValueError: the experiment does not divide over the mesh's devices, its teacher cannot teach it, or its model
+            has no such step.
     """
     experiment.check_devices(mesh.size)
     with jax.set_mesh(mesh):
@@ -75,31 +80,17 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     transform = chain(*experiment.transforms)
     optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
     distiller, taught = _taught(experiment, model, mesh)
-    shape = (experiment.data.batch_size, experiment.data.sequence_length)
+    data = experiment.data
+    rows = (data.batch_size, model.config.row_tokens(data.sequence_length))
     place = sharding.batch_sharding(mesh)
-    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    answers = shape if experiment.model.head.pooling == "none" else (shape[0], 1)
-    shapes_of = {"inputs": shape, "targets": answers, "mask": answers}
-    batch = {name: jax.ShapeDtypeStruct(shapes_of[name], dtype) for name, dtype in dtypes.items()}
-    if experiment.data.of_images:
-        images = experiment.model.images
-        pixels = (shape[0], images.height, images.width, images.channels)
-        batch["inputs"] = jax.ShapeDtypeStruct(pixels, jnp.float32)
-    elif experiment.data.objective == "labels":
-        batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    if experiment.data.of_segments:
-        batch["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    if model.config.encoder.num_layers:
-        texts = {
-            "source": jax.ShapeDtypeStruct(shape, jnp.int32),
-            "source_valid": jax.ShapeDtypeStruct(shape, jnp.bool_),
-        }
-        batch |= texts if experiment.data.objective == "answers" else {"source": _source(model, shape[0])}
-    batch |= distiller.stored(*shape) if distiller else {}
+    batch = _learned(experiment, model) | (distiller.stored(*rows) if distiller else {})
     batch = {name: _shaped(array, place) for name, array in batch.items()}
     shapes = _shapes(experiment, model, mesh.size)
+    # Of audio, answers to every frame are those of CTC.
+    speech = model.config.audio.channels and not model.config.of_tokens and model.config.head.pooling == "none"
+    blank = 0 if speech else None
     step, state = jitted_step(
-        model, shapes, optimizer, transform, experiment.training, mesh, distiller, experiment.optimizer
+        model, shapes, optimizer, transform, experiment.training, mesh, distiller, experiment.optimizer, blank
     )
     trainable, _ = weights.partition(state.params)
     categories = {
@@ -109,7 +100,64 @@ def _train(experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
         "gradients": _device_bytes((trainable, state.beside)),
         "batch": _device_bytes(batch),
     }
-    return TracedStep(step, (state, batch, *taught), {}, categories, shape[0] * shape[1])
+    return TracedStep(step, (state, batch, *taught), {}, categories, math.prod(rows))
+
+
+def _learned(experiment: Experiment, model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch that the model learns from."""
+    data, c = experiment.data, model.config
+    if not c.of_tokens:
+        return _seen_or_heard(c, data.batch_size, data.sequence_length)
+    shape = (data.batch_size, data.sequence_length)
+    answers = shape if c.head.pooling == "none" else (shape[0], 1)
+    numbers = jnp.float32 if data.objective == "regression" else jnp.int32
+    batch = {"inputs": inputs_of(c, *shape)} | _targets(answers, numbers)
+    if data.one_answer:
+        batch["valid"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    if data.of_segments:
+        batch["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if c.encoder.num_layers:
+        texts = {
+            "source": jax.ShapeDtypeStruct(shape, jnp.int32),
+            "source_valid": jax.ShapeDtypeStruct(shape, jnp.bool_),
+        }
+        batch |= texts if data.objective == "answers" and c.source.of_tokens else {"source": _source(model, shape[0])}
+    return batch
+
+
+def _seen_or_heard(c: ModelConfig, rows: int, most: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch of images, or of audio at its longest, and what its head is to give of each.
+
+    That is a label, `most` objects and their boxes, a label for every patch, or `most` characters of a transcript.
+    """
+    head = c.head
+    if head.embed:
+        raise ValueError(
+            "model.head.embed is on, so that the model gives hidden states, of which nothing is learned; set "
+            "model.head.outputs to plan its training."
+        )
+    batch = {"inputs": inputs_of(c, rows, most)}
+    if head.pooling != "none":
+        batch |= _targets((rows, 1))
+    elif head.boxes:
+        objects = min(most, c.images.detection_tokens)
+        batch |= _targets((rows, objects)) | {"boxes": jax.ShapeDtypeStruct((rows, objects, 4), jnp.float32)}
+    else:
+        batch |= _targets((rows, c.images.tokens or most))
+    if c.audio.channels:
+        batch["valid"] = jax.ShapeDtypeStruct((rows, c.max_length), jnp.bool_)
+    return batch
+
+
+def inputs_of(c: ModelConfig, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """What a model reads: rows of so many tokens, or of images, or of audio at its longest."""
+    if c.of_tokens:
+        return jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    return jax.ShapeDtypeStruct(*largest_input(c, rows))
+
+
+def _targets(shape: tuple[int, ...], dtype=jnp.int32) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"targets": jax.ShapeDtypeStruct(shape, dtype), "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def teacher_of(experiment: Experiment) -> Experiment | None:
@@ -136,6 +184,11 @@ def _taught(
 
 def _serve(name: StepName, experiment: Experiment, vocab_size: int, mesh: Mesh) -> TracedStep:
     model = _model(experiment, vocab_size)
+    if not model.config.of_tokens:
+        raise ValueError(
+            "The model reads images or audio and writes nothing, so that it has no step but that of training; leave "
+            "--step by default."
+        )
     batch, length = experiment.data.batch_size, experiment.data.sequence_length
     shapes = _shapes(experiment, model, mesh.size)
     params = _on_mesh(model, shapes, mesh)

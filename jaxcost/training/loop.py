@@ -50,8 +50,8 @@ class Fitted:
     """Training loss of the steps done in this process, nats a token."""
     totals: dict[str, float]
     """The ledger's totals: seconds, tokens, flops, bytes."""
-    metrics: dict[str, float]
-    """The last evaluation."""
+    metrics: dict[str, float | None]
+    """The last evaluation; None is a figure that is undefined."""
     skipped_steps: int
     """Steps that changed nothing, because their loss or gradient was not finite."""
     lost_seconds: dict[str, float]
@@ -65,7 +65,7 @@ def fit(
     abstract_params: weights.Params,
     make_params: Callable[[], weights.Params],
     batches: grain.DatasetIterator,
-    evaluate: Callable[[weights.Params], dict[str, float]],
+    evaluate: Callable[[weights.Params], dict[str, float | None]],
     *,
     directory: Path,
     mesh: Mesh,
@@ -151,7 +151,7 @@ def fit(
         # ---- Start, or restart ----
         with clock.losing("start"):
             latest = checkpoints.latest()
-            metrics: dict[str, float] = {}
+            metrics: dict[str, float | None] = {}
             measured, skipped, promised = None, 0, None
             if latest is None:
                 start = jax.jit(_initializer(model, tx, training, distiller), out_shardings=places)
@@ -252,10 +252,12 @@ def jitted_step(
     mesh: Mesh,
     distiller: Distiller | None = None,
     layout: OptimizerConfig | None = None,
+    ctc_blank: int | None = None,
 ) -> tuple[Any, TrainState]:
     """The train step under `jax.jit`, its state donated, and that state's shapes and shardings; nothing is computed.
 
-    `layout` says where the moments live; with the weights that they belong to, if it is not given.
+    `layout` says where the moments live; with the weights that they belong to, if it is not given. With `ctc_blank`,
+    the loss is that of CTC.
     The mesh may be of devices that are only described, so a planner compiles the very step that a trainer runs.
     """
     layout = layout or OptimizerConfig()
@@ -270,6 +272,7 @@ def jitted_step(
         loss_chunks=training.loss_chunks,
         router_losses={"load_balancing": training.load_balancing, "router_z": training.router_z},
         distiller=distiller,
+        ctc_blank=ctc_blank,
         offload=layout.offload,
     )
     return jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0), abstract

@@ -15,7 +15,7 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.evaluation.detection import detection_loss
-from jaxcost.evaluation.losses import cross_entropy, ctc_loss
+from jaxcost.evaluation.losses import cross_entropy, ctc_loss, squared_error
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain, microbatches
@@ -69,11 +69,11 @@ def make_train_step(
     """A function (state, batch) → (state, metrics) to jit; metrics are float32 scalars `loss`, `gradient_norm` and
     `skipped`, 1 for a step whose loss or gradient is not finite, which changes nothing but the count of steps.
 
-    `loss` is the mean negative log-likelihood in nats a token over the whole batch, or that of `detection_loss` where
-    the head has boxes, in which a microbatch counts by its objects. Only the arrays that train are
-    differentiated. After the update, `transform.update` moves what moves while training (masks). With experts,
-    their router's losses are metrics too, and what is trained on is the loss plus each of them times its weight in
-    `router_losses`.
+    `loss` is the mean negative log-likelihood in nats a token over the whole batch, the mean squared error where
+    targets are float32, or that of `detection_loss` where the head has boxes, in which a microbatch counts by its
+    objects. Only the arrays that train are differentiated. After the update, `transform.update` moves what moves while
+    training (masks). With experts, their router's losses are metrics too, and what is trained on is the loss plus each
+    of them times its weight in `router_losses`.
 
     With a distiller, its objective takes the loss's place in what is minimised, and where its teacher is online the
     function takes the teacher's weights as a third argument. With the id of a blank, the loss is that of CTC, in nats a
@@ -108,6 +108,12 @@ def make_train_step(
             frames = batch.get("valid")
             how = {"blank": ctc_blank, "key": head_key}
             total, _ = ctc_loss(hidden_BSD, output, batch["targets"], batch["mask"], frames, **how)
+            objective = total
+        elif jnp.issubdtype(batch["targets"].dtype, jnp.floating):
+            if distiller is not None:
+                raise ValueError("A distiller compares probabilities, and a number has none; leave out the teacher.")
+            output = output_of(model.config, params)
+            total, _ = squared_error(hidden_BSD, output, batch["targets"], batch["mask"], key=head_key)
             objective = total
         elif distiller is None:
             output = output_of(model.config, params)
