@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_texts_and_every_epoch_others():
 def test_a_strength_out_of_range_or_without_texts_is_refused():
     with pytest.raises(ValueError, match="data.augment.swap is 2; it must lie between 0 and 1"):
         AugmentConfig(swap=2)
-    with pytest.raises(ValueError, match="set data.objective to 'labels' or 'answers'"):
+    with pytest.raises(ValueError, match="set data.objective to 'labels', 'regression' or 'answers'"):
         DataConfig(augment=AugmentConfig(swap=0.1))
 
 

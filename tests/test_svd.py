@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small import QUICK, normal
+from small import normal
 from sweep import sweep
 
 from jaxcost import sharding
@@ -44,7 +44,7 @@ def on(mesh, spec, w, f, *out):
     """f of a matrix that lives on a mesh so, jitted with the results living at `out`, and its compiled text."""
     with jax.set_mesh(mesh):
         places = tuple(NamedSharding(mesh, place) for place in out)
-        jitted = jax.jit(f, out_shardings=places or None, compiler_options=QUICK)
+        jitted = jax.jit(f, out_shardings=places or None)
         compiled = jitted.lower(placed := jax.device_put(w, NamedSharding(mesh, spec))).compile()
         return compiled(placed), compiled
 
@@ -117,7 +117,7 @@ def test_memory_falls_with_the_number_of_devices():
         mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
         w = jax.ShapeDtypeStruct((2, 512, 512), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
         with jax.set_mesh(mesh):
-            compiled = jax.jit(lambda w: factors(w, 16), compiler_options=QUICK).lower(w).compile()
+            compiled = jax.jit(lambda w: factors(w, 16)).lower(w).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     two, four, eight = map(device_bytes, (2, 4, 8))
@@ -162,10 +162,10 @@ def test_what_goes_through_a_matrix_by_outputs_leaves_stacks_where_they_are(case
     placed = jax.device_put(params, sharding.shardings(params, names, mesh))
     places = sharding.shardings(transform.abstract(params), names, mesh)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(transform, out_shardings=places, compiler_options=QUICK)
+        jitted = jax.jit(transform, out_shardings=places)
         compiled = jitted.lower(placed, None, statistics).compile()
         got = compiled(placed, None, statistics)
-    expected = jax.jit(transform, compiler_options=QUICK)(params, None, statistics)
+    expected = jax.jit(transform)(params, None, statistics)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-5)
     assert largest_gather(compiled) < shape[-2] * shape[-1]
