@@ -37,7 +37,7 @@ run_oracles() (
   [ -x .venv-oracles/bin/python ] || "${PYTHON:-python3}" -m venv .venv-oracles
   .venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
   use_environment .venv-oracles "[test,serve,oracles]"
-  python -m pytest -q -m oracles "$@"
+  python -m pytest -q -n 2 --dist loadfile -m oracles "$@"
 )
 
 run_browser() {
