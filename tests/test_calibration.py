@@ -75,7 +75,8 @@ def inputs_of_up(params, tokens):
             return real(x, w, key)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jaxcost.models.transformer.weights.contract", watch)
+            for place in ("jaxcost.weights", "jaxcost.weights.base"):
+                patch.setattr(f"{place}.contract", watch)
             with jax.disable_jit():
                 MODEL.apply({"params": cut}, tokens)
         found.append(
