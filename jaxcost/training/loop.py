@@ -146,7 +146,8 @@ def fit(
             options = sharding.compiler_options(mesh)
             compiled = jitted.lower(abstract, example, *taught).compile(compiler_options=options)
             cost = compiled_cost(compiled)
-            tokens_per_step = _tokens(model, example["inputs"].shape)
+            rows, length = example["inputs"].shape[:2]
+            tokens_per_step = rows * model.config.row_tokens(length)
 
         # ---- Start, or restart ----
         with clock.losing("start"):
@@ -235,12 +236,6 @@ def fit(
     return Fitted(
         state.params, last_step, measured, cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
     )
-
-
-def _tokens(model: Transformer, inputs: tuple[int, ...]) -> int:
-    """Tokens of a batch, of images as many as their patches make."""
-    images = model.config.images.patch > 0 and len(inputs) == 4
-    return inputs[0] * model.config.images.tokens if images else math.prod(inputs)
 
 
 def jitted_step(

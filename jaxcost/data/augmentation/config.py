@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+Thesaurus = Literal["table", "wordnet"]
+
 NEGATIONS = tuple(
     [
         "not",
@@ -63,7 +65,7 @@ class AugmentConfig:
 
     synonyms: float = 0.0
     """Share of the words that another of the same meaning takes the place of, where one is known."""
-    thesaurus: Literal["table", "wordnet"] = "table"
+    thesaurus: Thesaurus = "table"
     """Where others of the same meaning are known from: a small table of ours, or the English WordNet that the package
     `wn` has on this machine."""
     insert: float = 0.0

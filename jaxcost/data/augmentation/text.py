@@ -10,9 +10,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxcost.data.augmentation.config import AugmentConfig
+from jaxcost.data.augmentation.config import AugmentConfig, Thesaurus
 from jaxcost.data.augmentation.tables import NEIGHBOURS, SHAPES
-from jaxcost.data.augmentation.thesaurus import Thesaurus, check_installed, synonyms
+from jaxcost.data.augmentation.thesaurus import check_installed, synonyms
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 

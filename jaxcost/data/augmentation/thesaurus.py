@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
+from jaxcost.data.augmentation.config import Thesaurus
 from jaxcost.data.augmentation.tables import SYNONYMS
-
-Thesaurus = Literal["table", "wordnet"]
 
 
 def synonyms(thesaurus: Thesaurus, word: str) -> tuple[str, ...]:
