@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from quick import QUICK_TO_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -21,20 +22,17 @@ _FOR_TPUS |= {"test_planning_choices", "test_quantize_served", "test_shrink", "t
 """Files of which some tests compile for TPUs, with libtpu, which one process holds at a time."""
 
 
-_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
-
 def pytest_configure(config):
-    """Starts the CPU backend with flags of its own: compiling is most of the tests' time, and LLVM without its
-    optimizations, behind XLA's older code generator for fusions, takes a third of it.
+    """Starts the CPU backend with flags of its own, since compiling is most of the tests' time.
 
-    They are taken back at once, since compilers for other chips read the same variable and know not all of them.
+    They are taken back at once: compilers for other chips read the same variable and know not all of them.
     """
+    gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live on
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         import jax
 
         flags = os.environ["XLA_FLAGS"]
-        os.environ["XLA_FLAGS"] = f"{_QUICK_TO_COMPILE} {flags}"
+        os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {flags}"
         jax.devices()
         os.environ["XLA_FLAGS"] = flags
 

@@ -1,12 +1,13 @@
-"""Sweeps over many cases, of which the default selection runs the first few and another one the rest."""
+"""Sweeps over many cases, of which the default selection runs the first few, and others the rest."""
 
 import pytest
 
 
-def sweep(names, values, *, quick, rest=pytest.mark.slow, **options):
-    """`pytest.mark.parametrize` whose cases after the first `quick` are marked as the rest."""
+def sweep(names, values, *, quick, slow=None, **options):
+    """`pytest.mark.parametrize` whose cases after the first `quick` are slow, and after `slow` more ones long."""
     cases = []
     for index, value in enumerate(values):
-        marks = [rest] if index >= quick else []
+        late = [pytest.mark.long] if slow is not None and index >= quick + slow else [pytest.mark.slow]
+        marks = late if index >= quick else []
         cases.append(pytest.param(*([value] if isinstance(names, str) else value), marks=marks))
     return pytest.mark.parametrize(names, cases, **options)

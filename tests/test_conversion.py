@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 from checkpoints import FIELDS, tensors_of, write
+from quick import QUICK_TO_COMPILE
 
 from jaxcost import weights
 from jaxcost.config import Experiment
@@ -44,6 +45,7 @@ def checkpoint(tmp_path):
 
 def run(script, *arguments):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment["XLA_FLAGS"] += f" {QUICK_TO_COMPILE}"
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick import QUICK_TO_COMPILE
 from test_training import bits
 
 from jaxcost import hosts
@@ -111,12 +112,14 @@ def start(tmp_path_factory):
     config = folder / "tiny.py"
     config.write_text(CONFIG.format(data_dir=str(folder / "data")))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start(name, count, *flags):
         port = launch_local("--dry-run", "1", "x").stdout.split("127.0.0.1:")[1].split()[0]
         workdir, processes = folder / name, []
         for index in range(count):
-            own = environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"}
+            flags_here = f"{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={4 // count}"
+            own = environment | {"XLA_FLAGS": flags_here}
             if count > 1:
                 own |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
                 own |= {"JAX_PROCESS_ID": str(index)}

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from quick import QUICK_TO_COMPILE
 from sweep import sweep
 from test_every_family import TRANSFORMS
 
@@ -109,14 +110,14 @@ def assert_as_alone(kind, axes, found):
     np.testing.assert_allclose(found, alone(kind, parts), rtol=1e-5)
 
 
-@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=1, rest=pytest.mark.long)
+@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=1, slow=0)
 def test_a_mesh_gives_the_losses_of_one_device(kind, axes):
     assert_as_alone(kind, axes, losses(kind, axes))
 
 
 @pytest.mark.slow
 def test_sixteen_devices_give_the_losses_of_one():
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
+    flags = f"{QUICK_TO_COMPILE} {os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=16')}"
     run = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
     )
@@ -129,7 +130,7 @@ CALIBRATED = {"wanda", "sparsegpt", "factorize whitened", "gptq", "awq", "smooth
 """What looks at data first; its weights are of the same kinds as those of a transform that does not."""
 
 
-@sweep("name", [name for name in TRANSFORMS if name not in CALIBRATED], quick=0, rest=pytest.mark.long)
+@sweep("name", [name for name in TRANSFORMS if name not in CALIBRATED], quick=0, slow=0)
 def test_a_transform_trains_on_a_mesh_as_on_one_device(name):
     transform = TRANSFORMS[name]
     params = jax.eval_shape(lambda: initialize(Transformer(BIASED), jax.random.key(0))[0])
