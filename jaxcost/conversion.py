@@ -95,7 +95,7 @@ def import_checkpoint(
                 shutil.copyfile(folder / name, kept / name)
         tokenizer.save(unfinished / TOKENIZER)
         with Checkpoints(unfinished / "checkpoints", CheckpointConfig()) as checkpoints:
-            checkpoints.save(0, {"params": params}, {"manifest": manifest(params)})
+            checkpoints.save(0, {"params": params}, {"manifest": manifest(params)}, donated=False)
         (unfinished / DESCRIPTION).write_text(json.dumps(serialization.to_json(experiment), indent=1))
     return experiment
 

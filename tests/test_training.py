@@ -28,7 +28,7 @@ from jaxcost.models.transformer import Transformer, initialize
 from jaxcost.session import Session, load_run
 from jaxcost.sharding import MeshConfig
 from jaxcost.training import checkpoints
-from jaxcost.training.checkpoints import CheckpointError
+from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.clock import LOSSES
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from jaxcost.training.distill import DistillConfig
@@ -420,12 +420,32 @@ def test_moments_exist_for_what_trains_alone(data_dir):
 
 
 def test_checksums_of_large_stacks_are_those_of_small_ones(monkeypatch):
-    tree = {"a": jax.random.normal(jax.random.key(0), (3, 5, 7)).astype("bfloat16"), "b": np.arange(4.0)}
-    whole = checkpoints._checksums(jax.tree.map(jax.numpy.asarray, tree))
+    tree = {"a": jax.random.normal(jax.random.key(0), (3, 5, 7)).astype("bfloat16"), "b": jax.numpy.arange(4.0)}
+
+    def sums():
+        return checkpoints._finish_sums(checkpoints._start_sums(tree))
+
+    whole = sums()
     words = np.asarray(tree["a"]).view(np.uint16).astype(np.uint64).sum() % 2**32
     assert whole["a"] == words
     monkeypatch.setattr(checkpoints, "_LARGE_BYTES", 0)
-    assert checkpoints._checksums(jax.tree.map(jax.numpy.asarray, tree)) == whole
+    assert sums() == whole
+
+
+def test_what_is_saved_may_be_donated_at_once(tmp_path):
+    place = jax.sharding.NamedSharding(jax.make_mesh((8,), ("fsdp",)), jax.sharding.PartitionSpec("fsdp"))
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    tree = {str(i): jax.device_put(jax.random.normal(jax.random.key(i), (512, 512)), place) for i in range(4)}
+    with Checkpoints(tmp_path, CheckpointConfig(keep=9)) as kept:
+        want = {}
+        for step in range(4):
+            want[step] = jax.tree.map(np.array, tree)
+            kept.save(step, tree, {})
+            tree = change(tree)
+        kept.wait()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        for step in range(4):
+            jax.tree.map(np.testing.assert_array_equal, kept.restore(step, shapes)[0], want[step])
 
 
 # ---- Starting from another training ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Checkpoints:
             max_to_keep=config.keep if config else None, create=config is not None, read_only=config is None
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: concurrent.futures.Future | None = None
 
     def __enter__(self):
         return self
@@ -48,23 +51,51 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
+            self._thread.shutdown()
             self._manager.close()
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: Any, metadata: dict[str, Any]) -> None:
-        """Starts writing; arrays may be donated as soon as this returns. CheckpointError if an earlier write failed."""
-        metadata = metadata | {"checksums": _checksums(tree)}
-        items = ocp.args.Composite(
-            tree=ocp.args.StandardSave(serialization.to_state_dict(tree)), metadata=ocp.args.JsonSave(metadata)
-        )
-        self._guarded(lambda: self._manager.save(step, args=items))
+    def save(self, step: int, tree: Any, metadata: dict[str, Any], donated: bool = True) -> None:
+        """Starts writing. CheckpointError if an earlier write failed.
+
+        With `donated`, the arrays may be donated as soon as this returns: what is written is a copy in the host's
+        memory, and the trainer waits for its start alone. Without, they are to be left as they are until `wait`.
+
+        Where processes share a job, the trainer waits for the whole copy, which Orbax makes then: what it has them
+        agree on may be programs of the devices, which every process must start in the same order as the steps.
+        """
+        if jax.process_count() > 1:
+            self._guarded(lambda: self._write(step, tree, metadata, _start_sums(tree)))
+            return
+        self.wait()
+        on_host = jax.default_backend() == "cpu"
+        written = tree
+        if donated:
+            places = jax.tree.map(lambda x: x.sharding if on_host else x.sharding.with_memory_kind("pinned_host"), tree)
+            written = jax.device_put(tree, places, may_alias=False)
+        # Devices sum what they hold before the next step may change it; a CPU sums the copy beside that step.
+        sums = None if on_host else _start_sums(tree)
+
+        def write():
+            self._write(step, written, metadata, sums or _start_sums(written))
+            self._manager.wait_until_finished()
+
+        self._writing = self._thread.submit(write)
 
     def wait(self) -> None:
         """Returns when everything is on disk. CheckpointError if a write failed."""
-        self._guarded(self._manager.wait_until_finished)
+        writing, self._writing = self._writing, None
+        self._guarded(self._manager.wait_until_finished if writing is None else writing.result)
+
+    def _write(self, step, tree, metadata, sums):
+        items = ocp.args.Composite(
+            tree=ocp.args.StandardSave(serialization.to_state_dict(tree)),
+            metadata=ocp.args.JsonSave(metadata | {"checksums": _finish_sums(sums)}),
+        )
+        self._manager.save(step, args=items)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The dict saved with a checkpoint."""
@@ -86,7 +117,7 @@ class Checkpoints:
             how = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
         state = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(tree=how))["tree"])
         tree = serialization.from_state_dict(target, state)
-        found, saved = _checksums(tree), metadata.get("checksums", {})
+        found, saved = _finish_sums(_start_sums(tree)), metadata.get("checksums", {})
         wrong = [name for name in found if found[name] != saved.get(name)]
         if wrong:
             raise CheckpointError(self._damaged(step, f"the checksum of {wrong[0]} is wrong"))
@@ -118,16 +149,22 @@ class Checkpoints:
 _LARGE_BYTES = 2**26
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    """For every array the sum of its bytes' 32-bit words, modulo 2**32: what a flipped bit on a disk would change."""
+def _start_sums(tree: Any) -> dict[str, Any]:
+    """For every array the sum of its bytes' 32-bit words, modulo 2**32: what a flipped bit on a disk would change.
+
+    They are on the devices, started and not waited for; of a large stack there is one a layer.
+    """
     named = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     large = {name: x for name, x in named.items() if x.nbytes > _LARGE_BYTES and x.ndim > 2}
     sums = _word_sums({name: x for name, x in named.items() if name not in large})
     # XLA on a CPU writes out the 32-bit words that it sums, twice what is stored in 16 bits: of one layer at a time.
-    layers = {name: [_layer_word_sum(x, i) for i in range(x.shape[0])] for name, x in large.items()}
-    found = {name: int(value) for name, value in jax.device_get(sums).items()}
-    found |= {name: sum(map(int, values)) % 2**32 for name, values in jax.device_get(layers).items()}
-    return {name: found[name] for name in named}
+    return sums | {name: [_layer_word_sum(x, i) for i in range(x.shape[0])] for name, x in large.items()}
+
+
+def _finish_sums(sums: dict[str, Any]) -> dict[str, int]:
+    """The sums that were started, as numbers."""
+    found = jax.device_get(sums)
+    return {name: sum(map(int, jax.tree.leaves(found[name]))) % 2**32 for name in sorted(found)}
 
 
 @jax.jit
