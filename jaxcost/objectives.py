@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
 from jaxcost.data.augmentation.text import AugmentText
+from jaxcost.data.buckets import token_counts
 from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
 from jaxcost.data.images import image_row
 from jaxcost.data.masking import Masking
@@ -95,6 +96,7 @@ def learned_batches(
         return train_batches(config, split.tokens, prepare=hide, **part)
     row, augment = _row(config, tokenizer, model), AugmentText(config.augment)
     change = augment.random_map if config.augment.active else lambda example, _: example
+    part |= {"lengths": token_counts(split, tokenizer)} if config.buckets else {}
     return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)), **part)
 
 

@@ -71,6 +71,10 @@ class DataConfig:
     separate_documents: bool = False
     """A token sees those of its own document alone, and counts its position from where that begins; first_fit always
     keeps documents apart."""
+    buckets: tuple[int, ...] = ()
+    """Lengths below `sequence_length`, ascending: batches are of texts of like lengths, and end at the first of these
+    that holds all of them. For the objectives of labels and regression. The step is compiled for each; without any,
+    all batches are of full length."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
     workers: int = 0
@@ -109,6 +113,17 @@ class DataConfig:
             raise ValueError(
                 f"data.bpe_vocab_size is {self.bpe_vocab_size}; it must be at least {MIN_BPE_VOCAB_SIZE}, "
                 "256 bytes and the separator."
+            )
+        ascending = all(one < other for one, other in zip((1, *self.buckets), self.buckets, strict=False))
+        if self.buckets and not (ascending and self.buckets[-1] < self.sequence_length):
+            raise ValueError(
+                f"data.buckets is {self.buckets}; give lengths of 2 tokens and more, ascending, below "
+                f"data.sequence_length ({self.sequence_length})."
+            )
+        if self.buckets and (not self.one_answer or self.of_images):
+            raise ValueError(
+                "data.buckets is for texts with one answer each; set data.objective to 'labels' or 'regression', or "
+                "leave it out."
             )
         if self.workers < 0:
             raise ValueError(
@@ -159,6 +174,11 @@ class DataConfig:
     def one_answer(self) -> bool:
         """Whether a label or a number is learned of each text, and no tokens."""
         return self.objective in ("labels", "regression")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that batches of texts have, ascending."""
+        return (*self.buckets, self.sequence_length)
 
     @property
     def of_images(self) -> bool:
