@@ -105,6 +105,17 @@ class Experiment:
                 "data.objective is 'regression', and a teacher is learned from by probabilities, of which a number has "
                 "none; leave distill out."
             )
+        images = self.data.augment.images
+        if images.mixes and self.distill.active:
+            raise ValueError(
+                "data.augment.images mixes images and their labels, and a teacher takes one label for each; set mixup "
+                "and cutmix to 0, or leave distill out."
+            )
+        if images.crop and images.crop >= min(self.model.images.height, self.model.images.width):
+            raise ValueError(
+                f"data.augment.images.crop is {images.crop}, and the model's images have "
+                f"{self.model.images.height} x {self.model.images.width} pixels; move them by fewer."
+            )
         if self.data.buckets and self.distill.top_k:
             raise ValueError(
                 "distill.top_k stores what a teacher says of batches of one length, and data.buckets makes several; "

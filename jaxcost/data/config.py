@@ -48,7 +48,7 @@ class DataConfig:
     masked_fraction: float = 0.15
     """Share of the tokens that are hidden for the objective of masked tokens."""
     augment: AugmentConfig = AugmentConfig()
-    """How texts with labels or answers are changed while they are learned from."""
+    """How texts with labels or answers, or images, are changed while they are learned from."""
     select: SelectConfig = SelectConfig()
     """Which documents of the train split are left out."""
     max_corrupt_records: int = 10
@@ -98,7 +98,7 @@ class DataConfig:
             )
         self._check_sources()
         self._check_images()
-        if self.augment.active and not self.of_examples:
+        if self.augment.changes_texts and not self.of_examples:
             raise ValueError(
                 "data.augment changes texts that are learned from one by one; set data.objective to 'labels', "
                 "'regression' or 'answers', or leave it out."
@@ -149,14 +149,22 @@ class DataConfig:
         if self.inputs not in ("texts", "images"):
             raise ValueError(f"data.inputs is '{self.inputs}'; use 'texts' or 'images'.")
         if not self.of_images:
+            if self.augment.images.active:
+                raise ValueError(
+                    f"data.augment.images changes images, and data.inputs is {self.inputs!r}; set it to 'images', or "
+                    "leave out the one."
+                )
             return
         if self.objective != "labels" or not self.sources or any(name.startswith("tfds:") for name in self.sources):
             raise ValueError(
                 "data.inputs is 'images', which are read with their labels from folders; set data.objective to "
                 "'labels' and data.sources to such folders."
             )
-        if self.augment.active or self.select.active:
-            raise ValueError("data.augment and data.select are for texts, and data.inputs is 'images'; leave both out.")
+        if self.augment.changes_texts or self.select.active:
+            raise ValueError(
+                "data.inputs is 'images', which data.augment.images changes; the other fields of data.augment, and "
+                "data.select, are for texts, so leave them out."
+            )
 
     @property
     def fields(self) -> tuple[str, ...]:
