@@ -117,9 +117,7 @@ def make_train_step(
             objective = total
         elif "shares" in batch:
             if distiller is not None:
-                raise ValueError(
-                    "A teacher takes one label for each answer; leave it out, or mix no images."
-                )
+                raise ValueError("A teacher takes one label for each answer; leave it out, or mix no images.")
             output = output_of(model.config, params)
             total, _ = shared_cross_entropy(hidden_BSD, output, batch["shares"], batch["mask"], key=head_key)
             objective = total
