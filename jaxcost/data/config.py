@@ -73,8 +73,8 @@ class DataConfig:
     keeps documents apart."""
     buckets: tuple[int, ...] = ()
     """Lengths below `sequence_length`, ascending: batches are of texts of like lengths, and end at the first of these
-    that holds all of them. For the objectives of labels and regression. The step is compiled for each; without any,
-    all batches are of full length."""
+    that holds all of them. For the objectives of labels and regression. The step is compiled for each, and a plan is
+    of full length, which all batches have without any."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
     workers: int = 0
