@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
             for i in range(count):
                 word = ("red", "green", "blue")[i % 3]
                 text = f"{word} {i} " + "x" * int(draw.exponential(8))
-                file.write(json.dumps({"text": text, "label": word}) + "\n")
+                file.write(json.dumps({"text": text, "label": word, "number": i / 2}) + "\n")
     return root
 
 
 def config(folder, **changes):
     settings = {"sequence_length": LENGTH, "batch_size": BATCH, "buckets": BUCKETS} | changes
     cache = str(folder / "cache")
-    return DataConfig(sources=(str(folder),), objective="labels", cache_dir=cache, **settings)
+    return DataConfig(**{"sources": (str(folder),), "objective": "labels", "cache_dir": cache} | settings)
 
 
 def batches(asked, count, **part):
@@ -67,6 +67,13 @@ def test_every_text_is_read_once_an_epoch_whole_and_beside_those_of_its_length(f
     sizes = token_counts(split, ByteTokenizer())
     assert sizes.tolist() == [len(split[i]["text"].encode()) for i in range(COUNT)]
     np.testing.assert_array_equal(token_counts(split, ByteTokenizer()), sizes)
+
+
+def test_numbers_are_learned_of_batches_of_like_lengths_too(folder):
+    asked = config(folder, objective="regression", label_field="number")
+    found = batches(asked, 25)
+    assert sorted(np.concatenate([batch["targets"][:, 0] for batch in found])) == [i / 2 for i in range(COUNT)]
+    assert len({batch["inputs"].shape[1] for batch in found}) == len(BUCKETS) + 1
 
 
 def test_pools_that_span_epochs_lose_and_repeat_nothing():
