@@ -75,14 +75,15 @@ def main(arguments: Arguments) -> dict:
 
 def _said(one: dict, few: int) -> str:
     """What a way is worth in labels."""
+    by_seed = ", ".join("more than tried" if worth is None else f"{worth - few:.0f}" for worth in one["worth_by_seed"])
     if one["worth_labels"] is None:
-        return f"{one['arm']}: worth more labels than were tried"
+        return f"{one['arm']}: worth more labels than were tried (by seed {by_seed})"
     gained = one["worth_labels"] - few
     if gained <= 0:
-        return f"{one['arm']}: worth no label"
+        return f"{one['arm']}: worth no label (by seed {by_seed})"
     even = one["even_label_usd"]
     price = "what the machine costs is unknown" if even is None else f"pays where a label costs above {even:.2g} USD"
-    return f"{one['arm']}: worth {gained:.0f} labels; {price}"
+    return f"{one['arm']}: worth {gained:.0f} labels (by seed {by_seed}); {price}"
 
 
 def _shown(row: dict, name: str) -> str:

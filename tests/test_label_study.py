@@ -43,7 +43,10 @@ def test_a_way_is_worth_the_labels_that_would_be_as_accurate_and_pays_from_a_pri
     rows = [row("all", 400, 0.9, 1.0, True), row("few", 100, 0.5, 1.0, True), row("more", 200, 0.7, 1.0, True)]
     rows += [row("a", 100, 0.7, 6.0), row("b", 100, 0.8, 2.0), row("c", 100, 0.4, 2.0), row("d", 100, 0.95, 2.0)]
     rows += [row("e", 100, 0.6, 0.5), row("f", 100, 0.7, None), row("other", 400, 0.9, 2.0)]
-    found = {one["arm"]: one for one in exchange({"arms": rows})}
+    seeds = [one | {"seed": seed} for seed in (0, 1) for one in rows]
+    seeds[-len(rows) + 3]["accuracy"] = 0.5  # the second seed of "a"
+    found = {one["arm"]: one for one in exchange({"arms": rows, "rows": seeds})}
+    assert found["a"]["worth_by_seed"] == pytest.approx([200, 100]) and found["d"]["worth_by_seed"] == [None, None]
     assert [*found] == ["a", "b", "c", "d", "e", "f"]
     assert found["a"]["worth_labels"] == pytest.approx(200) and found["a"]["even_label_usd"] == pytest.approx(0.05)
     assert found["b"]["worth_labels"] == pytest.approx(200 * 2**0.5)
@@ -52,7 +55,7 @@ def test_a_way_is_worth_the_labels_that_would_be_as_accurate_and_pays_from_a_pri
     assert found["e"]["extra_usd"] == -0.5 and found["e"]["even_label_usd"] == 0
     assert found["f"]["extra_usd"] is None and found["f"]["even_label_usd"] is None
     with pytest.raises(ValueError, match="compare at least two"):
-        exchange({"arms": rows[:1]})
+        exchange({"arms": rows[:1], "rows": []})
 
 
 def test_a_gain_holds_if_it_does_for_every_seed():

@@ -127,7 +127,8 @@ def exchange(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
       For each arm of as few labels as any that is not of labels alone: `arm`; `worth_labels`, None where it is more
-      than all that were tried, and the arm's own labels where it gains nothing; `extra_usd`, what the machine and its
+      than all that were tried, and the arm's own labels where it gains nothing; `worth_by_seed`, the same of each seed
+      by itself, so that what is noise is seen; `extra_usd`, what the machine and its
       teacher cost beyond that of the labels alone; and `even_label_usd`, the price of a label above which the way is
       the cheaper one, None where it is worth no label or more than were tried, or a price is unknown.
 
@@ -137,8 +138,11 @@ def exchange(result: dict[str, Any]) -> list[dict[str, Any]]:
     alone = sorted((row for row in result["arms"] if row["alone"]), key=lambda row: row["labels"])
     if len(alone) < 2:
         raise ValueError("What a way is worth is told from arms of labels alone; compare at least two.")
-    base = alone[0]
-    found = []
+    base, names, found = alone[0], {row["arm"] for row in alone}, []
+    curves: dict[int, list[dict[str, Any]]] = {}
+    for row in sorted(result["rows"], key=lambda row: row["labels"]):
+        if row["arm"] in names:
+            curves.setdefault(row["seed"], []).append(row)
     for row in result["arms"]:
         if row["alone"] or row["labels"] != base["labels"]:
             continue
@@ -146,7 +150,17 @@ def exchange(result: dict[str, Any]) -> list[dict[str, Any]]:
         extra = None if None in (row["beside_usd"], base["beside_usd"]) else row["beside_usd"] - base["beside_usd"]
         gained = 0 if worth is None else worth - base["labels"]
         even = max(extra, 0.0) / gained if extra is not None and gained > 0 else None
-        found.append({"arm": row["arm"], "worth_labels": worth, "extra_usd": extra, "even_label_usd": even})
+        own = [one for one in result["rows"] if one["arm"] == row["arm"]]
+        each = [_labels_for(one["accuracy"], curves[one["seed"]]) for one in own]
+        found.append(
+            {
+                "arm": row["arm"],
+                "worth_labels": worth,
+                "worth_by_seed": each,
+                "extra_usd": extra,
+                "even_label_usd": even,
+            }
+        )
     return found
 
 
