@@ -105,6 +105,22 @@ class Experiment:
                 "data.objective is 'regression', and a teacher is learned from by probabilities, of which a number has "
                 "none; leave distill out."
             )
+        images = self.data.augment.images
+        if images.mixes and self.distill.active:
+            raise ValueError(
+                "data.augment.images mixes images and their labels, and a teacher takes one label for each; set mixup "
+                "and cutmix to 0, or leave distill out."
+            )
+        if images.crop and images.crop >= min(self.model.images.height, self.model.images.width):
+            raise ValueError(
+                f"data.augment.images.crop is {images.crop}, and the model's images have "
+                f"{self.model.images.height} x {self.model.images.width} pixels; move them by fewer."
+            )
+        if self.data.buckets and self.distill.top_k:
+            raise ValueError(
+                "distill.top_k stores what a teacher says of batches of one length, and data.buckets makes several; "
+                "leave out one of them."
+            )
         if self.start and self.distill.from_layers:
             raise ValueError(
                 "distill.from_layers makes new weights, and start has some already; leave one of them out."
@@ -143,7 +159,8 @@ class Experiment:
                 f"{rows * self.training.accumulation}."
             )
         m = self.model
-        context.check_length(self.data.sequence_length, sizes["context"])
+        for length in self.data.lengths:
+            context.check_length(length, sizes["context"])
         splits = [("model.width", m.width, "fsdp"), ("model.num_heads", m.num_heads, "tensor")]
         splits += [("model.num_kv_heads", m.num_kv_heads, "tensor"), ("model.mlp_width", m.mlp_width, "tensor")]
         splits += [("model.width", m.width, "tensor")]

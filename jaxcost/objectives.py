@@ -10,9 +10,11 @@ import grain
 from jax.sharding import Mesh
 
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
+from jaxcost.data.augmentation.images import AugmentImage, MixRows
 from jaxcost.data.augmentation.text import AugmentText
+from jaxcost.data.buckets import cut, token_counts
 from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
-from jaxcost.data.images import image_row
+from jaxcost.data.images import image_row, resized
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.evaluation.labels import Labeller
@@ -93,8 +95,11 @@ def learned_batches(
     if isinstance(split, TokenStream):
         hide = Masking.of(config.masked_fraction, tokenizer) if config.objective == "masked_tokens" else None
         return train_batches(config, split.tokens, prepare=hide, **part)
-    row, augment = _row(config, tokenizer, model), AugmentText(config.augment)
-    change = augment.random_map if config.augment.active else lambda example, _: example
+    row, change = _row(config, tokenizer, model), _change(config, model)
+    if config.buckets:
+        part |= {"lengths": token_counts(split, tokenizer), "finish": lambda batch, _: cut(batch, config.lengths)}
+    elif config.augment.images.mixes:
+        part |= {"finish": MixRows(config.augment.images, model.head.outputs).random_map}
     return train_batches(config, split, prepare=lambda example, rng: row(change(example, rng)), **part)
 
 
@@ -133,10 +138,23 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     return report(split, tokenizer)
 
 
+def _change(config: DataConfig, model: ModelConfig) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    """What changes an example before it is learned from, with a generator."""
+    if not config.augment.active:
+        return lambda example, _: example
+    if config.of_images:
+        change, size = AugmentImage(config.augment.images), _image_size(model)
+        return lambda example, rng: change.random_map(resized(size, example), rng)
+    return AugmentText(config.augment).random_map
+
+
+def _image_size(model: ModelConfig) -> tuple[int, int, int]:
+    return model.images.height, model.images.width, model.images.channels
+
+
 def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
     if config.of_images:
-        images = model.images
-        return functools.partial(image_row, (images.height, images.width, images.channels))
+        return functools.partial(image_row, _image_size(model))
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
     make = label_row if config.one_answer else answer_row

@@ -333,6 +333,7 @@ class Session:
             checkpoint=self.experiment.checkpoint,
             ledger=ledger,
             watch=Watch(directory, self.experiment.watch),
+            lengths=data.lengths if data.buckets else (),
             batch_size=data.batch_size,
             progress=Progress(
                 title,

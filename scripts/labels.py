@@ -24,6 +24,8 @@ class Arguments:
     """Further numbers of labels."""
     everything: int = 4000
     """All labels that there are."""
+    longer: tuple[int, ...] = ()
+    """Further steps that the few labels, augmented, are trained for."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, order and labels."""
     threshold: float = 0.95
@@ -38,18 +40,24 @@ class Arguments:
 
 def main(arguments: Arguments) -> dict:
     """Prints the table and what was found, and returns both."""
-    from jaxcost.study.labels import arms, gain, run_labels
+    from jaxcost.study.labels import arms, exchange, gain, run_labels
 
-    compared = arms(arguments.few, arguments.more, arguments.everything)
+    compared = arms(arguments.few, arguments.more, arguments.everything, arguments.longer)
     result = run_labels(
         arguments.experiment, arguments.workdir, compared, arguments.seeds, threshold=arguments.threshold
     )
     table = Table(
-        "way", "accuracy", "macro F1", "labels USD", "machine USD", title=f"{result['data']}, seeds {arguments.seeds}"
+        "way",
+        "accuracy",
+        "macro F1",
+        "labels USD",
+        "machine USD",
+        "front",
+        title=f"{result['data']}, seeds {arguments.seeds}",
     )
     for row in result["arms"]:
         shown = [_shown(row, name) for name in ("accuracy", "macro_f1", "data_usd", "compute_usd")]
-        table.add_row(row["arm"], *shown)
+        table.add_row(row["arm"], *shown, {None: "unknown", True: "front", False: ""}[row["front"]])
     console = Console()
     console.print(table)
     few, all_of_them = (f"{n} labels" for n in (arguments.few, arguments.everything))
@@ -59,7 +67,23 @@ def main(arguments: Arguments) -> dict:
     for one in found:
         said = " ".join(f"{value:+.3f}" for value in one["gains"])
         console.print(f"{'held ' if one['holds'] else 'not  '} {one['text']}: {one['mean']:+.3f} ({said})")
-    return result | {"findings": found}
+    worth = exchange(result)
+    for one in worth:
+        console.print(_said(one, arguments.few))
+    return result | {"findings": found, "exchange": worth}
+
+
+def _said(one: dict, few: int) -> str:
+    """What a way is worth in labels."""
+    by_seed = ", ".join("more than tried" if worth is None else f"{worth - few:.0f}" for worth in one["worth_by_seed"])
+    if one["worth_labels"] is None:
+        return f"{one['arm']}: worth more labels than were tried (by seed {by_seed})"
+    gained = one["worth_labels"] - few
+    if gained <= 0:
+        return f"{one['arm']}: worth no label (by seed {by_seed})"
+    even = one["even_label_usd"]
+    price = "what the machine costs is unknown" if even is None else f"pays where a label costs above {even:.2g} USD"
+    return f"{one['arm']}: worth {gained:.0f} labels (by seed {by_seed}); {price}"
 
 
 def _shown(row: dict, name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from jaxcost.data import DataConfig
 from jaxcost.data.augmentation import NEGATIONS, AugmentConfig
 from jaxcost.data.augmentation.audio import AddNoise, ChangeSpeed, SpecAugment
+from jaxcost.data.augmentation.config import OPERATIONS
 from jaxcost.data.augmentation.images import CutMix, MixUp, RandAugment, RandomCrop, RandomFlip
 from jaxcost.data.augmentation.items import CropItems, MaskItems, ReorderItems
 from jaxcost.data.augmentation.tables import NEIGHBOURS, SHAPES, SYNONYMS
@@ -138,8 +139,10 @@ def test_rand_augment_changes_by_its_magnitude_alone(channels):
     weak = RandAugment(3, 0.0, protected=("autocontrast", "equalize", "solarize"))
     for seed in range(20):
         np.testing.assert_array_equal(weak.random_map(example, rng(seed))["image"], example["image"])
-    with pytest.raises(ValueError, match="no operation 'turn'"):
+    with pytest.raises(ValueError, match="'turn', which is no change of RandAugment's"):
         RandAugment(protected=("turn",))
+    with pytest.raises(ValueError, match="protected has all changes of RandAugment's; leave out at least one"):
+        RandAugment(protected=OPERATIONS)
 
 
 def test_mixed_images_have_labels_in_the_same_shares():

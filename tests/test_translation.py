@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from labels import ENCODER, experiment, session_of
 
+from jaxcost.data.augmentation import AugmentConfig
+from jaxcost.data.augmentation.text import changed
 from jaxcost.data.examples import source_row
 from jaxcost.data.tokenizers import ByteTokenizer
+from jaxcost.labelling import labeller
+from jaxcost.models.config import HeadConfig
 from jaxcost.models.parts import EncoderConfig
 from jaxcost.planning.steps import trace_step
 from jaxcost.serving.sampling import Sampling
@@ -52,11 +56,33 @@ def meaning(ours):
     return "".join(letters.get(letter, "?") for letter in ours)
 
 
-@pytest.mark.slow
-def test_texts_come_back_in_other_letters_and_mean_the_same(tmp_path):
-    there, fitted = translator(tmp_path, True, 600)
+def topic(ours):
+    """What a text says most often, or first of what it says as often: it hangs on all letters and on their order."""
+    said = meaning(ours)
+    return max(said, key=said.count)
+
+
+def write_topics(folder, texts, held):
+    """Texts with their topics as labels."""
+    folder.mkdir()
+    for split, some in (("train", texts), ("validation", held)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text, "label": topic(text)}) + "\n" for text in some)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def translators(tmp_path_factory):
+    """One of each direction."""
+    root = tmp_path_factory.mktemp("translators")
+    there, fitted = translator(root, True, 600)
     assert fitted.metrics["nats_per_token"] < 0.3
-    back, _ = translator(tmp_path, False, 600)
+    return there, translator(root, False, 600)[0]
+
+
+@pytest.mark.slow
+def test_texts_come_back_in_other_letters_and_mean_the_same(translators, tmp_path):
+    there, back = translators
     draw = np.random.default_rng(7)
     texts = ["".join(draw.choice(list("abcdefgh"), 4)) for _ in range(50)]
     assert np.mean([made == meaning(text) for text, made in zip(texts, there(texts), strict=True)]) >= 0.9
@@ -70,6 +96,44 @@ def test_texts_come_back_in_other_letters_and_mean_the_same(tmp_path):
     nobody = dataclasses.replace(sampling)
     assert back_translate(texts, there, back, nobody, tmp_path / "cache") == made
     assert back_translate(texts[:5], there, back, sampling) == made[:5]
+
+
+@pytest.mark.slow
+def test_labels_survive_translation_at_least_as_often_as_words_moved_and_left_out(translators, tmp_path):
+    draw = np.random.default_rng(9)
+    texts = sorted({"".join(draw.choice(list("abcdefgh"), 4)) for _ in range(1200)})
+    draw.shuffle(texts)
+    held, learned = texts[:200], texts[200:]
+    value = experiment(
+        write_topics(tmp_path / "topics", learned, held),
+        dataclasses.replace(ENCODER, head=HeadConfig(outputs=4, pooling="mean")),
+        "labels",
+        data={"sequence_length": 6, "batch_size": 64},
+        training=TrainingConfig(steps=200),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20),
+    )
+    session = session_of(value)
+    params = session.train(tmp_path / "run").params
+    gold = [session.train_stream.labels.index(topic(text)) for text in held]
+
+    def agreement(made):
+        return np.mean(labeller(session, made).probabilities(params).argmax(axis=1) == gold)
+
+    def others(made):
+        return np.mean([m != text for m, text in zip(made, held, strict=True)])
+
+    def moved(strength):
+        """EDA's copies; each letter is a word. No letter has a synonym, so that none is put in."""
+        eda = AugmentConfig(strength, insert=strength, swap=strength, delete=strength, untouched=0.0)
+        return [changed(eda, " ".join(text), draw).replace(" ", "") for text in held]
+
+    translated = back_translate(held, *translators, Sampling(temperature=1.0))
+    assert agreement(held) >= 0.95 and others(translated) >= 0.8
+    # 0.1 is the strength that EDA's authors use most, and 0.05 theirs for few examples.
+    for strength in (0.05, 0.1):
+        copies = moved(strength)
+        assert others(copies) >= 0.2
+        assert agreement(translated) >= agreement(copies), strength
 
 
 def test_a_source_row_is_what_an_encoder_decoder_learns_from():

@@ -48,7 +48,7 @@ class DataConfig:
     masked_fraction: float = 0.15
     """Share of the tokens that are hidden for the objective of masked tokens."""
     augment: AugmentConfig = AugmentConfig()
-    """How texts with labels or answers are changed while they are learned from."""
+    """How texts with labels or answers, or images, are changed while they are learned from."""
     select: SelectConfig = SelectConfig()
     """Which documents of the train split are left out."""
     max_corrupt_records: int = 10
@@ -71,6 +71,10 @@ class DataConfig:
     separate_documents: bool = False
     """A token sees those of its own document alone, and counts its position from where that begins; first_fit always
     keeps documents apart."""
+    buckets: tuple[int, ...] = ()
+    """Lengths below `sequence_length`, ascending: batches are of texts of like lengths, and end at the first of these
+    that holds all of them. For the objectives of labels and regression. The step is compiled for each, and a plan is
+    of full length, which all batches have without any."""
     batch_size: int = 16
     """Sequences in a batch, over all devices (B)."""
     workers: int = 0
@@ -94,7 +98,7 @@ class DataConfig:
             )
         self._check_sources()
         self._check_images()
-        if self.augment.active and not self.of_examples:
+        if self.augment.changes_texts and not self.of_examples:
             raise ValueError(
                 "data.augment changes texts that are learned from one by one; set data.objective to 'labels', "
                 "'regression' or 'answers', or leave it out."
@@ -109,6 +113,17 @@ class DataConfig:
             raise ValueError(
                 f"data.bpe_vocab_size is {self.bpe_vocab_size}; it must be at least {MIN_BPE_VOCAB_SIZE}, "
                 "256 bytes and the separator."
+            )
+        ascending = all(one < other for one, other in zip((1, *self.buckets), self.buckets, strict=False))
+        if self.buckets and not (ascending and self.buckets[-1] < self.sequence_length):
+            raise ValueError(
+                f"data.buckets is {self.buckets}; give lengths of 2 tokens and more, ascending, below "
+                f"data.sequence_length ({self.sequence_length})."
+            )
+        if self.buckets and (not self.one_answer or self.of_images):
+            raise ValueError(
+                "data.buckets is for texts with one answer each; set data.objective to 'labels' or 'regression', or "
+                "leave it out."
             )
         if self.workers < 0:
             raise ValueError(
@@ -134,14 +149,22 @@ class DataConfig:
         if self.inputs not in ("texts", "images"):
             raise ValueError(f"data.inputs is '{self.inputs}'; use 'texts' or 'images'.")
         if not self.of_images:
+            if self.augment.images.active:
+                raise ValueError(
+                    f"data.augment.images changes images, and data.inputs is {self.inputs!r}; set it to 'images', or "
+                    "leave out the one."
+                )
             return
         if self.objective != "labels" or not self.sources or any(name.startswith("tfds:") for name in self.sources):
             raise ValueError(
                 "data.inputs is 'images', which are read with their labels from folders; set data.objective to "
                 "'labels' and data.sources to such folders."
             )
-        if self.augment.active or self.select.active:
-            raise ValueError("data.augment and data.select are for texts, and data.inputs is 'images'; leave both out.")
+        if self.augment.changes_texts or self.select.active:
+            raise ValueError(
+                "data.inputs is 'images', which data.augment.images changes; the other fields of data.augment, and "
+                "data.select, are for texts, so leave them out."
+            )
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -159,6 +182,11 @@ class DataConfig:
     def one_answer(self) -> bool:
         """Whether a label or a number is learned of each text, and no tokens."""
         return self.objective in ("labels", "regression")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that batches of texts have, ascending."""
+        return (*self.buckets, self.sequence_length)
 
     @property
     def of_images(self) -> bool:

@@ -54,23 +54,31 @@ def read_image(path: str | Path, max_bytes: int) -> np.ndarray:
         raise BadRecord(f"cannot be read ({reason.rstrip('.') or type(error).__name__})") from error
 
 
+def resized(size: tuple[int, int, int], example: dict[str, Any]) -> dict[str, Any]:
+    """An example whose `image`, uint8 (height, width, 3), has the height, width and channels, 1 or 3, of `size`."""
+    from PIL import Image
+
+    height, width, channels = size
+    if example["image"].shape == size:
+        return example
+    picture = Image.fromarray(example["image"]).convert("L" if channels == 1 else "RGB")
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return example | {"image": np.asarray(picture).reshape(size)}
+
+
 def image_row(size: tuple[int, int, int], example: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a model that gives one answer for an image reads, and the label that it is to give.
 
     Args:
       size: height, width and channels, 1 or 3, that the model takes.
-      example: with `image`, uint8 of any height and width (height, width, 3), which is resized, and `label`.
+      example: with `image`, uint8 of any height and width (height, width, 3), which is resized, or of that size
+        already, and `label`.
 
     Returns:
       `inputs`, float32 of that size, from -1 to 1, `targets`, int32 (1,), and `mask`, float32 (1,).
     """
-    from PIL import Image
-
-    height, width, channels = size
-    picture = Image.fromarray(example["image"]).convert("L" if channels == 1 else "RGB")
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     return {
-        "inputs": resized.reshape(size) / 127.5 - 1,
+        "inputs": resized(size, example)["image"].astype(np.float32) / 127.5 - 1,
         "targets": np.array([example["label"]], np.int32),
         "mask": np.ones(1, np.float32),
     }

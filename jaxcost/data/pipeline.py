@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcost.data.buckets import Buckets
 from jaxcost.data.config import DataConfig
 from jaxcost.data.packing import Rows, Windows
 from jaxcost.data.workers import WorkerBatches
@@ -32,6 +33,8 @@ def train_batches(
     rows: Sequence[int] | None = None,
     numbered: bool = False,
     prepare: Callable[[Any, np.random.Generator], dict[str, np.ndarray]] | None = None,
+    finish: Callable[[Batch, np.random.Generator], Batch] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch] | WorkerBatches:
     """Iterates for ever over shuffled windows of the tokens, or over shuffled examples.
 
@@ -50,10 +53,13 @@ def train_batches(
         a log and not for a model.
       prepare: makes of each window or example the row that is learned from, with a generator of its own, drawn anew
         every epoch; what it does depends on nothing else.
+      finish: makes of each batch the one that is learned from, with a generator of its own. Each process then prepares
+        whole batches, of which it gives its rows.
+      lengths: tokens of each example, (N,), for batches of like lengths; of any if they are not given.
 
     Returns:
       A Grain iterator of batches, or one like it: `inputs` and `targets`, int32 (B, S), `mask`, float32 (B, S), all
-      ones.
+      ones; or of what `prepare` makes.
 
     Raises:
       ValueError: the tokens don't fill one batch, or `start_step` is negative.
@@ -77,13 +83,17 @@ def train_batches(
     # In the same order, as it is shuffled by the same seed; what is drawn for a row depends on its place in it alone.
     shuffled = grain.MapDataset.source(windows).seed(config.shuffle_seed).shuffle().repeat()
     shuffled = shuffled if prepare is None else shuffled.random_map(prepare)
-    rows = range(config.batch_size) if rows is None else rows
+    rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+    buckets = None if lengths is None else Buckets(order, lengths, config.batch_size, config.shuffle_seed)
 
     def batch(step: int) -> Batch:
-        places = [step * config.batch_size + int(row) for row in rows]
-        found = [shuffled[place] for place in places]
-        made = {name: np.stack([one[name] for one in found]) for name in found[0]}
-        return made | {RECORDS: np.asarray([order[place] for place in places])} if numbered else made
+        whole = step * config.batch_size + np.arange(config.batch_size) if buckets is None else buckets.places(step)
+        own = whole[rows]
+        made = _stacked([shuffled[int(place)] for place in (own if finish is None else whole)])
+        if finish is not None:
+            finished = finish(made, np.random.default_rng((config.shuffle_seed, step)))
+            made = {name: array[rows] for name, array in finished.items()}
+        return made | {RECORDS: np.asarray([order[int(place)] for place in own])} if numbered else made
 
     steps = sys.maxsize // config.batch_size
     if config.workers:
@@ -131,6 +141,10 @@ def batches_in_order(windows: Sequence[Batch], batch_size: int) -> Iterator[Batc
         for name, array in batch.items():
             array[: len(rows)] = [row[name] for row in rows]
         yield batch
+
+
+def _stacked(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _sequences(config: DataConfig, tokens: np.ndarray | Sequence[Any], keep_last: bool = False) -> Sequence[Any]:

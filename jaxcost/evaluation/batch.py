@@ -12,7 +12,8 @@ others tokens or labels. Further, where a model takes them: `valid`, bool
 (B, T), the inputs that are no padding; `segments`, int32 (B, T), which of several sequences in a row each is of;
 `source`, int32 (B, S) or what stands in the place of tokens, which an encoder reads; `source_valid`, bool (B, S). Of
 detection, `inputs` are images, `targets` the labels (B, M) of what is on them, `boxes` (B, M, 4) where it is, and
-`mask` (B, M) 0 where there are fewer than M."""
+`mask` (B, M) 0 where there are fewer than M. Of mixed images, `shares`, float32 (B, 1, C), says how much of each label
+they are, and is learned in the place of `targets`."""
 
 _BESIDE = {"valid": "valid_BT", "segments": "segments_BT", "source": "source_BS", "source_valid": "source_valid_BS"}
 

@@ -50,6 +50,24 @@ def cross_entropy(
     return total, jnp.sum(mask_BT)
 
 
+def shared_cross_entropy(
+    hidden_BTD: jax.Array, output: Output, shares_BTC: jax.Array, mask_BT: jax.Array, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The summed cross-entropy in nats of answers that are several labels in shares, and how many answers counted.
+
+    Both float32 scalars; of shares that are 1 for one label, those of `cross_entropy`.
+
+    Args:
+      hidden_BTD: final hidden states in the compute dtype; T is 1 of a head that pools them.
+      output: what makes logits of them.
+      shares_BTC: float32, shares of the labels (C), which add up to 1.
+      mask_BT: 1 where the answer counts and 0 where it is padding.
+      key: random key for an output whose arithmetic is random.
+    """
+    log_shares_BTC = jax.nn.log_softmax(output(hidden_BTD, key), axis=-1)
+    return -jnp.sum(shares_BTC * log_shares_BTC * mask_BT[..., None]), jnp.sum(mask_BT)
+
+
 def squared_error(
     hidden_BTD: jax.Array, output: Output, targets_BT: jax.Array, mask_BT: jax.Array, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -107,7 +107,9 @@ def _learned(experiment: Experiment, model: Transformer) -> dict[str, jax.ShapeD
     """The arrays of a batch that the model learns from."""
     data, c = experiment.data, model.config
     if not c.of_tokens:
-        return _seen_or_heard(c, data.batch_size, data.sequence_length)
+        mixed = (data.batch_size, 1, c.head.outputs)
+        shares = {"shares": jax.ShapeDtypeStruct(mixed, jnp.float32)} if data.augment.images.mixes else {}
+        return _seen_or_heard(c, data.batch_size, data.sequence_length) | shares
     shape = (data.batch_size, data.sequence_length)
     answers = shape if c.head.pooling == "none" else (shape[0], 1)
     numbers = jnp.float32 if data.objective == "regression" else jnp.int32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Fitted:
     step_seconds: float
     """Median seconds of a step, without compilation, evaluation and checkpoints, since the last restart."""
     cost: ProgramCost
-    """The compiled step, read."""
+    """The compiled step, read; that of the longest batches, where there are several."""
     losses: tuple[float, ...]
     """Training loss of the steps done in this process, nats a token."""
     totals: dict[str, float]
@@ -77,6 +77,7 @@ def fit(
     progress: Progress,
     watch: Watch,
     batch_size: int,
+    lengths: Sequence[int] = (),
     distiller: Distiller | None = None,
     teacher: weights.Params | None = None,
     stored: StoredLogits | None = None,
@@ -98,6 +99,7 @@ def fit(
       ledger: charged with the seconds, tokens and FLOPs of the run.
       progress: shows the run to a person.
       watch: writes what each step came to.
+      lengths: the lengths that batches have, ascending; that of the first batch if none are given.
       batch_size: B; where several processes share the job, each one's batches are its `sharding.own_rows` alone.
       distiller: what is learned from a teacher; then one of the next two is given.
       teacher: the weights of a teacher that runs inside of the step, on the mesh.
@@ -144,10 +146,13 @@ def fit(
             example, _ = next_batch(1)
             batches.set_state(fresh_position)
             options = sharding.compiler_options(mesh)
-            compiled = jitted.lower(abstract, example, *taught).compile(compiler_options=options)
-            cost = compiled_cost(compiled)
-            rows, length = example["inputs"].shape[:2]
-            tokens_per_step = rows * model.config.row_tokens(length)
+            programs = {}
+            for length in lengths or example["inputs"].shape[1:2]:
+                given = _of_length(example, length)
+                compiled = jitted.lower(abstract, given, *taught).compile(compiler_options=options)
+                tokens = batch_size * model.config.row_tokens(length)
+                programs[given["inputs"].shape] = _Program(compiled, compiled_cost(compiled), tokens)
+            longest = programs[given["inputs"].shape]
 
         # ---- Start, or restart ----
         with clock.losing("start"):
@@ -177,33 +182,34 @@ def fit(
         losses: list[float] = []
         in_a_row = 0
 
-        def finish(step, result, records):
+        def finish(step, result, records, program):
             """Reads what a step came to, which waits for it."""
             nonlocal skipped, in_a_row
             figures = {name: float(value) for name, value in jax.device_get(result).items()}
-            seconds = clock.step_done(tokens_per_step, cost.total_flops)
+            seconds = clock.step_done(program.tokens, program.cost.total_flops)
             losses.append(figures["loss"])
             in_a_row = in_a_row + 1 if figures.pop("skipped") else 0
             skipped += in_a_row > 0
             if in_a_row > training.skip_limit:
                 raise NonFiniteError(_not_finite(step, figures, in_a_row, checkpoints.latest(), directory))
-            figures |= {"skipped": skipped, "seconds": seconds, **progress.figures(seconds)}
+            figures |= {"skipped": skipped, "seconds": seconds, **progress.figures(seconds, program.tokens)}
             figures |= {"goodput": clock.goodput, "usd": ledger.usd, "memory_bytes": _memory_bytes(mesh)}
             watch.write(step, figures if records is None else figures | {"records": records.tolist()})
-            progress.advance(losses[-1], clock.recent_seconds())
+            progress.advance(losses[-1], seconds if lengths else clock.recent_seconds(), program.tokens)
 
         pending = None
-        run = sharding.runnable(jitted, compiled, state)
-        progress.start(training.steps, done, tokens_per_step)
+        runs = {shape: sharding.runnable(jitted, one.compiled, state) for shape, one in programs.items()}
+        progress.start(training.steps, done, longest.tokens)
         for step in range(done + 1, last_step + 1):
             watch.begin(step)
             with clock.waiting(pending and pending[1]):
                 batch, records = next_batch(step)
-            state, result = run(state, batch, *taught)
+            shape = batch["inputs"].shape
+            state, result = runs[shape](state, batch, *taught)
             # The step before is read only now, so that the devices never wait for the host.
             if pending is not None:
                 finish(*pending)
-            pending = (step, result, records)
+            pending = (step, result, records, programs[shape])
 
             stops = preemption.reached(step)
             evaluates = step == last_step or (training.evaluate_every and step % training.evaluate_every == 0)
@@ -234,8 +240,30 @@ def fit(
         checkpoints.wait()
         lost, goodput = clock.lost, clock.goodput
     return Fitted(
-        state.params, last_step, measured, cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
+        state.params, last_step, measured, longest.cost, tuple(losses), ledger.totals, metrics, skipped, lost, goodput
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The step for batches of one shape."""
+
+    compiled: Any
+    cost: ProgramCost
+    tokens: int
+    """Tokens of a batch, padding included."""
+
+
+def _of_length(batch: dict[str, jax.Array], length: int) -> dict[str, Any]:
+    """A batch, or the shapes of one that is as long."""
+    inputs = batch["inputs"]
+    if inputs.shape[1] == length:
+        return batch
+
+    def resized(a):
+        return jax.ShapeDtypeStruct((len(a), length), a.dtype, sharding=a.sharding)
+
+    return {name: resized(a) if a.shape == inputs.shape else a for name, a in batch.items()}
 
 
 def jitted_step(

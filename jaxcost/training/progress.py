@@ -49,15 +49,19 @@ class Progress:
             self._task = self._bar.add_task(self._title, total=steps, completed=done, figures="")
             self._bar.start()
 
-    def figures(self, step_seconds: float) -> dict[str, float | None]:
-        """Tokens a second and model-FLOP utilisation, null where the peak is unknown, of a step of so many seconds."""
-        utilisation = self._model_flops / step_seconds / self._peak if self._peak else None
-        return {"tokens_per_second": self._tokens / step_seconds, "mfu": utilisation}
+    def figures(self, step_seconds: float, tokens: int) -> dict[str, float | None]:
+        """Tokens a second and model-FLOP utilisation, null where the peak is unknown, of a step of so many seconds.
 
-    def advance(self, loss: float, step_seconds: float) -> None:
+        The model's FLOPs of a step with fewer tokens are in proportion, which counts its attention as a little more.
+        """
+        share = tokens / self._tokens
+        utilisation = self._model_flops * share / step_seconds / self._peak if self._peak else None
+        return {"tokens_per_second": tokens / step_seconds, "mfu": utilisation}
+
+    def advance(self, loss: float, step_seconds: float, tokens: int) -> None:
         """One more step is done."""
         self._done += 1
-        speed = self.figures(step_seconds)
+        speed = self.figures(step_seconds, tokens)
         figures = f"loss {loss:.3f}  {speed['tokens_per_second']:,.0f} tokens/s"
         if speed["mfu"] is not None:
             figures += f"  MFU {speed['mfu']:.1%}"

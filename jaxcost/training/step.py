@@ -15,7 +15,7 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.evaluation.detection import detection_loss
-from jaxcost.evaluation.losses import cross_entropy, ctc_loss, squared_error
+from jaxcost.evaluation.losses import cross_entropy, ctc_loss, shared_cross_entropy, squared_error
 from jaxcost.models.experts import LOSSES
 from jaxcost.models.transformer import BOXES, FOUND, Transformer, output_of
 from jaxcost.sharding import constrain, microbatches
@@ -114,6 +114,12 @@ def make_train_step(
                 raise ValueError("A distiller compares probabilities, and a number has none; leave out the teacher.")
             output = output_of(model.config, params)
             total, _ = squared_error(hidden_BSD, output, batch["targets"], batch["mask"], key=head_key)
+            objective = total
+        elif "shares" in batch:
+            if distiller is not None:
+                raise ValueError("A teacher takes one label for each answer; leave it out, or mix no images.")
+            output = output_of(model.config, params)
+            total, _ = shared_cross_entropy(hidden_BSD, output, batch["shares"], batch["mask"], key=head_key)
             objective = total
         elif distiller is None:
             output = output_of(model.config, params)

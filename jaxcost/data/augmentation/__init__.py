@@ -1,5 +1,5 @@
 """Changed copies of what is learned from: each a Grain transform with a strength, drawn from a key of its own."""
 
-from jaxcost.data.augmentation.config import DIRECTIONS, HEDGES, NEGATIONS, AugmentConfig
+from jaxcost.data.augmentation.config import DIRECTIONS, HEDGES, NEGATIONS, AugmentConfig, AugmentImagesConfig
 
-__all__ = ["DIRECTIONS", "HEDGES", "NEGATIONS", "AugmentConfig"]
+__all__ = ["DIRECTIONS", "HEDGES", "NEGATIONS", "AugmentConfig", "AugmentImagesConfig"]

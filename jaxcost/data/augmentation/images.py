@@ -8,8 +8,43 @@ from typing import Any
 import grain
 import numpy as np
 
-_OPERATIONS = ("autocontrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast", "brightness")
-_OPERATIONS += ("sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
+from jaxcost.data.augmentation.config import OPERATIONS, AugmentImagesConfig, check_protected
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentImage(grain.transforms.RandomMap):
+    """Changes the `image` of an example as its config says, which mixes none yet; whatever else it holds stays."""
+
+    config: AugmentImagesConfig
+
+    def random_map(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        c = self.config
+        changes = [RandomCrop(c.crop)] if c.crop else []
+        changes += [RandomFlip(c.flip)] if c.flip else []
+        changes += [RandAugment(c.operations, c.magnitude, c.protected)] if c.operations else []
+        for change in changes:
+            example = change.random_map(example, rng)
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class MixRows(grain.transforms.RandomMap):
+    """Mixes the rows of a batch by mixup or cutmix, as a config that mixes says.
+
+    Of `inputs`, float32 (B, height, width, channels), and `targets`, int32 (B, 1), come the mixed `inputs`, and beside
+    what the batch holds `shares`, float32 (B, 1, C), how much of each label a row is.
+    """
+
+    config: AugmentImagesConfig
+    classes: int
+    """Outputs of the model (C)."""
+
+    def random_map(self, batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        alphas = ((MixUp, self.config.mixup), (CutMix, self.config.cutmix))
+        ways = [way(self.classes, alpha) for way, alpha in alphas if alpha]
+        way = ways[int(rng.integers(len(ways)))]
+        mixed = way.random_map({"image": batch["inputs"], "label": batch["targets"][:, 0]}, rng)
+        return batch | {"inputs": mixed["image"], "shares": mixed["shares"][:, None]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +94,14 @@ class RandAugment(grain.transforms.RandomMap):
                 f"RandAugment: magnitude is {self.magnitude} and operations is {self.operations}; give a magnitude "
                 "from 0 to 1, and at least 0 operations."
             )
-        unknown = sorted({*self.protected} - {*_OPERATIONS})
-        if unknown:
-            raise ValueError(f"RandAugment knows no operation {unknown[0]!r}; it has {', '.join(_OPERATIONS)}.")
+        check_protected("RandAugment.protected", self.protected)
 
     def random_map(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         from PIL import Image
 
         image = example["image"]
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        allowed = [name for name in _OPERATIONS if name not in self.protected]
+        allowed = [name for name in OPERATIONS if name not in self.protected]
         for _ in range(self.operations):
             name = allowed[int(rng.integers(len(allowed)))]
             sign = 1 if rng.random() < 0.5 else -1
