@@ -432,6 +432,8 @@ def read_experiment(directory: Path) -> Experiment:
     """The experiment that a folder holds a run of; ValueError if there is none."""
     path = Path(directory) / DESCRIPTION
     if not path.is_file():
+        if (path.parent / "config.json").is_file():
+            raise ValueError(f"{directory} is a checkpoint of transformers; convert it first, with scripts/convert.py.")
         raise ValueError(f"{directory} holds no run: {DESCRIPTION} is missing. Give the --workdir of a training.")
     try:
         return serialization.from_json(json.loads(path.read_text()))

@@ -239,7 +239,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({NAME: None}, rf"lacks {NAME}, which a model of its config.json has"),
+        ({NAME: None}, rf"lacks {NAME}, which a model of this config.json has"),
         ({NAME: np.zeros((4, 6), np.float32)}, rf"model.safetensors: {NAME} has the shape \(4, 6\).*says \(6, 4\)"),
         ({"strange": np.zeros(1, np.float32)}, "model.safetensors has strange, which a model of this config.json"),
     ],

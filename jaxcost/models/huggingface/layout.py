@@ -92,9 +92,11 @@ def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str,
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; BadCheckpoint if it holds none."""
+    if not path.is_file():
+        raise BadCheckpoint(f"There is no {path}.")
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{path} is JSON, but not an object.")
