@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, train_batches, validation_batches
 from jaxcost.data.augmentation.text import AugmentText
-from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
+from jaxcost.data.examples import Examples, Row, answer_row, label_row, open_examples, report, source_row
 from jaxcost.data.images import image_row
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
@@ -28,7 +28,9 @@ Split = TokenStream | Examples
 def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> None:
     """ValueError, in one sentence, if a model cannot learn the objective, of images or of texts."""
     head, alone = model.head, model.of_tokens and not model.encoder.num_layers
-    answers = objective == "answers" and model.generates and model.encoder.num_layers and model.source.of_tokens
+    # A text is read by a model that has no encoder, or by its encoder.
+    reads = alone or (model.encoder.num_layers > 0 and model.source.of_tokens)
+    answers = objective == "answers" and model.generates and reads
     if objective in ("next_token", "answers") and not (model.language_model or answers):
         raise ValueError(
             "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
@@ -40,7 +42,7 @@ def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> 
             "model.causal off, and leave model.head.outputs and model.encoder by default."
         )
     if objective == "labels":
-        wanted = model.images.patch > 0 and not model.encoder.num_layers if of_images else alone
+        wanted = model.images.patch > 0 and not model.encoder.num_layers if of_images else reads
         if not head.outputs or head.pooling == "none" or head.boxes or not wanted:
             kind = "of images, by model.images," if of_images else "of tokens"
             raise ValueError(
@@ -51,7 +53,7 @@ def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> 
         raise ValueError(
             f"model.images.channels is {model.images.channels}; image files have 1 or 3, so set it to one."
         )
-    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not alone):
+    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not reads):
         raise ValueError(
             "data.objective is 'regression', which takes a model of tokens that gives one number for each text; set "
             "model.head.outputs to 1, and model.head.pooling to 'first', 'last' or 'mean'."
@@ -133,11 +135,18 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     return report(split, tokenizer)
 
 
-def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def label_rows(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], Row]:
+    """What makes the row of a text and its label, or number, that a model reads."""
+    start = model.encoder.start if model.encoder.num_layers else None
+    return functools.partial(label_row, tokenizer, config.sequence_length, start)
+
+
+def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], Row]:
     if config.of_images:
         images = model.images
         return functools.partial(image_row, (images.height, images.width, images.channels))
+    if config.one_answer:
+        return label_rows(config, tokenizer, model)
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
-    make = label_row if config.one_answer else answer_row
-    return functools.partial(make, tokenizer, config.sequence_length)
+    return functools.partial(answer_row, tokenizer, config.sequence_length)

@@ -121,7 +121,7 @@ def _learned(experiment: Experiment, model: Transformer) -> dict[str, jax.ShapeD
             "source": jax.ShapeDtypeStruct(shape, jnp.int32),
             "source_valid": jax.ShapeDtypeStruct(shape, jnp.bool_),
         }
-        batch |= texts if data.objective == "answers" and c.source.of_tokens else {"source": _source(model, shape[0])}
+        batch |= texts if data.of_examples and c.source.of_tokens else {"source": _source(model, shape[0])}
     return batch
 
 

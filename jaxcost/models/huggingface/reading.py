@@ -175,7 +175,8 @@ def _untied(
     config: ModelConfig, family: families.Family, head: families.Head, stored: Mapping[str, safetensors.Stored]
 ) -> ModelConfig:
     """The config, without tied embeddings where the checkpoint holds an unembedding that is another matrix."""
-    [embedding] = [name for name, paths in family.tensors.items() if paths == ("embed/table",)] or [""]
+    table = {**family.tensors, **family.further(config)}
+    [embedding] = [name for name, paths in table.items() if paths == ("embed/table",)] or [""]
     for name in set(head.tied) & set(stored) if config.tie_embeddings and embedding in stored else ():
         pair = stored[name], stored[embedding]
         same = pair[0].shape == pair[1].shape and all(
