@@ -507,7 +507,7 @@ def test_what_a_family_cannot_hold_is_named_once():
         (
             dataclasses.replace(SMALL, encoder=EncoderConfig()),
             "t5",
-            r"t5 does not .* \(config.json lacks num_layers",
+            r"t5 does not .* \(The config lacks num_layers",
         ),
         (SMALL, "whisper", "whisper does not have a model with such fields"),
         (replaced(SPEECH, num_heads=2), "whisper", "encoder_attention_heads is 2 and decoder_attention_heads 4"),

@@ -257,7 +257,8 @@ def _t5(c: ModelConfig) -> dict[str, Any]:
         "d_model": c.width,
         "d_kv": c.head_dim,
         "d_ff": c.mlp_width,
-        "num_layers": c.encoder.num_layers or c.num_layers,
+        # A decoder alone is none of theirs.
+        "num_layers": c.encoder.num_layers or (None if c.causal else c.num_layers),
         "num_decoder_layers": c.num_layers,
         "num_heads": c.num_heads,
         "feed_forward_proj": f"gated-{activation}" if c.gated else activation,
