@@ -48,7 +48,7 @@ CASES = {
     "t5, odd": ("T5", {"d_model": 42, "d_kv": 7, "num_heads": 3, "vocab_size": 97, "num_decoder_layers": 2}),
     "t5, gated": ("T5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "t5, untied": ("T5", {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False, "untied": True}),
-    "mt5": ("MT5", {"untied": True, "num_decoder_layers": 1}),
+    "mt5, odd": ("MT5", {"untied": True, "num_decoder_layers": 1, "vocab_size": 97, "num_heads": 3}),
 }
 
 
@@ -207,7 +207,8 @@ WHISPER = {
 SOUNDS = rng.normal(size=(3, 48, 6)).astype(np.float32)
 WHISPERS = {
     "plain": {},
-    "odd": {"d_model": 42, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "relu"},
+    "odd": {"d_model": 42, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "activation_function": "relu"}
+    | {"vocab_size": 97},
     # It does not scale, whatever it says.
     "untied": {"tie_word_embeddings": False, "scale_embedding": True},
 }

@@ -67,7 +67,7 @@ MODELS = {
             "norm_topk_prob": True,
         },
     ),
-    "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma, odd": ("Gemma", {"head_dim": 10, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 97}),
     "gemma 2": (
         "Gemma2",
         {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0},

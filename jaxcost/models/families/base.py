@@ -45,6 +45,8 @@ class Head:
     """Tensors that a checkpoint may hold although they are others again, where the model ties its embeddings."""
     unused: tuple[str, ...] = ()
     """Tensors that a checkpoint may hold although this head does not need them."""
+    untied: Tensors = dataclasses.field(default_factory=dict)
+    """Tensors that hold, where the model does not tie its embeddings, what others do where it does."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,6 +147,8 @@ def _masked_words(layer: str, normed: str, bias: str, decoder: str, name: str) -
         },
         tied=(f"{decoder}.weight",),
         unused=(f"{decoder}.bias", *_pooler(name)),
+        # The class has two biases then, and adds this one.
+        untied={f"{decoder}.bias": ("unembed/bias",)},
     )
 
 
