@@ -27,7 +27,8 @@ from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of, resized
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params

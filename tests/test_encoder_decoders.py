@@ -20,7 +20,8 @@ from jaxcost.models.config import AudioConfig, EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import fields, safetensors
 from jaxcost.models.positions import relative_buckets
-from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, resized, start_cache
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, init_cache, initialize, logits, start_cache
 from jaxcost.serving.beam import BeamEngine
 from jaxcost.serving.engine import Engine
 from jaxcost.training.distill import DistillConfig, check_pair

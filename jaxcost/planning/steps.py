@@ -18,7 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, largest_input, resized, start_cache
+from jaxcost.models.inputs import largest_input
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, rows_of
 from jaxcost.session import read_experiment
