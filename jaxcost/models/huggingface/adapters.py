@@ -65,7 +65,7 @@ def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params
       params: its weights; the base may be of any kind.
       model_type: its family, which names the modules.
 
-    Raises: as `read_adapter`.
+    Raises what `read_adapter` does.
     """
     return put_adapter(params, read_adapter(folder, Source(config, params, fields_of(config, model_type)).places))
 
