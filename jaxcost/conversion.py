@@ -19,12 +19,12 @@ import jax
 from jaxcost import serialization, sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.data import DataConfig
-from jaxcost.data.files import atomic_folder
+from jaxcost.data.files import atomic_folder, check_free
 from jaxcost.data.pretrained import FILES, PretrainedTokenizer, read_tokenizer, write_tokenizer
 from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.models import huggingface
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.huggingface import hub, layout, reading
+from jaxcost.models.huggingface import adapters, hub, layout, reading
 from jaxcost.models.huggingface.fields import fields_of
 from jaxcost.models.huggingface.writing import Layout
 from jaxcost.session import DESCRIPTION, TOKENIZER, load_run
@@ -68,15 +68,17 @@ def import_checkpoint(
       UnsupportedModel: the model or the adapter has an option that is not one of ours.
       ValueError: the folder exists.
     """
+    check_free(directory)
     folder = hub.locate(source)
-    config, *_ = reading.read_config(folder)
+    checkpoint = reading.open_checkpoint(folder)
+    config = checkpoint.config
     tokenizer = ByteTokenizer() if not config.of_tokens else read_tokenizer(folder)
+    added = None if adapter is None else adapters.read_adapter(hub.locate(adapter), checkpoint.places)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=-1), jax.devices()[: math.gcd(config.width, len(jax.devices()))])
-    config, params = huggingface.load(folder, dtype, mesh, quiet)
+    params = reading.read(checkpoint, dtype, mesh, quiet)
     transforms = ()
-    if adapter is not None:
-        model_type = layout.read_json(folder / layout.CONFIG)["model_type"]
-        params = huggingface.load_adapter(hub.locate(adapter), config, params, model_type)
+    if added is not None:
+        params = adapters.put_adapter(params, added)
         if merge:
             params = weights.merge(params)
         else:
@@ -126,6 +128,7 @@ def export_run(
       CheckpointError: the training has no checkpoint, or a damaged one.
       ValueError: the directory holds no training, or the folder exists.
     """
+    check_free(folder)
     session, params, _ = load_run(directory, jax.devices()[:1])
     config, kept = session.model.config, Path(directory) / KEPT
     extra = {}

@@ -13,12 +13,13 @@ import numpy as np
 from jaxcost import weights
 from jaxcost.data import DataConfig, open_source
 from jaxcost.data.augmentation import AugmentConfig
-from jaxcost.data.examples import Examples, label_row
+from jaxcost.data.examples import Examples
 from jaxcost.data.files import atomic_folder
 from jaxcost.data.pipeline import batches_in_order
 from jaxcost.data.selection.duplicates import normalized
 from jaxcost.data.selection.scores import coreset, uncertainty
 from jaxcost.evaluation.labels import Labeller
+from jaxcost.objectives import label_rows
 from jaxcost.session import Session
 
 
@@ -32,7 +33,8 @@ def labeller(session: Session, texts: Sequence[str]) -> Labeller:
     check_texts(data)
     if not len(texts):
         raise ValueError("There are no texts to label; give a larger split.")
-    rows = [label_row(session.tokenizer, data.sequence_length, {"text": text, "label": 0}) for text in texts]
+    make = label_rows(data, session.tokenizer, session.model.config)
+    rows = [make({"text": text, "label": 0}) for text in texts]
     return Labeller(session.model, batches_in_order(rows, data.batch_size), session.mesh)
 
 

@@ -13,7 +13,7 @@ from jaxcost.data import DataConfig, Tokenizer, TokenStream, tokenize_split, tra
 from jaxcost.data.augmentation.images import AugmentImage, MixRows
 from jaxcost.data.augmentation.text import AugmentText
 from jaxcost.data.buckets import cut, token_counts
-from jaxcost.data.examples import Examples, answer_row, label_row, open_examples, report, source_row
+from jaxcost.data.examples import Examples, Row, answer_row, label_row, open_examples, report, source_row
 from jaxcost.data.images import image_row, resized
 from jaxcost.data.masking import Masking
 from jaxcost.data.pipeline import batches_in_order
@@ -30,7 +30,9 @@ Split = TokenStream | Examples
 def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> None:
     """ValueError, in one sentence, if a model cannot learn the objective, of images or of texts."""
     head, alone = model.head, model.of_tokens and not model.encoder.num_layers
-    answers = objective == "answers" and model.generates and model.encoder.num_layers and model.source.of_tokens
+    # A text is read by a model that has no encoder, or by its encoder.
+    reads = alone or (model.encoder.num_layers > 0 and model.source.of_tokens)
+    answers = objective == "answers" and model.generates and reads
     if objective in ("next_token", "answers") and not (model.language_model or answers):
         raise ValueError(
             "Training and scoring are on the next token of a text alone, which takes a causal model with logits of "
@@ -42,7 +44,7 @@ def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> 
             "model.causal off, and leave model.head.outputs and model.encoder by default."
         )
     if objective == "labels":
-        wanted = model.images.patch > 0 and not model.encoder.num_layers if of_images else alone
+        wanted = model.images.patch > 0 and not model.encoder.num_layers if of_images else reads
         if not head.outputs or head.pooling == "none" or head.boxes or not wanted:
             kind = "of images, by model.images," if of_images else "of tokens"
             raise ValueError(
@@ -53,7 +55,7 @@ def check_model(objective: str, model: ModelConfig, of_images: bool = False) -> 
         raise ValueError(
             f"model.images.channels is {model.images.channels}; image files have 1 or 3, so set it to one."
         )
-    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not alone):
+    if objective == "regression" and (head.outputs != 1 or head.pooling == "none" or not reads):
         raise ValueError(
             "data.objective is 'regression', which takes a model of tokens that gives one number for each text; set "
             "model.head.outputs to 1, and model.head.pooling to 'first', 'last' or 'mean'."
@@ -138,6 +140,12 @@ def data_report(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
     return report(split, tokenizer)
 
 
+def label_rows(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], Row]:
+    """What makes the row of a text and its label, or number, that a model reads."""
+    start = model.encoder.start if model.encoder.num_layers else None
+    return functools.partial(label_row, tokenizer, config.sequence_length, start)
+
+
 def _change(config: DataConfig, model: ModelConfig) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
     """What changes an example before it is learned from, with a generator."""
     if not config.augment.active:
@@ -152,10 +160,11 @@ def _image_size(model: ModelConfig) -> tuple[int, int, int]:
     return model.images.height, model.images.width, model.images.channels
 
 
-def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _row(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig) -> Callable[[dict[str, Any]], Row]:
     if config.of_images:
         return functools.partial(image_row, _image_size(model))
+    if config.one_answer:
+        return label_rows(config, tokenizer, model)
     if model.encoder.num_layers:
         return functools.partial(source_row, tokenizer, config.sequence_length, model.encoder.start)
-    make = label_row if config.one_answer else answer_row
-    return functools.partial(make, tokenizer, config.sequence_length)
+    return functools.partial(answer_row, tokenizer, config.sequence_length)

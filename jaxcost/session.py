@@ -27,7 +27,8 @@ from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import beside_inputs
 from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of, resized
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, output_of
 from jaxcost.sharding import MeshConfig
 from jaxcost.training.checkpoints import CheckpointError, Checkpoints
 from jaxcost.training.distill import Distiller, StoredLogits, Teacher, check_pair, student_params
@@ -433,6 +434,8 @@ def read_experiment(directory: Path) -> Experiment:
     """The experiment that a folder holds a run of; ValueError if there is none."""
     path = Path(directory) / DESCRIPTION
     if not path.is_file():
+        if (path.parent / "config.json").is_file():
+            raise ValueError(f"{directory} is a checkpoint of transformers; convert it first, with scripts/convert.py.")
         raise ValueError(f"{directory} holds no run: {DESCRIPTION} is missing. Give the --workdir of a training.")
     try:
         return serialization.from_json(json.loads(path.read_text()))

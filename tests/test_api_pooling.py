@@ -16,14 +16,14 @@ from test_api import ask, client, listening
 from test_scheduler import compilations
 
 from jaxcost.cost.hardware import HardwareConfig, resolve
-from jaxcost.models.config import HeadConfig, ModelConfig
+from jaxcost.models.config import EncoderConfig, HeadConfig, ModelConfig
 from jaxcost.models.transformer import Transformer, initialize, logits
 from jaxcost.serving.api.app import create_app
 from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.load import pooled_model
 from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.api.pooling import Labels, PooledModel
-from jaxcost.serving.pooled import Batcher, BatchesConfig, Pooled, Text
+from jaxcost.serving.pooled import Batcher, BatchesConfig, Pooled, Text, answering
 from jaxcost.serving.vocabulary import Vocabulary
 from jaxcost.serving.worker import SchedulerConfig
 
@@ -35,6 +35,9 @@ CONFIGS = {
     "decoder": dataclasses.replace(BASE, head=HeadConfig(embed=True)),
     "labels": dataclasses.replace(BASE, causal=False, head=HeadConfig(outputs=3, pooling="mean", bias=True)),
     "rank": dataclasses.replace(BASE, causal=False, token_types=2, head=HeadConfig(outputs=1, pooling="first")),
+    "answer": dataclasses.replace(
+        BASE, encoder=EncoderConfig(num_layers=1, start=7), head=HeadConfig(outputs=3, pooling="last")
+    ),
 }
 BATCHES = BatchesConfig(lengths=(16, 64), rows=(1, 4), tokens=128)
 TEXTS = ["a", "some words", "0123456789abcdef", "0123456789abcdefghijkl", "x" * 64]
@@ -171,6 +174,20 @@ def test_labels_have_names_and_probabilities():
         assert status == 400 and "The model small gives labels, and does not" in json.loads(text)["error"]["message"]
     shares = Labels(("a", "b"), several=True).probabilities(np.array([0.0, 100.0]))
     np.testing.assert_allclose(shares, [0.5, 1.0])
+
+
+def test_a_decoder_labels_a_text_that_its_encoder_reads_by_reading_it_a_token_later():
+    model, ids = Transformer(CONFIGS["answer"]), TOKENIZER.encode(TEXTS[1])
+    shifted = np.concatenate([[7], ids[:-1]])
+    hidden, _ = jax.jit(model.apply)({"params": params("answer")}, shifted[None], source_BS=ids[None])
+    want = logits(model.config, params("answer"), hidden[:, 0])
+    # Alone, and behind a longer text in one batch.
+    texts = [Text(np.asarray(ids, np.int32)), Text(np.arange(16, dtype=np.int32))]
+    for batch in (texts[:1], texts):
+        np.testing.assert_allclose(pooled("answer").run(batch)[0], want[0], atol=1e-5)
+    states = dataclasses.replace(model.config, head=HeadConfig(embed=True))
+    with pytest.raises(ValueError, match="neither continues texts nor gives embeddings"):
+        answering(states)
 
 
 def test_a_cross_encoder_ranks_documents():

@@ -85,15 +85,21 @@ AUDIO |= {"conv_kernel": [10, 3], "conv_stride": [5, 2], "num_conv_pos_embedding
 AUDIO |= {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 12, "hidden_act": "gelu"}
 
 
-@pytest.mark.parametrize("name", ["encoder", "images", "audio"])
+ANSWERS = {"model_type": "t5", "vocab_size": 288, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
+ANSWERS |= {"decoder_start_token_id": 7, "eos_token_id": 281, "pad_token_id": 0}
+LABELS = ANSWERS | {"architectures": ["T5ForSequenceClassification"]}
+LABELS |= {name: ENCODER[name] for name in ("id2label", "label2id")}
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder-decoder", "images", "audio"])
 def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_path):
-    fields = {"encoder": ENCODER, "images": IMAGES, "audio": AUDIO}[name]
+    fields = {"encoder": ENCODER, "encoder-decoder": LABELS, "images": IMAGES, "audio": AUDIO}[name]
     write(checkpoint, fields, tensors_of(fields))
-    if name != "encoder":
+    if name in ("images", "audio"):
         (checkpoint / "tokenizer.json").unlink()
         (checkpoint / "tokenizer_config.json").unlink()
         (checkpoint / "preprocessor_config.json").write_text('{"size": 8}')
-    else:
+    if name == "encoder":
         (checkpoint / "tokenizer_config.json").write_text('{"cls_token": "<|begin|>", "sep_token": "<|end|>"}')
     import_checkpoint(checkpoint, tmp_path / "run", quiet=True)
     config, want = huggingface.load(checkpoint)
@@ -111,10 +117,6 @@ def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_
         assert written[field] == fields[field]
     beside = {path.name for path in checkpoint.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == beside
-
-
-ANSWERS = {"model_type": "t5", "vocab_size": 288, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
-ANSWERS |= {"decoder_start_token_id": 7, "eos_token_id": 281, "pad_token_id": 0}
 
 
 def test_an_encoder_decoder_goes_in_answers_and_comes_back(checkpoint, tmp_path):

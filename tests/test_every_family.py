@@ -76,8 +76,21 @@ OPTIONS = {
     "hubert": AUDIO | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
 SASREC = dataclasses.replace(load("configs/sasrec.py").model, vocab_size=64, width=32, mlp_width=48, max_length=32)
+ODD = FIELDS | {"vocab_size": 65, "hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 1}
+ODD = {
+    "llama": ODD,
+    "gemma": ODD | {"head_dim": 10},
+    "bert": ODD | {"tie_word_embeddings": False},
+    "t5": ODD | ENCODED | {"d_model": 42, "d_kv": 14, "num_heads": 3},
+    "whisper": ODD | WHISPER | {"d_model": 42, "encoder_attention_heads": 3, "decoder_attention_heads": 3},
+    "vit": ODD | {"image_size": 8, "patch_size": 4, "num_labels": 5},
+    "wav2vec2": ODD | AUDIO | {"num_conv_pos_embedding_groups": 3},
+}
+"""One family of each kind, with heads that are no power of two, one key and value where there may be fewer, embeddings
+tied and not, and a vocabulary that no mesh divides."""
 BESIDE = {"sasrec": dataclasses.replace(SASREC, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8)}
 """Models of no checkpoint → their configs."""
+ODD_BESIDE = {"sasrec": dataclasses.replace(SASREC, vocab_size=65, width=42, num_heads=3, num_kv_heads=3, head_dim=14)}
 FAMILIES = [*families.FAMILIES, *BESIDE]
 TRANSFORMS = {
     "prune": prune(sparsity=0.5),
@@ -107,11 +120,18 @@ TRANSFORMS = {
 }
 
 
-@functools.cache
-def model_of(family):
+def config_of(family):
     fields = (IMAGES if family in ("vit", "deit", "yolos", "siglip_vision_model") else FIELDS) | OPTIONS.get(family, {})
-    config = BESIDE.get(family) or families.config_of(fields | {"model_type": family})
-    model = Transformer(config)
+    return BESIDE.get(family) or families.config_of(fields | {"model_type": family})
+
+
+def odd_config_of(family):
+    return ODD_BESIDE.get(family) or families.config_of(ODD[family] | {"model_type": family})
+
+
+@functools.cache
+def model_of(family, config_of=config_of):
+    model = Transformer(config_of(family))
     params = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
     # Off 0 and 1, where a vector that is lost would not be missed.
     leaves, structure = jax.tree.flatten(params)
@@ -213,9 +233,9 @@ def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(fami
 
 
 @functools.cache
-def stepped(family, mesh_config):
+def stepped(family, mesh_config, config_of=config_of):
     """The loss and the gradient's norm of a training step on a mesh."""
-    model, params = model_of(family)
+    model, params = model_of(family, config_of)
     devices = jax.devices()[: math.prod(dataclasses.asdict(mesh_config).values())]
     mesh = sharding.make_mesh(mesh_config, devices)
     inputs = inputs_of(model.config, seed=3, rows=8)
@@ -234,6 +254,13 @@ def stepped(family, mesh_config):
 def test_every_family_trains_on_a_mesh_as_on_one_device(family):
     want = stepped(family, sharding.MeshConfig())
     np.testing.assert_allclose(stepped(family, sharding.MeshConfig(fsdp=4, tensor=2)), want, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*ODD, *ODD_BESIDE])
+def test_odd_sizes_train_on_a_mesh_that_does_not_divide_them_as_on_one_device(family):
+    want = stepped(family, sharding.MeshConfig(), odd_config_of)
+    np.testing.assert_allclose(stepped(family, sharding.MeshConfig(fsdp=2, tensor=2), odd_config_of), want, rtol=1e-5)
 
 
 def test_the_pairs_reach_every_family_and_every_transform():

@@ -67,7 +67,7 @@ MODELS = {
             "norm_topk_prob": True,
         },
     ),
-    "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma, odd": ("Gemma", {"head_dim": 10, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 97}),
     "gemma 2": (
         "Gemma2",
         {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0},
@@ -239,7 +239,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({NAME: None}, rf"lacks {NAME}, which a model of its config.json has"),
+        ({NAME: None}, rf"lacks {NAME}, which a model of this config.json has"),
         ({NAME: np.zeros((4, 6), np.float32)}, rf"model.safetensors: {NAME} has the shape \(4, 6\).*says \(6, 4\)"),
         ({"strange": np.zeros(1, np.float32)}, "model.safetensors has strange, which a model of this config.json"),
     ],

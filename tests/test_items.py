@@ -36,18 +36,22 @@ VALID = np.arange(12) < LENGTHS[:, None]
 HISTORIES = np.where(VALID, np.random.default_rng(0).integers(1, ITEMS, (3, 12)), 0)
 
 
+ODD = dataclasses.replace(SASREC, vocab_size=41, width=15, num_heads=3, num_kv_heads=3, head_dim=5, mlp_width=17)
+ODD = dataclasses.replace(ODD, tie_embeddings=False)
+
+
 @functools.cache
-def made():
-    params = jax.jit(lambda key: initialize(Transformer(SASREC), key)[0])(jax.random.key(0))
+def made(config=SASREC):
+    params = jax.jit(lambda key: initialize(Transformer(config), key)[0])(jax.random.key(0))
     # Norms, biases and positions that stand where they start would hide a wrong one.
     return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(jax.random.key(a.size), a.shape), params)
 
 
 @functools.cache
-def forward():
+def forward(config=SASREC):
     def scores(params, items, valid):
-        hidden, _ = Transformer(SASREC).apply({"params": params}, items, valid_BT=valid)
-        return logits(SASREC, params, hidden)
+        hidden, _ = Transformer(config).apply({"params": params}, items, valid_BT=valid)
+        return logits(config, params, hidden)
 
     return jax.jit(scores)
 
@@ -56,19 +60,20 @@ def forward():
 
 
 @pytest.mark.oracles
-def test_blocks_are_those_of_the_equations():
+@pytest.mark.parametrize("config", [SASREC, ODD], ids=["as published", "odd, untied"])
+def test_blocks_are_those_of_the_equations(config):
     torch = pytest.importorskip("torch")
-    params = jax.tree.map(lambda a: torch.as_tensor(np.array(a)), made())
-    width, length = SASREC.width, HISTORIES.shape[1]
+    params = jax.tree.map(lambda a: torch.as_tensor(np.array(a)), made(config))
+    width, length = config.width, HISTORIES.shape[1]
 
     def norm(x, at):
-        return torch.nn.functional.layer_norm(x, (width,), at["scale"], at["bias"], SASREC.norm_epsilon)
+        return torch.nn.functional.layer_norm(x, (width,), at["scale"], at["bias"], config.norm_epsilon)
 
     def linear(x, at):
         return x @ at["kernel"] + at["bias"]
 
     def attention(at):
-        module = torch.nn.MultiheadAttention(width, SASREC.num_heads, batch_first=True).eval()
+        module = torch.nn.MultiheadAttention(width, config.num_heads, batch_first=True).eval()
         inward = [at[name] for name in ("query", "key", "value")]
         with torch.no_grad():
             module.in_proj_weight.copy_(torch.cat([one["kernel"].T for one in inward]))
@@ -80,14 +85,15 @@ def test_blocks_are_those_of_the_equations():
     later = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
     with torch.no_grad():
         x = params["embed"]["table"][HISTORIES] * width**0.5 + params["positions"]["table"][:length]
-        for i in range(SASREC.num_layers):
+        for i in range(config.num_layers):
             layer = jax.tree.map(lambda a: a[i], params["layers"])  # noqa: B023
             y = norm(x, layer["attention_norm"])
             x = y + attention(layer["attention"])(y, x, x, attn_mask=later, need_weights=False)[0]
             z = norm(x, layer["mlp_norm"])
             x = z + linear(torch.relu(linear(z, layer["mlp"]["up"])), layer["mlp"]["down"])
-        want = (norm(x, params["final_norm"]) @ params["embed"]["table"].T).numpy()
-    got = forward()(made(), HISTORIES, VALID)
+        items = params["embed"]["table"].T if config.tie_embeddings else params["unembed"]["kernel"]
+        want = (norm(x, params["final_norm"]) @ items).numpy()
+    got = forward(config)(made(config), HISTORIES, VALID)
     assert np.std(want) > 0.1
     np.testing.assert_allclose(np.asarray(got)[VALID], want[VALID], atol=2e-4)
 

@@ -17,9 +17,9 @@ from jaxcost.data.tokenizers import ByteTokenizer
 from jaxcost.evaluation.labels import label_score
 from jaxcost.evaluation.losses import squared_error
 from jaxcost.evaluation.regression import regression_score
-from jaxcost.models.config import HeadConfig
+from jaxcost.models.config import EncoderConfig, HeadConfig
 from jaxcost.models.heads import Output
-from jaxcost.objectives import chosen_vocabulary
+from jaxcost.objectives import check_model, chosen_vocabulary
 from jaxcost.planning.plan import vocabulary_of
 from jaxcost.planning.steps import trace_step
 from jaxcost.session import load_run
@@ -59,9 +59,8 @@ def test_labels_are_learned_and_an_interrupted_run_ends_alike(folder, tmp_path):
     assert again.metrics == fitted.metrics and again.losses == fitted.losses[20:]
 
 
-def numbers(folder, **changes):
-    data = {"label_field": "number"} | changes.pop("data", {})
-    return experiment(folder, NUMBER, "regression", data=data, **changes)
+def numbers(folder, model=NUMBER):
+    return experiment(folder, model, "regression", data={"label_field": "number"})
 
 
 def test_numbers_are_learned_and_scored(folder, tmp_path):
@@ -79,11 +78,19 @@ def test_numbers_are_learned_and_scored(folder, tmp_path):
     assert written["problem_type"] == "regression" and list(written["id2label"]) == ["0"]
 
 
-def test_a_regression_is_planned_with_the_batches_that_are_learned_from(folder):
-    session = session_of(numbers(folder))
+READS_TWICE = dataclasses.replace(
+    ENCODER, causal=True, encoder=EncoderConfig(num_layers=1), head=HeadConfig(outputs=1, pooling="last")
+)
+
+
+@pytest.mark.parametrize("model", [NUMBER, READS_TWICE], ids=["encoder", "encoder-decoder"])
+def test_a_regression_is_planned_with_the_batches_that_are_learned_from(model, folder):
+    session = session_of(numbers(folder, model))
+    check_model("regression", session.model.config)
     step = trace_step("train", session.experiment, session.model.config.vocab_size, session.mesh)
     batch = next(session.train_batches())
     assert batch["targets"].dtype == np.float32 and set(batch["targets"].ravel().tolist()) <= {-1.5, 0.25, 2.0}
+    step.jitted.trace(*step.arguments)
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         name: (a.shape, a.dtype) for name, a in step.arguments[1].items()
     }
@@ -177,10 +184,14 @@ def test_an_answer_row_asks_for_the_answer_and_its_end_alone():
 
 
 def test_a_label_row_keeps_the_first_tokens():
-    row = label_row(TOKENIZER, 4, {"text": "abcdef", "label": 2})
+    row = label_row(TOKENIZER, 4, None, {"text": "abcdef", "label": 2})
     assert row["inputs"].tolist() == [97, 98, 99, 100] and row["valid"].all()
-    row = label_row(TOKENIZER, 4, {"text": "ab", "label": 2})
+    row = label_row(TOKENIZER, 4, None, {"text": "ab", "label": 2})
     assert row["valid"].tolist() == [True, True, False, False] and row["targets"].tolist() == [2]
+    # A decoder reads it a token later, so that it stands at the last valid place when it has read all.
+    read = label_row(TOKENIZER, 4, 9, {"text": "ab", "label": 2})
+    assert read["source"].tolist() == row["inputs"].tolist() and read["source_valid"].tolist() == row["valid"].tolist()
+    assert read["inputs"].tolist() == [9, 97, 98, 0] and read["valid"].tolist() == row["valid"].tolist()
 
 
 def test_masking_hides_as_much_as_asked_and_nothing_that_is_padding():

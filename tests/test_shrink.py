@@ -19,7 +19,8 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, resized, start_cache
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract, axes_of, initialize, start_cache
 from jaxcost.planning.ranking import sizes_of
 from jaxcost.planning.steps import trace_step
 from jaxcost.serving.engine import Engine

@@ -24,7 +24,8 @@ from jaxcost.cost.closed_form import (
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS, capacity
-from jaxcost.models.transformer import STACKS, output_matrix, resized
+from jaxcost.models.stacks import STACKS, resized
+from jaxcost.models.transformer import output_matrix
 from jaxcost.weights import Adapters, Dora, Frozen, Lora, LowRank, Observed, Scaled
 
 

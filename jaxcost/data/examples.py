@@ -136,27 +136,33 @@ def number(value: str | float) -> float:
         return math.nan
 
 
-def label_row(tokenizer: Tokenizer, sequence_length: int, example: Example) -> Row:
+def label_row(tokenizer: Tokenizer, sequence_length: int, start: int | None, example: Example) -> Row:
     """What a model that gives one answer for a text reads, and the label, or the number, that it is to give.
 
     Args:
       tokenizer: makes tokens as an encoder reads them, with the special tokens that it was trained to see around.
       sequence_length: S; of a longer text the first tokens are kept.
+      start: where an encoder reads the text for a decoder, the token behind which the decoder reads it too; None where
+        there is no encoder.
       example: with `text` and `label`.
 
     Returns:
       `inputs`, int32 (S,), `valid`, bool (S,), `targets`, (1,), int32 of a label and float32
-      of a number, and `mask`, float32 (1,).
+      of a number, and `mask`, float32 (1,); for an encoder also `source`, int32 (S,), and `source_valid`, bool (S,).
     """
     ids, label = tokenizer.encode_source(example["text"])[:sequence_length], example["label"]
     inputs = np.zeros(sequence_length, np.int32)
     inputs[: len(ids)] = ids
-    return {
+    row = {
         "inputs": inputs,
         "valid": np.arange(sequence_length) < len(ids),
         "targets": np.array([label], np.float32 if isinstance(label, float) else np.int32),
         "mask": np.ones(1, np.float32),
     }
+    if start is None:
+        return row
+    shifted = np.concatenate([np.array([start], np.int32), inputs[:-1]])
+    return row | {"inputs": shifted, "source": inputs, "source_valid": row["valid"]}
 
 
 def answer_row(tokenizer: Tokenizer, sequence_length: int, example: Example) -> Row:

@@ -62,8 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
       ValueError: something stands there already, or the folder cannot be made.
       OSError: the disk is full.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists already; name a folder that does not, or remove it.")
+    check_free(path)
     temporary = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -78,6 +77,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: Path) -> None:
+    """ValueError where `atomic_folder` could not make a folder; for before the work that it waits for."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists already; name a folder that does not, or remove it.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"{path} cannot be made, as {above} is no folder that can be written to; name another folder.")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,8 @@ class _Positions(nn.Module):
     def __call__(self, x_BTD):
         groups, times, width = self.config.audio.position_groups, self.config.audio.position_kernel, x_BTD.shape[-1]
         matrix = weights.materialize(kernel(self, (times * width // groups, width), (None, "embed")))
-        filters_kCD = matrix.reshape(times, width // groups, width).astype(jnp.float32)
+        # Whole on every device: where a mesh splits the filters and not the groups, XLA (jaxlib 0.10.2) aborts.
+        filters_kCD = constrain(matrix.reshape(times, width // groups, width).astype(jnp.float32), None, None, None)
         # Filters of the length that they have in the models' own first weights.
         init = nn.initializers.constant(2 * (width / (groups * times)) ** 0.5)
         scale_k = vector(self, "scale", init, times) * lax.rsqrt(jnp.sum(jnp.square(filters_kCD), axis=(1, 2)))

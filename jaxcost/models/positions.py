@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxcost import weights
+from jaxcost import sharding, weights
 from jaxcost.models.config import LayerKind, ModelConfig, RopeScaling
 
 
@@ -68,7 +68,9 @@ class RelativePositions(nn.Module):
         if self.has_variable("params", "table"):
             table = weights.materialize(self.get_variable("params", "table"))
         else:
-            init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("position", "heads"))
+            # One number for a head, of which projections hold several: the mesh may divide those and not these.
+            names = ("position", f"heads{sharding.GROUPS}")
+            init = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), names)
             table = self.param("table", init, (c.relative_buckets, c.num_heads))
         bias_BTSH = jnp.take(table, relative_buckets(c, keys_BS[:, None] - queries_BT[..., None]), axis=0)
         return jnp.moveaxis(bias_BTSH, -1, -3).astype(jnp.float32)

@@ -40,7 +40,6 @@ above.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -52,20 +51,19 @@ from jax import lax
 from jaxcost import weights
 from jaxcost.models import attention, optional
 from jaxcost.models import cache as caches
-from jaxcost.models.audio import Audio, frames_of
+from jaxcost.models.audio import Audio
 from jaxcost.models.block import HEADS, WATCHED, Block, CrossAttention, sow, split_heads
 from jaxcost.models.cache import Cache, Source
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.heads import Head, Output, Unembedding, embeddings
 from jaxcost.models.images import Images
+from jaxcost.models.inputs import check_cache, check_segments, length_of, smallest_input
 from jaxcost.models.layers import Norm, Table
 from jaxcost.models.pipeline import over_layers
 from jaxcost.models.positions import RelativePositions
+from jaxcost.models.stacks import STACKS, grouped, initialize_stack, resized, restacked, ungrouped, unstacked
 from jaxcost.sharding import constrain
-
-STACKS = ("frozen_layers", "layers")
-"""The stacks of blocks a tree may hold, in the order in which they run."""
 
 FOUND, BOXES = "found", "boxes"
 """The collection, and the name in it, under which the boxes of a head that has them are sown."""
@@ -116,11 +114,11 @@ class Transformer(nn.Module):
         params = nn.meta.unbox(self.variables.get("params", {}))
         c = self.config if self.is_initializing() else resized(self.config, params)
         if segments_BT is not None:
-            _check_segments(c, params, valid_BT, cache)
+            check_segments(c, params, valid_BT, cache)
             valid_BT = segments_BT = attention.runs(segments_BT)
         encodes = c.encoder.num_layers > 0
-        length = _length(c, tokens_BT)
-        _check_cache(c, params, length, cache)
+        length = length_of(c, tokens_BT)
+        check_cache(c, params, length, cache)
         source = None if cache is None else cache.source
         if encodes and self.is_initializing():
             encoder = Transformer(c.source, self.execution, parent=None)
@@ -199,7 +197,7 @@ class Transformer(nn.Module):
             # kernel takes so few.
             block = Block(c, c.pattern[0], "reference", parent=None)
             options = {"bias": bias, "source": source}
-            self.param("layers", lambda rng: _stacked_init(block, rng, x_BTD, positions_BT, c.num_layers, **options))
+            self.param("layers", lambda rng: initialize_stack(block, rng, x_BTD, positions_BT, c.num_layers, **options))
             return x_BTD, kv, None
         e = self.execution
         blocks = {kind: Block(c, kind, e.attention, e.context, parent=None) for kind in set(c.pattern)}
@@ -210,14 +208,14 @@ class Transformer(nn.Module):
         def step(kinds, kept, beside, x, group):
             positions_BT, valid_BT, source = beside
             made = []
-            for kind, (params, cache, held, index, table) in zip(kinds, _unstacked(group, len(kinds)), strict=True):
+            for kind, (params, cache, held, index, table) in zip(kinds, unstacked(group, len(kinds)), strict=True):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 met = source if held is None else held.replace(valid=source.valid)
                 inputs = (x, positions_BT, cache, layer_key, valid_BT, index == 0, bias, met)
                 (x, *rest), sown = blocks[kind].apply({"params": params}, *inputs, mutable=kept)
                 x = x if table is None else _placed(c, x, table, positions_BT)
                 made.append((*rest, sown))
-            return x, _restacked(made)
+            return x, restacked(made)
 
         # Behind the last layer there are none.
         further = None if further is None else jnp.pad(further, ((0, 1), (0, 0), (0, 0)))
@@ -236,12 +234,12 @@ class Transformer(nn.Module):
                 runs = [(*run, ()) for run in c.groups(start, depth - 1)]
                 runs += [(*run, (WATCHED,)) for run in c.groups(start + depth - 1, 1)]
             for groups, kinds, kept in runs:
-                run = _grouped(layers, done, groups, len(kinds))
+                run = grouped(layers, done, groups, len(kinds))
                 wrapped = e.rematerialize(functools.partial(step, kinds, kept), groups, len(kinds))
                 how = {"unroll": e.unrolled(groups), "parts": e.microbatches, "rounds": e.rounds}
                 whole = kv is not None or bool(kept)
                 x_BTD, (*new, sown) = over_layers(wrapped, x_BTD, beside, run, whole=whole, **how)
-                made.append(_ungrouped(new, len(kinds)))
+                made.append(ungrouped(new, len(kinds)))
                 done += groups * len(kinds)
                 if kept:
                     watched = jax.tree.map(lambda a: a[0], sown[WATCHED]["attention"][HEADS])
@@ -261,7 +259,7 @@ def initialize(model: Transformer, key: jax.Array) -> tuple[weights.Params, weig
 
 def _boxed(model: Transformer, key: jax.Array) -> weights.Params:
     """The parameters with the names of their axes."""
-    return model.init(key, jnp.zeros(_smallest_input(model.config), jnp.int32))["params"]
+    return model.init(key, jnp.zeros(smallest_input(model.config), jnp.int32))["params"]
 
 
 def encode(
@@ -297,47 +295,6 @@ def axes_of(model: Transformer, params: weights.Params) -> weights.Params:
     known |= {f"encoder/{path}": names for path, names in known.items()}
     weights.map_weights(lambda path, names: known.update({path: names}), abstract(model)[1])
     return weights.map_weights(lambda path, _: known[path.removeprefix("frozen_")], params)
-
-
-def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
-    """The config with the sizes that the weights have: layers of both stacks, heads, widths of MLPs, experts.
-
-    Raises:
-      ValueError: layers were dropped from a pattern of several kinds or from between positions, heads were cut in two,
-        or fewer experts are left than a token is sent to.
-    """
-    stacks = [params[name] for name in STACKS if name in params]
-    attend, mlp = stacks[-1]["attention"], stacks[-1]["mlp"]
-    query, key, up = (_shape(part["kernel"]) for part in (attend["query"], attend["key"], mlp["up"]))
-    num_layers = sum(_shape(stack["attention"]["query"]["kernel"])[0] for stack in stacks)
-    if num_layers != config.num_layers and config.layer_positions:
-        raise ValueError(
-            f"The weights have {num_layers} layers of the model's {config.num_layers}, and which positions "
-            "(model.layer_positions) stand behind each of them cannot be told; keep all layers."
-        )
-    if num_layers != config.num_layers and len(set(config.pattern)) > 1:
-        raise ValueError(
-            f"The weights have {num_layers} layers of the model's {config.num_layers}, and which of the pattern "
-            f"{' '.join(config.pattern)} each of them is cannot be told; keep all layers."
-        )
-    if query[-1] % config.head_dim or key[-1] % config.head_dim:
-        raise ValueError(
-            f"The projections to queries and keys have {query[-1]} and {key[-1]} outputs, which heads of "
-            f"model.head_dim ({config.head_dim}) do not fill; drop whole heads."
-        )
-    sizes = {"num_layers": num_layers, "num_heads": query[-1] // config.head_dim}
-    sizes |= {"num_kv_heads": key[-1] // config.head_dim, "mlp_width": up[-1]}
-    if config.experts:
-        sizes["experts"] = up[1]
-    if config.shared_width:
-        sizes["shared_width"] = _shape(mlp["shared"]["up"]["kernel"])[-1]
-    made = dataclasses.replace(config, **sizes)
-    if "encoder" in params:
-        encoder = resized(config.source, params["encoder"])
-        if encoder != made.source:
-            own = {name: getattr(encoder, name) for name in ("num_layers", "num_heads", "num_kv_heads", "mlp_width")}
-            made = dataclasses.replace(made, encoder=dataclasses.replace(config.encoder, **own))
-    return made
 
 
 def unembedding(params: weights.Params) -> Any:
@@ -432,69 +389,6 @@ def _read_source(model: Transformer, params: weights.Params, source_BS, valid_BS
     return Source(**jax.tree.map(lambda *a: jnp.concatenate(a), *parts), valid=valid_BS)
 
 
-def _check_cache(config: ModelConfig, params: weights.Params, length: int, cache: Cache | None) -> None:
-    if cache is not None and not config.causal:
-        raise ValueError("model.causal is off, and a cache holds what came before a token; run the whole sequence.")
-    if cache is not None and config.encoder.num_layers and cache.source is None:
-        raise ValueError("The cache holds no source, which model.encoder asks for; make it with start_cache and one.")
-    virtual = optional.virtual_tokens(params)
-    if cache is None and config.position == "learned" and length > config.max_length:
-        raise ValueError(
-            f"A sequence of {length} tokens is longer than model.max_length ({config.max_length}); shorten it."
-        )
-    if virtual and virtual + length > config.max_length:
-        raise ValueError(
-            f"{virtual} virtual tokens and {length} tokens are longer than model.max_length ({config.max_length}); "
-            f"use at most {max(0, config.max_length - length)} virtual tokens or shorten the sequence."
-        )
-    if cache is not None and cache.virtual != virtual:
-        raise ValueError(
-            f"The weights have {virtual} virtual tokens, but the cache was started with {cache.virtual}; make it with "
-            "start_cache and the same weights."
-        )
-
-
-def _check_segments(c: ModelConfig, params: weights.Params, valid_BT, cache: Cache | None) -> None:
-    if valid_BT is not None or cache is not None:
-        raise ValueError("Segments say what is valid and are of whole rows; leave out valid_BT and the cache.")
-    if not c.of_tokens or c.head.pooling != "none":
-        raise ValueError(
-            "Segments are of several sequences of tokens in one row, and this model reads images or audio or gives one "
-            "answer for a row; give each sequence its own."
-        )
-    if optional.virtual_tokens(params):
-        raise ValueError(
-            "Virtual tokens stand before a row, and segments are of several in one; give each sequence its own."
-        )
-
-
-def _length(c: ModelConfig, tokens_BT: jax.Array) -> int:
-    """Tokens of a sequence, or what stands in their place."""
-    if c.of_tokens:
-        return tokens_BT.shape[1]
-    return c.images.tokens if c.images.patch else frames_of(c.audio, tokens_BT.shape[1])
-
-
-def _smallest_input(c: ModelConfig) -> tuple[int, ...]:
-    """Shape of the least that a model takes."""
-    if not c.of_tokens:
-        return _of_length(c, 1, c.audio.length(1))
-    return (1, 1) if c.vocab_size else (1, 1, c.width)
-
-
-def largest_input(c: ModelConfig, rows: int) -> tuple[tuple[int, ...], jnp.dtype]:
-    """Shape and dtype of the most that a model takes: so many rows of tokens, images or audio."""
-    if not c.of_tokens:
-        return _of_length(c, rows, c.audio.length(c.max_length)), jnp.float32
-    return (rows, c.max_length), jnp.int32
-
-
-def _of_length(c: ModelConfig, rows: int, length: int) -> tuple[int, ...]:
-    if c.images.patch:
-        return (rows, c.images.height, c.images.width, c.images.channels)
-    return (rows, length, *((c.audio.channels,) if c.audio.channels > 1 else ()))
-
-
 def _placed(config: ModelConfig, x_BTD, table, positions_BT):
     """x with the vectors of its positions out of a table."""
     # What runs on behind the end is thrown away, but its values must not be NaN: 0 · NaN would reach the rest.
@@ -502,42 +396,5 @@ def _placed(config: ModelConfig, x_BTD, table, positions_BT):
     return x_BTD + jnp.take(table, rows_BT, axis=0).astype(x_BTD.dtype)
 
 
-def _stacked_init(block: Block, rng, x_BTD, positions_BT, depth: int, **options):
-    one = lambda key: block.init(key, x_BTD, positions_BT, **options)["params"]  # noqa: E731
-    stacked = jax.vmap(one)(jax.random.split(rng, depth))
-    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
-
-
-def _shape(w: Any) -> tuple[int, ...]:
-    return jax.eval_shape(weights.materialize, w).shape
-
-
 def _slots(cache: Cache) -> int:
     return jax.tree.leaves(cache.key)[0].shape[2]
-
-
-def _grouped(layers, start: int, groups: int, period: int):
-    """The layers from `start` on, (L, ...), as groups (groups, period, ...); those of one layer have no second axis."""
-
-    def cut(a):
-        a = a if a.shape[0] == groups * period else a[start : start + groups * period]
-        return a if period == 1 else a.reshape(groups, period, *a.shape[1:])
-
-    return jax.tree.map(cut, layers)
-
-
-def _ungrouped(layers, period: int):
-    return layers if period == 1 else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers)
-
-
-def _unstacked(group, period: int):
-    """The layers of a group, one tree each. The gradient of a split joins; that of indexing adds to zeros each time."""
-    if period == 1:
-        return [group]
-    leaves, structure = jax.tree.flatten(group)
-    parts = [[part[0] for part in lax.split(leaf, [1] * period)] for leaf in leaves]
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
-
-
-def _restacked(layers: list):
-    return layers[0] if len(layers) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *layers)

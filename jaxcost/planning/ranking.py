@@ -21,7 +21,8 @@ from jaxcost.cost import closed_form, hardware, links
 from jaxcost.models import attention, context
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.experts import KERNELS
-from jaxcost.models.transformer import Transformer, abstract, resized
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.planning.steps import StepName, inputs_of
 from jaxcost.sharding import MeshConfig, make_mesh
 from jaxcost.transforms import chain

@@ -18,7 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcost import sharding, weights
 from jaxcost.config import Experiment
 from jaxcost.models.config import ModelConfig
-from jaxcost.models.transformer import Transformer, abstract, axes_of, largest_input, resized, start_cache
+from jaxcost.models.inputs import largest_input
+from jaxcost.models.stacks import resized
+from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, rows_of
 from jaxcost.session import read_experiment
@@ -123,7 +125,7 @@ def _learned(experiment: Experiment, model: Transformer) -> dict[str, jax.ShapeD
             "source": jax.ShapeDtypeStruct(shape, jnp.int32),
             "source_valid": jax.ShapeDtypeStruct(shape, jnp.bool_),
         }
-        batch |= texts if data.objective == "answers" and c.source.of_tokens else {"source": _source(model, shape[0])}
+        batch |= texts if data.of_examples and c.source.of_tokens else {"source": _source(model, shape[0])}
     return batch
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcost import weights
@@ -64,7 +65,8 @@ def answering(config: ModelConfig) -> ModelConfig:
     model, which alone has seen all of the text. ValueError if the head gives anything else.
     """
     head = config.head
-    if not config.of_tokens or config.encoder.num_layers or head.boxes or head.of_vocabulary:
+    reads = config.source.of_tokens and head.outputs if config.encoder.num_layers else config.of_tokens
+    if not reads or head.boxes or head.of_vocabulary:
         raise ValueError(
             "The model neither continues texts nor gives embeddings or labels of them; serve a decoder, or a model of "
             "tokens with model.head.embed or model.head.outputs."
@@ -107,7 +109,12 @@ class Pooled:
             self._programs[length, rows](params, *self._empty(rows, length))
 
     def _run(self, params, tokens_BT, valid_BT, types_BT=None):
-        hidden_B1D, _ = self.model.apply({"params": params}, tokens_BT, valid_BT=valid_BT, types_BT=types_BT)
+        beside, encoder = {"valid_BT": valid_BT, "types_BT": types_BT}, self.model.config.encoder
+        if encoder.num_layers:
+            # What an encoder reads, its decoder reads too, a token later.
+            beside |= {"source_BS": tokens_BT, "source_valid_BS": valid_BT}
+            tokens_BT = jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=encoder.start)
+        hidden_B1D, _ = self.model.apply({"params": params}, tokens_BT, **beside)
         return logits(self.model.config, params, hidden_B1D[:, 0])
 
     def _empty(self, rows: int, length: int) -> list[np.ndarray]:

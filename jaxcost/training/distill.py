@@ -36,14 +36,13 @@ from jaxcost.evaluation.losses import cross_entropy
 from jaxcost.models.attention import Scores
 from jaxcost.models.block import attention_scores
 from jaxcost.models.config import ModelConfig
+from jaxcost.models.stacks import STACKS, resized
 from jaxcost.models.transformer import (
     HEADS,
-    STACKS,
     WATCHED,
     Transformer,
     logits,
     output_of,
-    resized,
 )
 
 PROJECTION = "distillation/projection"

@@ -88,9 +88,7 @@ LONGEST = 3000
 def _sizes(fields: Fields, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
     sizes = fields.get(name, default)
     if not isinstance(sizes, list | tuple):
-        raise UnsupportedModel(
-            f"config.json says that {name} is {sizes!r}; it must list a number for each convolution."
-        )
+        raise UnsupportedModel(f"{name} is {sizes!r}; it must list a number for each convolution.")
     return tuple(positive(name, size) for size in sizes)
 
 

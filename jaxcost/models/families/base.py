@@ -45,6 +45,8 @@ class Head:
     """Tensors that a checkpoint may hold although they are others again, where the model ties its embeddings."""
     unused: tuple[str, ...] = ()
     """Tensors that a checkpoint may hold although this head does not need them."""
+    untied: Tensors = dataclasses.field(default_factory=dict)
+    """Tensors that hold, where the model does not tie its embeddings, what others do where it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Family:
         """The head of a checkpoint, by the class that its `config.json` names; UnsupportedModel if it is not ours."""
         named = fields.get("architectures") or [self.name + next(iter(self.heads))]
         if not (isinstance(named, list) and isinstance(named[0], str)):
-            raise UnsupportedModel(f"config.json says that architectures is {named!r}; it must list a class's name.")
+            raise UnsupportedModel(f"architectures is {named!r}; it must list a class's name.")
         (architecture, *_) = named
         # Old checkpoints spell LLaMAForCausalLM.
         for end, head in self.heads.items():
@@ -93,15 +95,15 @@ def hidden_states(*unused: str) -> dict[str, Head]:
 def needed(fields: Fields, name: str) -> int:
     """A size that a config must have, at least 1."""
     if fields.get(name) is None:
-        raise UnsupportedModel(f"config.json lacks {name}, which a {fields.get('model_type')} model needs.")
+        raise UnsupportedModel(f"The config lacks {name}, which a {fields.get('model_type')} model needs.")
     return positive(name, fields[name])
 
 
 def positive(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise UnsupportedModel(f"config.json says that {name} is {value!r}; it must be a whole number of at least 1.")
+        raise UnsupportedModel(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if value >= 2**31:
-        raise UnsupportedModel(f"config.json says that {name} is {value}, more than 2^31; write what the model has.")
+        raise UnsupportedModel(f"{name} is {value}, more than 2^31; write what the model has.")
     return value
 
 
@@ -143,7 +145,7 @@ def activation(name: str) -> str:
 def pattern(kinds: Sequence[str], window: int, layers: int) -> dict[str, Any]:
     """The shortest pattern that repeats to the kinds of all layers, and its window."""
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise UnsupportedModel(f"config.json has layer_types {kinds!r}; it must list one for each of {layers} layers.")
+        raise UnsupportedModel(f"layer_types is {kinds!r}; it must list one for each of {layers} layers.")
     unknown = sorted({str(kind) for kind in kinds} - set(_KINDS))
     if unknown:
         raise UnsupportedModel(f"Layers of the type {', '.join(unknown)} are not among {', '.join(_KINDS)}.")
@@ -186,7 +188,7 @@ def labels(fields: Fields) -> int:
     if not named:
         return positive("num_labels", fields.get("num_labels", 2))
     if not isinstance(named, dict):
-        raise UnsupportedModel(f"config.json says that id2label is {named!r}; it must be an object, a name by number.")
+        raise UnsupportedModel(f"id2label is {named!r}; it must be an object, a name by number.")
     return len(named)
 
 

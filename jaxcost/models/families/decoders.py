@@ -130,7 +130,7 @@ def _gemma2(fields: Fields, local_layers: int = 1, **options: Any) -> ModelConfi
 def _positive_number(fields: Fields, name: str, default: float) -> float:
     value = fields.get(name, default)
     if type(value) not in (int, float) or not value > 0:
-        raise UnsupportedModel(f"config.json says that {name} is {value!r}; it must be a number above 0.")
+        raise UnsupportedModel(f"{name} is {value!r}; it must be a number above 0.")
     return value
 
 

@@ -15,6 +15,7 @@ from jaxcost.models.families.base import (
     UnsupportedModel,
     activation,
     hidden_states,
+    labels,
     linear,
     needed,
     norm,
@@ -25,6 +26,14 @@ from jaxcost.models.families.base import (
 
 
 def _t5(fields: Fields) -> ModelConfig:
+    """The encoder alone where its states, or labels of tokens, are the answer."""
+    whole = _t5_whole(fields)
+    if _class_of(fields).endswith(("EncoderModel", "ForTokenClassification")):
+        return dataclasses.replace(whole.source, vocab_size=whole.vocab_size)
+    return whole
+
+
+def _t5_whole(fields: Fields) -> ModelConfig:
     encoder_layers, decoder_layers = needed(fields, "num_layers"), fields.get("num_decoder_layers")
     tied = fields.get("tie_word_embeddings", True)
     named = fields.get("feed_forward_proj", "relu")
@@ -65,10 +74,15 @@ def _mt5(fields: Fields) -> ModelConfig:
     return _t5({"feed_forward_proj": "gated-gelu"} | dict(fields) | {"scale_decoder_outputs": False})
 
 
+def _class_of(fields: Fields) -> str:
+    """The class that a `config.json` names; `Family.head_of` says what is wrong where it names none."""
+    return str((fields.get("architectures") or [""])[0])
+
+
 def _whisper(fields: Fields) -> ModelConfig:
     """The encoder alone where it is a recording that is classified."""
     encoder = whisper_encoder(fields)
-    if str((fields.get("architectures") or [""])[0]).endswith("ForAudioClassification"):
+    if _class_of(fields).endswith("ForAudioClassification"):
         return encoder
     heads = needed(fields, "decoder_attention_heads")
     if heads != encoder.num_heads:
@@ -97,8 +111,9 @@ def _whisper(fields: Fields) -> ModelConfig:
 # ---- Tensors ----
 
 
-def _t5_stack(theirs: str, ours: str, cross: bool) -> dict[str, tuple[str, ...]]:
-    """A stack of blocks, each a list of layers: attention, that to the source if there is one, and the MLP."""
+def _t5_stack(theirs: str, ours: str, cross: bool, gated: bool) -> dict[str, tuple[str, ...]]:
+    """A stack of blocks, each a list of layers: attention, that to the source if there is one, and the MLP, whose first
+    matrix has another name where there is a gate."""
     parts = {"SelfAttention": "attention"} | ({"EncDecAttention": "cross_attention"} if cross else {})
     table: dict[str, tuple[str, ...]] = {}
     for i, (name, part) in enumerate(parts.items()):
@@ -109,23 +124,33 @@ def _t5_stack(theirs: str, ours: str, cross: bool) -> dict[str, tuple[str, ...]]
     bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     table[bias] = (f"{ours}relative/table",)
     mlp = f"{theirs}.block.{{layer}}.layer.{len(parts)}"
-    table[f"{mlp}.DenseReluDense.wo.weight"] = (f"{ours}layers/mlp/down/kernel",)
+    matrices = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
+    for short, matrix in (matrices | {"wo": "down"}).items():
+        table[f"{mlp}.DenseReluDense.{short}.weight"] = (f"{ours}layers/mlp/{matrix}/kernel",)
     table[f"{mlp}.layer_norm.weight"] = (f"{ours}layers/mlp_norm/scale",)
     table[f"{theirs}.final_layer_norm.weight"] = (f"{ours}final_norm/scale",)
     return table
 
 
-_T5: Tensors = {
-    "shared.weight": ("embed/table",),
-    **_t5_stack("encoder", "encoder/", cross=False),
-    **_t5_stack("decoder", "", cross=True),
-}
+def _t5_tensors(config: ModelConfig) -> Tensors:
+    """Of both stacks, or of an encoder alone; in classes that tell labels, their names start with `transformer.`."""
+    table = {"shared.weight": ("embed/table",)}
+    if config.encoder.num_layers:
+        table |= _t5_stack("encoder", "encoder/", False, config.gated)
+        table |= _t5_stack("decoder", "", True, config.gated)
+    else:
+        table |= _t5_stack("encoder", "", False, config.gated)
+    return {f"{_LABELLED}{name}" if config.head.outputs else name: paths for name, paths in table.items()}
+
+
+_LABELLED = "transformer."
 _T5_SPARE = (
     "encoder.embed_tokens.weight",
     "decoder.embed_tokens.weight",
     # The first checkpoints have relative positions of the source, which nothing reads.
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 )
+_T5_LABELLED_SPARE = tuple(f"{_LABELLED}{name}" for name in _T5_SPARE)
 _T5_HEADS = {
     "ForConditionalGeneration": Head(
         lambda fields: HeadConfig(),
@@ -133,21 +158,20 @@ _T5_HEADS = {
         tied=("lm_head.weight",),
         unused=_T5_SPARE,
     ),
+    # A text is labelled by what the decoder makes of the same text, a token later, at its last token.
+    "ForSequenceClassification": Head(
+        lambda fields: HeadConfig(outputs=labels(fields), pooling="last", hidden="tanh", bias=True),
+        linear("classification_head.dense", "head/hidden") | linear("classification_head.out_proj", "head/output"),
+        unused=_T5_LABELLED_SPARE,
+    ),
+    "ForTokenClassification": Head(
+        lambda fields: HeadConfig(outputs=labels(fields), bias=True),
+        linear("classifier", "head/output"),
+        unused=_T5_LABELLED_SPARE,
+    ),
+    "EncoderModel": Head(lambda fields: HeadConfig(embed=True), {}, unused=_T5_SPARE),
     **hidden_states(*_T5_SPARE),
 }
-
-
-def _t5_further(config: ModelConfig) -> Tensors:
-    """The first matrix of an MLP, which has another name where there is a gate."""
-    names = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
-    return {
-        f"{theirs}.DenseReluDense.{short}.weight": (f"{ours}layers/mlp/{matrix}/kernel",)
-        for theirs, ours in (
-            ("encoder.block.{layer}.layer.1", "encoder/"),
-            ("decoder.block.{layer}.layer.2", ""),
-        )
-        for short, matrix in names.items()
-    }
 
 
 def _whisper_stack(name: str) -> Tensors:
@@ -186,8 +210,8 @@ _WHISPER_HEADS = {
 }
 
 ENCODER_DECODERS: Mapping[str, Family] = {
-    "t5": Family(_t5, _T5, _T5_HEADS, "T5", further=_t5_further),
-    "mt5": Family(_mt5, _T5, _T5_HEADS, "MT5", further=_t5_further),
+    "t5": Family(_t5, {}, _T5_HEADS, "T5", further=_t5_tensors),
+    "mt5": Family(_mt5, {}, _T5_HEADS, "MT5", further=_t5_tensors),
     "whisper": Family(
         _whisper,
         {"model.decoder.embed_tokens.weight": ("embed/table",)},

@@ -51,7 +51,7 @@ def _roberta(fields: Fields) -> ModelConfig:
     # Positions are counted from the one behind the padding token's id.
     padding = fields.get("pad_token_id", 1)
     if type(padding) is not int or padding < 0:
-        raise UnsupportedModel(f"config.json says that pad_token_id is {padding!r}; it must be a token's number.")
+        raise UnsupportedModel(f"pad_token_id is {padding!r}; it must be a token's number.")
     offset = padding + 1
     longest = fields.get("max_position_embeddings", 512) - offset
     return _bert(fields, max_length=longest, position_offset=offset)
@@ -147,6 +147,8 @@ def _masked_words(layer: str, normed: str, bias: str, decoder: str, name: str) -
         },
         tied=(f"{decoder}.weight",),
         unused=(f"{decoder}.bias", *_pooler(name)),
+        # The class has two biases then, and adds this one.
+        untied={f"{decoder}.bias": ("unembed/bias",)},
     )
 
 

@@ -27,9 +27,8 @@ from jaxcost.models.families.base import (
 def _vision(fields: Fields, class_tokens: int, detection_tokens: int = 0) -> ModelConfig:
     height, across = _pair(fields.get("image_size", 224))
     patch, channels = (positive(name, fields.get(name, n)) for name, n in (("patch_size", 16), ("num_channels", 3)))
-    if detection_tokens:
-        # Detectors are published with sizes that patches do not fill; what these leave over, they never see.
-        height, across = height // patch * patch, across // patch * patch
+    # Some are published with sizes that patches do not fill; what these leave over, they never see.
+    height, across = height // patch * patch, across // patch * patch
     images = ImageConfig(patch, height, across, channels, class_tokens, detection_tokens)
     # The transformer cannot be made without saying what it gives; the family's head takes its place.
     head = HeadConfig(embed=True)

@@ -50,6 +50,12 @@ _OTHERS = (
 """Options that change what an adapter computes, and that we do not have."""
 
 
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None, float]
+"""Of one matrix: a (in, r), b (r, out), DoRA's magnitude (out,) where there is one, and the scale."""
+Adapter = Mapping[str, Mapping[tuple[int, ...], Parts]]
+"""A parameter's path → the parts of its layers that have an adapter, by the index of the layer."""
+
+
 def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params, model_type: str) -> weights.Params:
     """The weights with an adapter of peft on them, unmerged; whatever has none is frozen, as `lora` leaves it.
 
@@ -58,6 +64,18 @@ def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params
       config: of the model that the adapter was trained on.
       params: its weights; the base may be of any kind.
       model_type: its family, which names the modules.
+
+    Raises what `read_adapter` does.
+    """
+    return put_adapter(params, read_adapter(folder, Source(config, params, fields_of(config, model_type)).places))
+
+
+def read_adapter(folder: str | Path, places: Mapping[str, Place]) -> Adapter:
+    """An adapter of peft, checked against the model that it is for, of which no weight is needed.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      places: of the model's tensors.
 
     Raises:
       BadCheckpoint: the folder is none, or a tensor is missing, extra, cut off or of another shape than the model's;
@@ -68,8 +86,8 @@ def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params
     options = read_json(folder / CONFIG)
     _check_options(folder / CONFIG, options)
     stored = _headers(folder)
-    found: dict[str, dict[tuple[int, ...], tuple]] = collections.defaultdict(dict)
-    for place in Source(config, params, fields_of(config, model_type)).places.values():
+    found: dict[str, dict[tuple[int, ...], Parts]] = collections.defaultdict(dict)
+    for place in places.values():
         names = [f"{_PREFIX}{place.module}.{end}" for end in ("lora_A.weight", "lora_B.weight")]
         if place.paths[0].endswith("/kernel") and place.name.endswith(".weight") and set(names) & set(stored):
             names += [f"{_PREFIX}{place.module}.lora_magnitude_vector"] if options.get("use_dora") else []
@@ -77,13 +95,18 @@ def load_adapter(folder: str | Path, config: ModelConfig, params: weights.Params
             for path, part in zip(place.paths, parts, strict=True):
                 found[path][place.index] = part
     if stored:
-        raise BadCheckpoint(f"{folder / WEIGHTS} has {min(stored)}, which fits no module of this {model_type} model.")
+        raise BadCheckpoint(f"{folder / WEIGHTS} has {min(stored)}, which fits no module of this model.")
     if not found:
         raise BadCheckpoint(f"{folder / WEIGHTS} holds no adapter.")
+    return found
+
+
+def put_adapter(params: weights.Params, adapter: Adapter) -> weights.Params:
+    """The weights with an adapter on them, as `load_adapter` gives them."""
 
     def one(path, w):
-        if path in found:
-            return _adapted(w, found[path])
+        if path in adapter:
+            return _adapted(w, adapter[path])
         return w if not any(jax.tree.leaves(weights.trainable(w))) else Frozen(w)
 
     return weights.map_weights(one, params)
@@ -182,10 +205,15 @@ def _headers(folder: Path) -> dict[str, safetensors.Stored]:
 
 def _read_module(
     folder: Path, tensors: list[tuple[str, safetensors.Stored | None]], place: Place, options: Mapping[str, Any]
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None, float]]:
-    """For each part of a module a (in, r), b (r, out), magnitude (out,) where there is one, and the scale."""
+) -> list[Parts]:
+    """The parts of each matrix that a module holds side by side."""
     rank = _of_module(options.get("rank_pattern"), place.module, options.get("r", 8))
     alpha = _of_module(options.get("alpha_pattern"), place.module, options.get("lora_alpha", 8))
+    if not (type(rank) is int and rank > 0 and isinstance(alpha, int | float)):
+        raise BadCheckpoint(
+            f"{folder / CONFIG} says that {place.module} has the rank {rank!r} and the lora_alpha {alpha!r}; they must "
+            "be a whole number of at least 1 and a number."
+        )
     sizes = [shape[-1] for shape in place.shapes]
     inward, outward = place.shapes[0][0], sum(sizes)
     read = []
@@ -207,7 +235,7 @@ def _of_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> 
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _adapted(w: Any, layers: Mapping[tuple[int, ...], tuple]) -> Any:
+def _adapted(w: Any, layers: Mapping[tuple[int, ...], Parts]) -> Any:
     """A stacked weight with the adapters of its layers; one that has none gets factors of zero."""
     base = _unfrozen(w)
     dense = jax.eval_shape(materialize, base).shape

@@ -257,7 +257,8 @@ def _t5(c: ModelConfig) -> dict[str, Any]:
         "d_model": c.width,
         "d_kv": c.head_dim,
         "d_ff": c.mlp_width,
-        "num_layers": c.encoder.num_layers or None,
+        # A decoder alone is none of theirs.
+        "num_layers": c.encoder.num_layers or (None if c.causal else c.num_layers),
         "num_decoder_layers": c.num_layers,
         "num_heads": c.num_heads,
         "feed_forward_proj": f"gated-{activation}" if c.gated else activation,
@@ -267,7 +268,7 @@ def _t5(c: ModelConfig) -> dict[str, Any]:
         "n_positions": c.max_length,
         "tie_word_embeddings": c.tie_embeddings,
         "scale_decoder_outputs": c.scale_outputs,
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": c.encoder.num_layers > 0,
         "pad_token_id": 0,
         "decoder_start_token_id": c.encoder.start,
     }

@@ -75,7 +75,9 @@ class Place:
 def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The place of every tensor that a model of the config has, by name; `shapes` are those of its dense parameters."""
     found, folded = {}, family.stored(config)
-    for template, paths in {**family.tensors, **family.further(config), **head.tensors}.items():
+    untied = {} if config.tie_embeddings else head.untied
+    # In this order: of two tensors for one parameter, the last one is its own.
+    for template, paths in {**family.tensors, **family.further(config), **head.tensors, **untied}.items():
         if not set(paths) <= set(shapes):
             continue
         transposed = paths[0].endswith("/kernel") and (family.transposed or template in head.tensors)
@@ -92,9 +94,11 @@ def places(family: Family, head: Head, config: ModelConfig, shapes: Mapping[str,
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; BadCheckpoint if it holds none."""
+    if not path.is_file():
+        raise BadCheckpoint(f"There is no {path}.")
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{path} is JSON, but not an object.")

@@ -28,6 +28,8 @@ from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, BadCheckpoi
 from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.progress import byte_bar
 
+_PICKLED = ("*.bin", "*.pt*", "*.pkl", "*.ckpt")
+"""Files that are pickles, which nothing here opens."""
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|embeddings\.position_ids$")
 """Constants that older checkpoints keep beside the weights."""
 
@@ -49,33 +51,58 @@ def load(
       UnsupportedModel: the family or an option of it is not one of ours.
       ValueError: the parameters do not divide the mesh.
     """
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.config, read(checkpoint, dtype, mesh, quiet)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has every tensor that its config asks for, in its shape, and no other; none is read yet."""
+
+    folder: Path
+    config: ModelConfig
+    places: Mapping[str, Place]
+    """By a tensor's name."""
+    stored: Mapping[str, safetensors.Stored]
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Checks all that can be checked without reading weights; raises as `load` does."""
     folder = Path(folder)
-    config, family, head = read_config(folder)
-    stored = read_headers(folder, family, head, config)
+    fields, config = _read_config(folder)
+    family, head = families.family_of(fields), families.family_of(fields).head_of(fields)
+    stored = _read_headers(folder, family, head, config)
     layers = config.num_layers + config.encoder.num_layers
     if layers > len(stored):
         raise BadCheckpoint(
             f"{folder} holds {len(stored)} tensors, too few for the {layers} layers that its config.json says."
         )
     config = _untied(config, family, head, stored)
-    params, axes = abstract(Transformer(config))
+    params, _ = abstract(Transformer(config))
     shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
     places = layout.places(family, head, config, shapes)
     _check(places, stored, config, head, folder)
+    return Checkpoint(folder, config, places, stored)
+
+
+def read(checkpoint: Checkpoint, dtype: str, mesh: Mesh | None, quiet: bool) -> weights.Params:
+    """The parameters of a checkpoint; arguments and errors are those of `load`."""
+    params, axes = abstract(Transformer(checkpoint.config))
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     shards = sharding.shardings(params, axes, mesh)
     homes = {weights.path_name(path): home for path, home in jax.tree_util.tree_leaves_with_path(shards)}
-    made = {path: jnp.zeros(shape, dtype, device=homes[path]) for path, shape in shapes.items()}
-    total = sum(stored[name].bytes for name in places)
-    with byte_bar(f"reading {folder.name}", total, quiet) as advance:
-        for place in places.values():
-            _fill(made, place, stored[place.name], homes)
-            advance(stored[place.name].bytes)
-    return config, jax.tree_util.tree_map_with_path(lambda path, _: made[weights.path_name(path)], params)
+    shapes = {weights.path_name(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(params)}
+    made = {path: jnp.zeros(shapes[path], dtype, device=home) for path, home in homes.items()}
+    held = {name: checkpoint.stored[name] for name in checkpoint.places}
+    with byte_bar(f"reading {checkpoint.folder.name}", sum(one.bytes for one in held.values()), quiet) as advance:
+        for name, place in checkpoint.places.items():
+            _fill(made, place, held[name], homes)
+            advance(held[name].bytes)
+    return jax.tree_util.tree_map_with_path(lambda path, _: made[weights.path_name(path)], params)
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.Head]:
-    """The config, the family and its head of a folder's `config.json`; raises as `load` does."""
+def _read_config(folder: Path) -> tuple[families.Fields, ModelConfig]:
+    """What a folder's `config.json` holds, and the config that it describes."""
     path = folder / CONFIG
     fields = read_json(path)
     if "quantization_config" in fields:
@@ -85,39 +112,32 @@ def read_config(folder: Path) -> tuple[ModelConfig, families.Family, families.He
             f"{path} says that the weights are quantised ({method}); give the checkpoint that it was made from, and "
             "quantise that here."
         )
-    family = families.family_of(fields)
     try:
-        return families.config_of(fields), family, family.head_of(fields)
+        return fields, families.config_of(fields)
+    except families.UnsupportedModel as error:
+        raise families.UnsupportedModel(f"{path}: {error}") from error
+    except ValueError as error:
+        raise BadCheckpoint(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise BadCheckpoint(f"{path} lacks a field or holds one of the wrong kind ({error}); write it anew.") from error
 
 
-def read_headers(
+def _read_headers(
     folder: Path, family: families.Family, head: families.Head, config: ModelConfig
 ) -> dict[str, safetensors.Stored]:
-    """All tensors of a folder by the names of the family's table; raises as `load` does.
+    """All tensors of a folder by the names of the family's table.
 
     A checkpoint of a model without its head has names without the first part, which is put before them, and an older
     one may have other ends of names.
     """
-    if (folder / INDEX).exists():
-        mapping = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
-            raise BadCheckpoint(f"{folder / INDEX} has no weight_map.")
-        files = sorted(set(mapping.values()))
-    else:
-        files = [SINGLE]
-    found: dict[str, safetensors.Stored] = {}
-    for name in files:
-        path = folder / name
-        if not path.is_file():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            hint = "; its pickle files are not read, so save it again with safetensors" if pickled else ""
-            raise BadCheckpoint(f"There is no {path}{hint}.")
-        try:
-            found |= safetensors.read_header(path)
-        except ValueError as error:
-            raise BadCheckpoint(str(error)) from error
+    index = _read_index(folder)
+    headers = {file: _read_header(folder / file) for file in sorted(set(index.values())) or [SINGLE]}
+    found = {name: one for header in headers.values() for name, one in header.items()}
+    for name, file in index.items():
+        if name in headers[file]:
+            found[name] = headers[file][name]
+        elif not _NOT_WEIGHTS.search(name):
+            raise BadCheckpoint(f"{folder / file} lacks {name}, which {INDEX} says that it holds.")
     for old, new in family.renamed.items():
         found = {name.removesuffix(old) + new if name.endswith(old) else name: one for name, one in found.items()}
     starts = [template.partition(".")[0] for template in (*family.tensors, *family.further(config))]
@@ -126,11 +146,37 @@ def read_headers(
     return {name if name in head.tensors else f"{starts[0]}.{name}": tensor for name, tensor in found.items()}
 
 
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor's name, as an index says; empty where there is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise BadCheckpoint(f"{path} has no weight_map.")
+    strange = sorted(file for file in index.values() if not re.fullmatch(r"[^/\\]+\.safetensors", file))
+    if strange:
+        raise BadCheckpoint(f"{path} names {strange[0]}, but only safetensors files in its own folder are read.")
+    return index
+
+
+def _read_header(path: Path) -> dict[str, safetensors.Stored]:
+    if not path.is_file():
+        pickled = any(any(path.parent.glob(end)) for end in _PICKLED)
+        hint = "; its pickle files are not read, so save it again with safetensors" if pickled else ""
+        raise BadCheckpoint(f"There is no {path}{hint}.")
+    try:
+        return safetensors.read_header(path)
+    except ValueError as error:
+        raise BadCheckpoint(str(error)) from error
+
+
 def _untied(
     config: ModelConfig, family: families.Family, head: families.Head, stored: Mapping[str, safetensors.Stored]
 ) -> ModelConfig:
     """The config, without tied embeddings where the checkpoint holds an unembedding that is another matrix."""
-    [embedding] = [name for name, paths in family.tensors.items() if paths == ("embed/table",)] or [""]
+    table = {**family.tensors, **family.further(config)}
+    [embedding] = [name for name, paths in table.items() if paths == ("embed/table",)] or [""]
     for name in set(head.tied) & set(stored) if config.tie_embeddings and embedding in stored else ():
         pair = stored[name], stored[embedding]
         same = pair[0].shape == pair[1].shape and all(
@@ -151,7 +197,8 @@ def _check(
     missing = sorted(set(places) - set(stored))
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise BadCheckpoint(f"{folder} lacks {missing[0]}{more}, which a model of its config.json has.")
+        file = folder / (INDEX if (folder / INDEX).exists() else SINGLE)
+        raise BadCheckpoint(f"{file} lacks {missing[0]}{more}, which a model of this config.json has.")
     spare = {*head.unused, *(head.tied if config.tie_embeddings else ())}
     extra = sorted(name for name in set(stored) - set(places) - spare if not _NOT_WEIGHTS.search(name))
     if extra:

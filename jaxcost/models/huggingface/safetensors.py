@@ -113,7 +113,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError):
             raise ValueError(f"{path} is no safetensors file: its header is not JSON.") from None
     return {name: _stored(path, name, entry, start, size) for name, entry in entries.items()}
 
@@ -122,7 +122,7 @@ def _stored(path: Path, name: str, entry: dict, start: int, size: int) -> Stored
     try:
         dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
         first, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{path}: the entry of {name} lacks its dtype, shape or offsets.") from None
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name} has the dtype {dtype}, which is not one of {', '.join(_DTYPES)}.")

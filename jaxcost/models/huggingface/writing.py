@@ -24,7 +24,8 @@ from jaxcost.models.huggingface import compressed
 from jaxcost.models.huggingface.fields import fields_of
 from jaxcost.models.huggingface.layout import CONFIG, INDEX, SINGLE, Place, places, write_json
 from jaxcost.models.huggingface.safetensors import Tensor, write
-from jaxcost.models.transformer import STACKS, Transformer, abstract, resized
+from jaxcost.models.stacks import STACKS, resized
+from jaxcost.models.transformer import Transformer, abstract
 from jaxcost.progress import byte_bar
 
 Layout = Literal["dense", "compressed-tensors"]
