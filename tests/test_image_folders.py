@@ -1,10 +1,14 @@
-"""Folders of images: labels by their names, splits, what is damaged, and a small model that learns them end to end."""
+"""Folders of images, and TFDS datasets of them: labels, splits, what is damaged, and a small model that learns them."""
 
 import dataclasses
+import io
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from labels import ENCODER, experiment, session_of
 from PIL import Image
 
@@ -22,6 +26,7 @@ MODEL = dataclasses.replace(
     ENCODER, images=ImageConfig(patch=4, height=8, width=8), head=HeadConfig(outputs=3, pooling="mean")
 )
 
+TRAINING = TrainingConfig(steps=20, evaluate_every=20)
 CHANNELS = dataclasses.replace(MODEL.images, channels=2)
 
 
@@ -51,7 +56,7 @@ def config(folder, tmp_path, **changes):
 
 def test_a_model_learns_the_folders_of_images_and_a_plan_is_of_its_batches(folder, tmp_path):
     data = {"inputs": "images", "sequence_length": 4, "cache_dir": str(tmp_path / "cache")}
-    value = experiment(folder, MODEL, "labels", data=data, training=TrainingConfig(steps=20, evaluate_every=20))
+    value = experiment(folder, MODEL, "labels", data=data, training=TRAINING)
     session = session_of(value)
     step = trace_step("train", value, 0, session.mesh)
     assert {name: (a.shape, a.dtype) for name, a in next(session.train_batches()).items()} == {
@@ -136,8 +141,8 @@ def test_what_cannot_be_read_or_learned_is_one_sentence(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no file that can be read; give one of .png"):
         open_source(config(tmp_path / "empty", tmp_path), "train")
-    with pytest.raises(ValueError, match="set data.objective to 'labels' and data.sources to such folders"):
-        DataConfig(inputs="images", objective="labels")
+    with pytest.raises(ValueError, match="of which labels are learned; set data.objective to 'labels'"):
+        DataConfig(inputs="images")
     with pytest.raises(ValueError, match="data.sequence_length is 16, and an image makes 4 tokens"):
         experiment(folder, MODEL, "labels", data={"inputs": "images"})
     data = {"inputs": "images", "sequence_length": 4}
@@ -145,3 +150,60 @@ def test_what_cannot_be_read_or_learned_is_one_sentence(folder, tmp_path):
         model = dataclasses.replace(MODEL, images=images)
         with pytest.raises(ValueError, match=message):
             session_of(experiment(folder, model, "labels", data=data)).open()
+
+
+# ---- TFDS ----
+
+
+class Squares(tfds.core.GeneratorBasedBuilder):
+    """Image files of a folder as a dataset of TFDS, the last one of the train split cut off."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"picture": tfds.features.Image(), "colour": tfds.features.ClassLabel(names=list(COLOURS))}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        root = write_images(Path(tempfile.mkdtemp(dir=self._data_dir_root)))
+        return {split: self._generate_examples(root / split) for split in ("train", "validation")}
+
+    def _generate_examples(self, folder):
+        paths = sorted(path for path in folder.rglob("*.*") if path.suffix != ".bmp")
+        for i, path in enumerate(paths):
+            held = path.read_bytes()
+            broken = folder.name == "train" and i == len(paths) - 1
+            yield i, {"picture": io.BytesIO(held[:20] if broken else held), "colour": path.parent.name}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def test_a_dataset_of_images_is_read_and_learned(data_dir, tmp_path):
+    asked = {"inputs": "images", "objective": "labels", "name": "squares", "data_dir": data_dir, "batch_size": 5}
+    asked |= {"text_field": "picture", "label_field": "colour", "sequence_length": 4}
+    examples = open_examples(DataConfig(**asked), "train")
+    assert (len(examples), examples.labels) == (27, tuple(COLOURS))
+    colours = np.array(list(COLOURS.values()))
+    for example in examples[:26]:
+        assert abs(example["image"].mean(axis=(0, 1)) - colours[example["label"]]).max() < 60
+    assert examples.shown(3) == "record 3 of squares-1.0.0-train"
+    with pytest.raises(ValueError, match="Record 26 of squares-1.0.0-train cannot be read .*; mend it"):
+        examples[26]
+    value = experiment(
+        tmp_path, MODEL, "labels", data=asked | {"sources": (), "train_split": "train[:26]"}, training=TRAINING
+    )
+    assert session_of(value).train(tmp_path / "run").metrics["accuracy"] == 1.0
+
+
+def test_a_dataset_without_such_images_is_refused(data_dir):
+    asked = DataConfig(inputs="images", objective="labels", name="squares", data_dir=data_dir, label_field="colour")
+    with pytest.raises(ValueError, match="'squares' has no image feature 'text'; set data.text_field to one of pic"):
+        open_source(asked, "train")
+    asked = dataclasses.replace(asked, name="python_text/reference")
+    with pytest.raises(ValueError, match="has no image feature 'text'; set data.name to a dataset of images"):
+        open_source(asked, "train")

@@ -31,7 +31,7 @@ class DataConfig:
     validation_split: str = "validation"
     """Split to score on; `train[95%:]` beside `train[:95%]` for a dataset that has no such split."""
     text_field: str = "text"
-    """Feature of the dataset that holds the text."""
+    """Feature of the dataset that holds the text, or the image."""
     objective: Literal["next_token", "masked_tokens", "labels", "regression", "answers"] = "next_token"
     """What is learned: the next token of documents; tokens that are hidden in them, by an encoder; the label of each
     text, or a number; or the next token of the answer to each text."""
@@ -155,11 +155,8 @@ class DataConfig:
                     "leave out the one."
                 )
             return
-        if self.objective != "labels" or not self.sources or any(name.startswith("tfds:") for name in self.sources):
-            raise ValueError(
-                "data.inputs is 'images', which are read with their labels from folders; set data.objective to "
-                "'labels' and data.sources to such folders."
-            )
+        if self.objective != "labels":
+            raise ValueError("data.inputs is 'images', of which labels are learned; set data.objective to 'labels'.")
         if self.augment.changes_texts or self.select.active:
             raise ValueError(
                 "data.inputs is 'images', which data.augment.images changes; the other fields of data.augment, and "

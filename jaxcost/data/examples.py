@@ -12,6 +12,7 @@ import numpy as np
 from jaxcost.data.config import DataConfig
 from jaxcost.data.images import read_image
 from jaxcost.data.local import check_corrupt
+from jaxcost.data.records import BadRecord
 from jaxcost.data.sources import DocumentSource, open_source
 from jaxcost.data.tokenizers import Tokenizer
 
@@ -59,7 +60,7 @@ class Examples(Sequence):
         config = self.config
         record = self.source.record(int(self.chosen[index]), config.fields)
         if config.of_images:
-            example: Example = {"image": read_image(record[config.text_field], config.max_record_bytes)}
+            example: Example = {"image": self._image(record[config.text_field], int(self.chosen[index]))}
         else:
             example = {"text": record[config.text_field]}
         if config.objective == "labels":
@@ -68,9 +69,19 @@ class Examples(Sequence):
             return example | {"label": number(record[config.label_field])}
         return example | {"answer": str(record[config.answer_field])}
 
+    def _image(self, file: str | bytes, record: int) -> np.ndarray:
+        try:
+            return read_image(file, self.config.max_record_bytes)
+        except BadRecord as error:
+            which = f"Record {record} of {self.source.label}" if isinstance(file, bytes) else file
+            raise ValueError(f"{which} {error}; mend it, or leave it out of the split.") from error
+
     def shown(self, index: int) -> str:
         """What a person is shown of an example: its text, or where its image lies."""
-        return self.source[int(self.chosen[index])]
+        record = int(self.chosen[index])
+        whole = self.source.records[record][self.config.text_field]
+        inside = self.config.of_images and isinstance(whole, bytes)
+        return f"record {record} of {self.source.label}" if inside else self.source[record]
 
     def origin(self, index: int) -> dict[str, str | int]:
         """Where an example came from and what it cost, as its record says.

@@ -1,7 +1,8 @@
-"""Images in folders that are their labels: where they lie, what they show, and the arrays that a model reads."""
+"""Images, in folders that are their labels or in records: what they show, and the arrays that a model reads."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,21 @@ class ImageFiles:
         return self._paths[index].relative_to(self._base).as_posix()
 
 
-def read_image(path: str | Path, max_bytes: int) -> np.ndarray:
+def read_image(file: str | Path | bytes, max_bytes: int) -> np.ndarray:
     """What an image shows, uint8 (height, width, 3); of several in a file, the first.
 
+    Args:
+      file: where it lies, or what it holds.
+      max_bytes: that it may hold.
+
     Raises:
-      BadRecord: it is none, is damaged, or its file has more than `max_bytes` bytes.
+      BadRecord: it is no image, is damaged, or holds more.
     """
     from PIL import Image
 
     try:
-        check_size(Path(path).stat().st_size, max_bytes)
-        with Image.open(path) as image:
+        check_size(len(file) if isinstance(file, bytes) else Path(file).stat().st_size, max_bytes)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return np.asarray(image.convert("RGB"))
     except BadRecord:
         raise

@@ -44,6 +44,8 @@ class DocumentSource(Sequence):
     """Names of the labels, where the dataset tells them."""
     skipped: tuple[str, ...] = ()
     """Corrupt records that were left out, and why."""
+    files: tuple[str, ...] = ()
+    """Features whose bytes are those of a file, and no text."""
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Documents that `config.select` left out, by the reason."""
 
@@ -61,10 +63,10 @@ class DocumentSource(Sequence):
             raise IndexError(f"Document {index} was asked of {self.label}, which holds {len(self)}.")
         return _as_text(self.records[index % len(self)][self.text_field])
 
-    def record(self, index: int, fields: Sequence[str]) -> dict[str, str | int | float]:
-        """Returns some features of a record, text as strings and numbers as Python's."""
+    def record(self, index: int, fields: Sequence[str]) -> dict[str, str | bytes | int | float]:
+        """Returns some features of a record, text as strings, numbers as Python's, and files of images as they are."""
         record = self.records[index]
-        return {name: _as_plain(record[name]) for name in fields}
+        return {name: record[name] if name in self.files else _as_plain(record[name]) for name in fields}
 
 
 def open_source(config: DataConfig, split: str) -> DocumentSource:
@@ -88,7 +90,8 @@ def _open_sources(config: DataConfig, split: str) -> DocumentSource:
     classes = next((one.classes for one in opened if one.classes), ())
     records = _joined([one.records for one in opened], weights)
     skipped = sum((one.skipped for one in opened), ())
-    return DocumentSource(records, config.text_field, identity, label, cache_dir, classes, skipped)
+    files = (config.text_field,) if config.of_images else ()
+    return DocumentSource(records, config.text_field, identity, label, cache_dir, classes, skipped, files)
 
 
 def _selected(config: DataConfig, source: DocumentSource) -> DocumentSource:
@@ -151,6 +154,8 @@ def open_tfds(config: DataConfig, split: str) -> DocumentSource:
       ValueError: the dataset, its configuration, the split or the text feature does not exist, the split is empty,
         or the dataset can be neither read nor prepared.
     """
+    import tensorflow_datasets as tfds
+
     with _quiet():
         builder = _prepared_builder(config)
         info = builder.info
@@ -163,8 +168,11 @@ def open_tfds(config: DataConfig, split: str) -> DocumentSource:
             ) from error
         if not instructions:
             raise ValueError(f"Split '{split}' of dataset '{config.name}' holds no documents; choose a larger one.")
+        _check_fields(config, info.features)
         try:
-            records = builder.as_data_source(split)
+            # Images stay the files that they are until they are looked at, so that labels are read without them.
+            whole = {config.text_field: tfds.decode.SkipDecoding()} if config.of_images else None
+            records = builder.as_data_source(split, decoders=whole)
         except NotImplementedError as error:
             raise ValueError(
                 f"Dataset '{config.name}' lies in '{builder.data_dir}' as {info.file_format.value}, which has no "
@@ -172,11 +180,11 @@ def open_tfds(config: DataConfig, split: str) -> DocumentSource:
             ) from error
         except Exception as error:
             raise ValueError(_unusable(config, "be read", error)) from error
-    _check_fields(config, info.features)
     parts = [(Path(part.filename).name, part.skip, part.take) for part in instructions]
     # TFDS gives no size for a slice, so the sizes of the whole splits stand for the content.
     sizes = {name: whole.num_bytes for name, whole in info.splits.items()}
     identity = {"dataset": info.full_name, "bytes": sizes, "parts": parts, "field": config.text_field}
+    identity |= {"inputs": "images"} if config.of_images else {}
     return DocumentSource(
         records=records,
         text_field=config.text_field,
@@ -184,6 +192,7 @@ def open_tfds(config: DataConfig, split: str) -> DocumentSource:
         label=re.sub(r"[^\w.]+", "-", f"{info.full_name} {split}").strip("-"),
         cache_dir=_cache_dir(config, os.fspath(builder.data_dir_root)),
         classes=_class_names(dict(info.features.items()).get(config.label_field)),
+        files=(config.text_field,) if config.of_images else (),
     )
 
 
@@ -241,13 +250,15 @@ def _config_names(tfds: Any, name: str) -> list[str]:
 
 
 def _check_fields(config: DataConfig, features: Any) -> None:
-    """Raises ValueError unless the dataset's features hold text under `config.text_field`, and what else is read."""
+    """Raises ValueError unless the dataset's features hold text, or images, under `config.text_field`, and what else is
+    read."""
     import tensorflow_datasets as tfds
 
-    texts = sorted(name for name, feature in features.items() if isinstance(feature, tfds.features.Text))
-    if config.text_field not in texts:
-        choice = f"set data.text_field to one of {', '.join(texts)}" if texts else "set data.name to a text dataset"
-        raise ValueError(f"Dataset '{config.name}' has no text feature '{config.text_field}'; {choice}.")
+    kind, wanted = ("image", tfds.features.Image) if config.of_images else ("text", tfds.features.Text)
+    found = sorted(name for name, feature in features.items() if isinstance(feature, wanted))
+    if config.text_field not in found:
+        choice = f"data.text_field to one of {', '.join(found)}" if found else f"data.name to a dataset of {kind}s"
+        raise ValueError(f"Dataset '{config.name}' has no {kind} feature '{config.text_field}'; set {choice}.")
     setting = "label_field" if config.one_answer else "answer_field"
     for field in config.fields[1:]:
         if field not in features:
