@@ -56,7 +56,7 @@ def test_every_text_is_read_once_an_epoch_whole_and_beside_those_of_its_length(f
         longest = int(batch["valid"].sum(axis=1).max())
         assert batch["inputs"].shape[1] == next(size for size in (*BUCKETS, LENGTH) if size >= longest)
         for i, record in enumerate(batch["records"]):
-            row = label_row(ByteTokenizer(), LENGTH, split[int(record)])
+            row = label_row(ByteTokenizer(), LENGTH, None, split[int(record)])
             whole = np.pad(batch["inputs"][i], (0, LENGTH - batch["inputs"].shape[1]))
             np.testing.assert_array_equal(whole, row["inputs"])
             assert batch["valid"][i].sum() == row["valid"].sum() and batch["targets"][i] == row["targets"]
