@@ -3,11 +3,11 @@
 import pytest
 
 
-def sweep(names, values, *, quick, slow=None, **options):
+def sweep(names, values, *, quick, slow=2, **options):
     """`pytest.mark.parametrize` whose cases after the first `quick` are slow, and after `slow` more ones long."""
     cases = []
     for index, value in enumerate(values):
-        late = [pytest.mark.long] if slow is not None and index >= quick + slow else [pytest.mark.slow]
-        marks = late if index >= quick else []
+        late = pytest.mark.slow if index < quick + slow else pytest.mark.long
+        marks = [late] if index >= quick else []
         cases.append(pytest.param(*([value] if isinstance(names, str) else value), marks=marks))
     return pytest.mark.parametrize(names, cases, **options)

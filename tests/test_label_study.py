@@ -11,7 +11,7 @@ from jaxcost.study.labels import Arm, arms, exchange, gain, run_labels
 from jaxcost.training.config import TrainingConfig
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_arm_is_trained_once_and_priced_with_its_teacher(tmp_path):
     changes = {"data": {"augment": AugmentConfig(synonyms=0.2, swap=0.2)}, "training": TrainingConfig(steps=20)}
     value = experiment(write_folder(tmp_path), LABELS, "labels", prices=PriceConfig(0.5, 0.001), **changes)
