@@ -128,24 +128,30 @@ def together() -> Iterator[None]:
 
 
 class Preemption:
-    """Within the `with` block SIGTERM no longer kills: `reached` says after which step to save and end."""
+    """Within the `with` block SIGTERM no longer kills: `reached` says after which step to save and end.
+
+    The main thread alone can take a signal, so that one block of its own around them serves the trainings of all
+    threads.
+    """
+
+    _asked = threading.Event()
 
     def __init__(self):
-        self._asked = threading.Event()
         self._before = None
 
     def __enter__(self):
         # JAX handles the signal itself where it joins several processes, so that all of them stop at the same step.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+            self._before = signal.signal(signal.SIGTERM, lambda *_: Preemption._asked.set())
         return self
 
     def __exit__(self, *exception):
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            Preemption._asked.clear()
 
     def reached(self, step: int) -> bool:
         """Whether the job ends after this step, the same in all of its processes; asked once every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked.is_set()
+        return Preemption._asked.is_set()

@@ -94,9 +94,26 @@ class Session:
     def derive(self, experiment: Experiment) -> Session:
         """A session of another experiment on the same model and data, which shares what is open already."""
         other = self.reopen(experiment)
-        shared = ("hardware", "train_stream", "validation_stream", "scorer")
-        vars(other).update({name: vars(self)[name] for name in shared if name in vars(self)})
+        other._share(self, "hardware", "train_stream", "validation_stream", "scorer")
         return other
+
+    def on(self, devices: Sequence[jax.Device]) -> Session:
+        """A session of the same experiment and data on a part of the devices, priced as that part of the chips.
+
+        It shows no progress, as several of them may work at once.
+
+        Raises:
+          ValueError: the model or the batch does not divide over the part.
+        """
+        other = Session(self.experiment, self.tokenizer, True, devices)
+        other._share(self, "train_stream", "validation_stream")
+        share = len(devices) / len(self.devices)
+        other.hardware = dataclasses.replace(self.hardware, num_chips=self.hardware.num_chips * share)
+        return other
+
+    def _share(self, other: Session, *names: str) -> None:
+        """Takes over what another session has opened already."""
+        vars(self).update({name: vars(other)[name] for name in names if name in vars(other)})
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -140,6 +157,10 @@ class Session:
         places = sharding.shardings(abstract, axes_of(self.model, abstract), self.mesh)
         return jax.jit(make, out_shardings=places)(*args)
 
+    def put(self, params: weights.Params) -> weights.Params:
+        """Weights from elsewhere, copied to where the mesh rules put them."""
+        return jax.device_put(params, sharding.shardings(params, axes_of(self.model, params), self.mesh))
+
     def base_params(self) -> weights.Params:
         """New weights from the experiment's seed, without transforms."""
         return self.place(lambda key: initialize(self.model, key)[0], self._keys()[0])
@@ -156,8 +177,7 @@ class Session:
                 new = self.base_params()
                 kept = {name: tree for name, tree in params.items() if name not in ("head", "unembed")}
                 params = {name: new[name] for name in new if name not in params} | kept | {"head": new["head"]}
-            places = sharding.shardings(params, axes_of(self.model, params), self.mesh)
-            params = weights.map_weights(self._kept_as, jax.device_put(params, places))
+            params = weights.map_weights(self._kept_as, self.put(params))
             own = self.experiment.transforms[len(first.experiment.transforms) :]
             return self.transformed(chain(*own), params, self._keys()[1])
         from_layers = teacher is not None and self.experiment.distill.from_layers

@@ -22,6 +22,7 @@ from jaxcost.session import Session, alone_in
 from jaxcost.study import run, surrogate
 from jaxcost.study.estimates import count
 from jaxcost.study.measure import weight_bytes
+from jaxcost.study.parts import Parts, divided
 from jaxcost.study.recipes import Budget, Recipe, SearchConfig, StudyConfig, VerifyConfig
 from jaxcost.study.space import Choice, Range, Space, each, features
 from jaxcost.study.trials import Trials
@@ -385,6 +386,65 @@ def test_counts_are_what_the_weights_then_are(data_dir):
     assert thin < whole
 
 
+# ---- Several trials at once ----
+
+
+def at_once(value, number, folder):
+    tried = dataclasses.replace(value.study.search, parallel=number)
+    value = dataclasses.replace(value, study=dataclasses.replace(value.study, search=tried))
+    return run.run_study(value, folder, quiet=True, devices=jax.devices()[:number])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_trials_at_once_pay_for_the_parts_that_wait_and_are_the_same_every_time(tmp_path, data_dir, made_up, number):
+    value = dataclasses.replace(
+        experiment(data_dir), data=dataclasses.replace(experiment(data_dir).data, batch_size=12)
+    )
+    result = at_once(value, number, tmp_path)
+    first = sorted(map(str, made_up))
+    trials = {trial["name"]: trial for trial in result["trials"]}
+    assert len({name for name, *_ in made_up}) > number and result["answer"]["recipe"] in trials
+    [limit] = [each for each in result["budget"] if each["of"] == "study"]
+    assert limit["used"] <= limit["limit"]
+    # Finalists and their control are three: on two parts the last of each seed is alone, and the other part waits.
+    search = next(part for part in result["ledger"] if part["stage"] == "search")
+    own = [s["seconds"] for t in result["trials"] if not t["control"] for s in t["stages"] if s["seed"] == 0]
+    rows = sum(row["scoring_seconds"] for row in result["rows"] if not row["control"])
+    assert search["seconds"] > sum(own) + rows
+    assert sum(part["usd"] for part in result["ledger"]) == pytest.approx(result["totals"]["usd"], rel=1e-9)
+    again = at_once(value, number, tmp_path)
+    assert sorted(map(str, made_up)) == first
+    assert strip(again["trials"]) == strip(result["trials"]) and again["totals"] == result["totals"]
+
+
+def test_parts_are_equal_and_priced_by_their_chips(data_dir):
+    value = experiment(data_dir)
+    value = dataclasses.replace(value, hardware=dataclasses.replace(value.hardware, chip="v5e", num_chips=4))
+    base = Session(value, quiet=True, devices=jax.devices()[:8])
+    parts = divided(base, 4)
+    assert [device for part in parts for device in part.devices] == base.devices
+    assert sum(part.hardware.usd(3600.0) for part in parts) == pytest.approx(base.hardware.usd(3600.0))
+    with pytest.raises(ValueError, match="8 devices do not divide into so many parts"):
+        divided(base, 3)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        SearchConfig(parallel=0)
+
+
+def test_jobs_of_one_name_share_a_part_and_failures_are_raised_when_all_have_ended(data_dir):
+    base = Session(experiment(data_dir), quiet=True, devices=jax.devices()[:2])
+    parts = Parts(divided(base, 2), base.base_params(), Path(), {})
+    where = parts.run([(name, lambda trials: trials.devices[0]) for name in ("a", "b", "a", "c")])
+    assert where == [base.devices[i] for i in (0, 1, 0, 0)]
+    ended = []
+
+    def fails(trials):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        parts.run([("a", fails), ("b", ended.append)])
+    assert len(ended) == 1
+
+
 # ---- The whole, with real trainings ----
 
 SMALL = Space(transforms=(Choice((None, prune())),), finish=(Choice((None, quantize())),))
@@ -404,6 +464,19 @@ def real(data_dir):
     value = experiment(data_dir, (SMALL,), budgets, rungs=(0.5, 1.0), seeds=2, finalists=1)
     verify = VerifyConfig(resamples=200, safety_tokens=4)
     return dataclasses.replace(value, study=dataclasses.replace(value.study, verify=verify, decode_tokens=8))
+
+
+@pytest.mark.slow
+def test_real_trials_at_once_come_to_what_they_come_to_one_after_the_other(tmp_path, data_dir):
+    one, two = (at_once(real(data_dir), number, tmp_path / str(number)) for number in (1, 2))
+    assert one["answer"]["recipe"] == two["answer"]["recipe"] and len(two["finalists"]) == 2
+
+    stages = [{t["name"]: t["stages"] for t in result["trials"]} for result in (one, two)]
+    for name, expected in stages[0].items():
+        found = stages[1][name]
+        assert [(s["steps"], s["seed"]) for s in found] == [(s["steps"], s["seed"]) for s in expected]
+        # The base was trained on one device and on two, whose sums differ in their last bits.
+        assert [s["score"] for s in found] == pytest.approx([s["score"] for s in expected], rel=1e-6)
 
 
 @pytest.mark.long

@@ -187,7 +187,8 @@ class Hardware:
     """A number of chips with their price and power, each figure with its source."""
 
     chip: Chip
-    num_chips: int
+    num_chips: float
+    """Less than 1 where several trainings share a chip."""
     usd_per_chip_hour: Figure
     watts_per_chip: Figure
     pue: Figure

@@ -123,7 +123,9 @@ class Plan:
         if metric == "step_flops":
             return self.estimator.steps(one.counted, 1).flops
         if metric in TRAINING_METRICS:
-            return self.estimator.steps(one.counted, one.rungs[-1]).of(metric, self.hardware)
+            cost = self.estimator.steps(one.counted, one.rungs[-1]).of(metric, self.hardware)
+            # A recipe's hours are those of its part of the devices.
+            return cost * self.study.search.parallel if metric == "hours" else cost
         return None
 
     def hold(

@@ -122,6 +122,9 @@ class SearchConfig:
     """Seeds of each finalist, the study's own among them."""
     surrogate: bool = True
     """Choose what to try next by what is known so far; otherwise in the order that spreads over the space."""
+    parallel: int = 1
+    """Trials at once, each on so large a part of the devices; what the surrogate learns, it learns from all of them
+    together. Virtual devices of a CPU share its cores, and so gain little and measure each other."""
 
     def __post_init__(self):
         ascending = all(a < b for a, b in zip(self.rungs, self.rungs[1:], strict=False))
@@ -129,7 +132,7 @@ class SearchConfig:
             raise ValueError(f"study.search.rungs is {self.rungs}; give ascending shares above 0, the last of them 1.")
         if not 0 < self.keep < 1:
             raise ValueError(f"study.search.keep is {self.keep}; it must lie between 0 and 1.")
-        for field in ("finalists", "seeds"):
+        for field in ("finalists", "seeds", "parallel"):
             if getattr(self, field) < 1:
                 raise ValueError(f"study.search.{field} is {getattr(self, field)}; it must be at least 1.")
 

@@ -26,6 +26,7 @@ from jaxcost.study import compare, report
 from jaxcost.study.accounts import Accounts, Price
 from jaxcost.study.candidates import Plan
 from jaxcost.study.estimates import Estimator, count, probe
+from jaxcost.study.parts import Parts, divided
 from jaxcost.study.recipes import Recipe
 from jaxcost.study.result import SCHEMA
 from jaxcost.study.safety import read_list
@@ -64,6 +65,7 @@ def run_study(
         machine = _machine(base)
         dense = jax.eval_shape(base.base_params)
         if study.spaces:
+            parts = divided(base, study.search.parallel)
             speed = probe(base, workdir / "base", workdir / "probe.json", machine)
             plan = Plan(base, dense, Estimator(base, speed))
             _say_estimate(plan, console)
@@ -83,7 +85,7 @@ def run_study(
         # ---- Recipes: transform, recover, score, price ----
         trials = Trials(base, trained.params, workdir, machine)
         if study.spaces:
-            search = Search(plan, trials, accounts, console.print)
+            search = Search(plan, Parts(parts, trained.params, workdir, machine), accounts, console.print)
             search.run()
             found = _searched(search, plan)
         else:

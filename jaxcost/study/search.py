@@ -12,9 +12,11 @@ arXiv:1502.07943.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ from jaxcost.hosts import LostHostError, Preempted
 from jaxcost.study import surrogate
 from jaxcost.study.accounts import Accounts, Price
 from jaxcost.study.candidates import Candidate, Plan
+from jaxcost.study.parts import Parts
 from jaxcost.study.recipes import Budget
 from jaxcost.study.space import features
-from jaxcost.study.trials import Trials
+from jaxcost.study.trials import Failure, Trials
 from jaxcost.training.checkpoints import CheckpointError
 
 _DECODING = (
@@ -43,9 +46,10 @@ _SLACK = 1.05
 class Search:
     """The search of one study."""
 
-    def __init__(self, plan: Plan, trials: Trials, accounts: Accounts, shown: Callable[[str], None]):
+    def __init__(self, plan: Plan, parts: Parts, accounts: Accounts, shown: Callable[[str], None]):
         """`shown` is told what goes on, in lines for a person."""
-        self._plan, self._trials, self._accounts, self._shown = plan, trials, accounts, shown
+        self._plan, self._parts, self._accounts, self._shown = plan, parts, accounts, shown
+        self._trials = parts.trials[0]
         self._search, self._lines = plan.study.search, 0
         self._table = features([one.recipe for one in plan.candidates])
 
@@ -54,14 +58,13 @@ class Search:
 
         Raises what trying the control raises, and what ends a study: CheckpointError, Preempted, LostHostError.
         """
-        for control in self._plan.controls:
-            self._beforehand(control)
         for rung in range(len(self._search.rungs)):
-            for control in self._plan.controls:
-                self._advance(control, rung)
-            self._first_rung() if rung == 0 else self._later_rung(rung)
-        for one in (*self._plan.controls, *self._finished()):
-            self._measure(one)
+            queue = itertools.chain(self._plan.controls, self._by_promise() if rung == 0 else self._best_of(rung))
+            while batch := self._taken(queue, functools.partial(self._afforded, rung)):
+                self._advance(self._beforehand(batch) if rung == 0 else batch, rung)
+        queue = iter((*self._plan.controls, *self._finished()))
+        while batch := self._taken(queue, lambda *_: Price()):
+            self._measure(batch)
         self._seeds()
 
     def finalists(self) -> list[Candidate]:
@@ -104,7 +107,8 @@ class Search:
         why = next((f" {one.recipe.name}: {one.why}" for one in self._plan.candidates if one.status == "failed"), "")
         return f"No recipe meets all of the budget together.{why}"
 
-    def _first_rung(self) -> None:
+    def _by_promise(self) -> Iterator[Candidate]:
+        """The candidates as they are to be started, each chosen by all that is known when it is asked for."""
         queue = [self._plan.candidates.index(one) for one in self._plan.others()]
         start = self._plan.candidates.index(self._plan.controls[0])
         spread = surrogate.spread_order(self._table, start, queue)
@@ -113,8 +117,7 @@ class Search:
             spread.remove(chosen)
             one = self._plan.candidates[chosen]
             one.predicted = predicted
-            if self._affords(one, 0) and self._beforehand(one):
-                self._advance(one, 0)
+            yield one
 
     def _next(self, spread: list[int]) -> tuple[int, tuple[float, float] | None]:
         """The candidate to start next, and what the surrogate says of it, with its standard deviation.
@@ -130,31 +133,46 @@ class Search:
         chosen = spread[0] if few else min(spread, key=lambda i: mean[i] - error[i])
         return chosen, (float(mean[chosen]), float(error[chosen]))
 
-    def _later_rung(self, rung: int) -> None:
+    def _best_of(self, rung: int) -> Iterator[Candidate]:
+        """The candidates that go on to a rung; the others are stopped."""
         going = [one for one in self._plan.others() if len(one.stages) == rung]
         ranked = sorted(going, key=lambda one: one.score_at(rung - 1))
-        for one in ranked[: self._plan.starts[rung]]:
-            if self._affords(one, rung):
-                self._advance(one, rung)
         for one in ranked[self._plan.starts[rung] :]:
             one.stop("stopped", None)
+        yield from ranked[: self._plan.starts[rung]]
+
+    def _taken(self, queue: Iterator[Candidate], price: Callable[[Candidate, Price], Price | None]) -> list[Candidate]:
+        """The next of a queue, one for each part of the devices; `price` says what each will take beside what was
+        promised to those before it, None if it is not to be tried."""
+        batch, promised = [], Price()
+        for one in queue:
+            estimated = price(one, promised)
+            if estimated is not None:
+                batch.append(one)
+                promised += estimated
+            if len(batch) == len(self._parts):
+                break
+        return batch
 
     def _finished(self) -> list[Candidate]:
         return [one for one in self._plan.others() if len(one.stages) == len(one.rungs)]
 
-    def _affords(self, one: Candidate, rung: int) -> bool:
-        """Whether a candidate's next rung, and what is planned after it, can be paid; it is stopped if not."""
-        price, kept = self._price(one, rung), self._plan.kept_for(rung)
-        short = self._plan.short(self._accounts.spent + price + kept)
-        if short is not None:
-            budget, limit = short
-            left = limit - (self._accounts.spent + kept).of(budget.metric, self._plan.hardware)
-            one.stop(
-                "unaffordable",
-                f"It was estimated to take {price.of(budget.metric, self._plan.hardware):.4g} {budget.metric}, and "
-                f"{max(0.0, left):.4g} were left ({budget.name}).",
-            )
-        return short is None
+    def _afforded(self, rung: int, one: Candidate, promised: Price) -> Price | None:
+        """The price of a candidate's next rung; None, and it is stopped, if that cannot be paid with what is promised
+        already and what is planned afterwards."""
+        price = self._price(one, rung)
+        committed = self._accounts.spent + promised + self._plan.kept_for(rung)
+        short = None if one in self._plan.controls else self._plan.short(committed + price)
+        if short is None:
+            return price
+        budget, limit = short
+        left = limit - committed.of(budget.metric, self._plan.hardware)
+        one.stop(
+            "unaffordable",
+            f"It was estimated to take {price.of(budget.metric, self._plan.hardware):.4g} {budget.metric}, and "
+            f"{max(0.0, left):.4g} were left ({budget.name}).",
+        )
+        return None
 
     def _price(self, one: Candidate, rung: int) -> Price:
         """Of a rung; of scoring alone where another recipe's training has come as far."""
@@ -162,41 +180,49 @@ class Search:
             return self._plan.estimator.scoring()
         return one.prices[rung]
 
-    def _beforehand(self, one: Candidate) -> bool:
-        """Whether the transformed base meets the limits that can be measured on it."""
+    def _beforehand(self, batch: list[Candidate]) -> list[Candidate]:
+        """Those whose transformed base meets the limits that can be measured on it."""
         decoding = any(budget.metric in _DECODING for budget in self._plan.limits)
-        if decoding or any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
-            found = self._attempt(one, "beforehand", lambda: self._trials.beforehand(one.recipe, decoding))
-            if found is None:
-                return False
+        if not decoding and not any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
+            return batch
+
+        def settle(one, found):
             one.beforehand = found
             self._accounts.pay(self._part(one), seconds=found["scoring_seconds"])
             control = self._plan.control_of(one)
             for budget in self._plan.limits:
                 if one is not control and budget.metric in found:
                     self._plan.hold(one, budget, found[budget.metric], control.beforehand[budget.metric], "is", _SLACK)
-        return one.going
 
-    def _advance(self, one: Candidate, rung: int) -> None:
-        price = self._price(one, rung)
-        self._shown(f"{one.recipe.name}: {one.rungs[rung]} steps")
-        found = self._stage(one, one.rungs[rung], price)
-        if found is not None:
-            one.stages.append(self._paid(one, found, price, self._part(one)))
+        self._together(batch, "beforehand", lambda trials, one: trials.beforehand(one.recipe, decoding), settle)
+        return [one for one in batch if one.going]
+
+    def _advance(self, batch: list[Candidate], rung: int) -> None:
+        prices = {one: self._price(one, rung) for one in batch}
+
+        def settle(one, found):
+            one.stages.append(self._paid(one, found, prices[one], self._part(one)))
             if rung == len(one.rungs) - 1:
                 one.stop("finished", None)
 
-    def _measure(self, one: Candidate) -> None:
-        """The row of a candidate whose recovery is over, and whether it meets every limit."""
-        row = self._attempt(one, "row", lambda: self._trials.row(one.recipe))
-        if row is None:
-            return
-        one.row = row
-        self._accounts.pay_training(self._part(one), row["recovery"], row["recovery_totals"])
-        self._accounts.pay(self._part(one), seconds=row["scoring_seconds"])
-        for budget in self._plan.limits:
-            if one not in self._plan.controls and row[budget.metric] is not None:
-                self._plan.hold(one, budget, row[budget.metric], self._plan.control_of(one).row[budget.metric], "is")
+        for one in batch:
+            self._shown(f"{one.recipe.name}: {one.rungs[rung]} steps")
+        self._stages(batch, lambda one: one.rungs[rung], prices, settle)
+
+    def _measure(self, batch: list[Candidate]) -> None:
+        """The rows of candidates whose recovery is over, and whether they meet every limit."""
+
+        def settle(one, row):
+            one.row = row
+            self._accounts.pay_training(self._part(one), row["recovery"], row["recovery_totals"])
+            self._accounts.pay(self._part(one), seconds=row["scoring_seconds"])
+            for budget in self._plan.limits:
+                if one not in self._plan.controls and row[budget.metric] is not None:
+                    self._plan.hold(
+                        one, budget, row[budget.metric], self._plan.control_of(one).row[budget.metric], "is"
+                    )
+
+        self._together(batch, "row", lambda trials, one: trials.row(one.recipe), settle)
 
     def _seeds(self) -> None:
         """Trains the best that meet the budget, and their controls, with further seeds."""
@@ -207,20 +233,49 @@ class Search:
             one.stop("finalist", None)
             one.seeds = [one.score_at(-1)]
         for seed in range(1, self._search.seeds):
-            for one in (*controls, *best):
-                price = self._plan.estimator.stage(one.counted, one.recipe, one.rungs[-1]) if one.going else Price()
-                if self._plan.short(self._accounts.spent + price + self._plan.estimated["verification"]):
-                    one.why = f"Nothing was left for seed {seed}."
-                elif one.going:
-                    self._shown(f"{one.recipe.name}: seed {seed}")
-                    found = self._stage(one, one.rungs[-1], price, seed)
-                    if found is not None:
-                        one.stages.append(self._paid(one, found, price, "finalists"))
-                        one.seeds.append(found["score"])
+            queue = iter((*controls, *best))
+            while batch := self._taken(queue, functools.partial(self._seed_afforded, seed)):
+                self._train_seed(batch, seed)
 
-    def _stage(self, one: Candidate, steps: int, price: Price, seed: int = 0) -> dict[str, Any] | None:
-        name = f"steps_{steps}-seed_{seed}"
-        return self._attempt(one, name, lambda: self._trials.stage(one.recipe, steps, seed), price.flops)
+    def _seed_price(self, one: Candidate) -> Price:
+        return self._plan.estimator.stage(one.counted, one.recipe, one.rungs[-1])
+
+    def _seed_afforded(self, seed: int, one: Candidate, promised: Price) -> Price | None:
+        """The price of a further seed; None, and why is written down, if it cannot be paid."""
+        if not one.going:
+            return None
+        price = self._seed_price(one)
+        if self._plan.short(self._accounts.spent + promised + price + self._plan.estimated["verification"]):
+            one.why = f"Nothing was left for seed {seed}."
+            return None
+        return price
+
+    def _train_seed(self, batch: list[Candidate], seed: int) -> None:
+        prices = {one: self._seed_price(one) for one in batch}
+
+        def settle(one, found):
+            one.stages.append(self._paid(one, found, prices[one], "finalists"))
+            one.seeds.append(found["score"])
+
+        for one in batch:
+            self._shown(f"{one.recipe.name}: seed {seed}")
+        self._stages(batch, lambda one: one.rungs[-1], prices, settle, seed)
+
+    def _stages(
+        self,
+        batch: list[Candidate],
+        steps: Callable[[Candidate], int],
+        prices: dict[Candidate, Price],
+        settle: Callable[[Candidate, dict[str, Any]], None],
+        seed: int = 0,
+    ) -> None:
+        self._together(
+            batch,
+            lambda one: f"steps_{steps(one)}-seed_{seed}",
+            lambda trials, one: trials.stage(one.recipe, steps(one), seed),
+            settle,
+            prices,
+        )
 
     def _paid(self, one: Candidate, found: dict[str, Any], price: Price, part: str) -> dict[str, Any]:
         """Charges what a stage took, and returns its `result.Stage`."""
@@ -241,29 +296,57 @@ class Search:
     def _part(self, one: Candidate) -> str:
         return "control" if one in self._plan.controls else "search"
 
-    def _attempt(
-        self, one: Candidate, what: str, make: Callable[[], dict[str, Any]], flops: float = 0.0
-    ) -> dict[str, Any] | None:
-        """What `make` returns; None if it fails, which the candidate then says. A control must not fail.
+    def _together(
+        self,
+        batch: list[Candidate],
+        what: str | Callable[[Candidate], str],
+        make: Callable[[Trials, Candidate], dict[str, Any]],
+        settle: Callable[[Candidate, dict[str, Any]], None],
+        prices: dict[Candidate, Price] | None = None,
+    ) -> None:
+        """Makes something of each candidate at once, and settles it in their order, so that it is the same every time.
 
-        A failure is charged with its seconds and with the estimated `flops`, which are the most that it did.
+        What fails is charged with its seconds and the estimated FLOPs, which are the most that it did, and the
+        candidate says why. The parts of the devices that wait for the last one are paid for too.
         """
-        before = self._trials.failure(one.recipe, what)
+        named = what if callable(what) else lambda _: what
+        jobs = [
+            (
+                self._trials.training_of(one.recipe),
+                lambda trials, one=one: self._tried(trials, one, named(one), lambda: make(trials, one)),
+            )
+            for one in batch
+        ]
+        took = []
+        for one, found in zip(batch, self._parts.run(jobs), strict=True):
+            before = self._accounts.spent.seconds
+            if isinstance(found, Failure):
+                flops = prices[one].flops if prices else 0.0
+                self._accounts.pay(self._part(one), seconds=found.seconds, flops=flops)
+                self._shown(f"{one.recipe.name} failed: {found.why}")
+                one.stop("failed", found.why)
+            else:
+                settle(one, found)
+            took.append(self._accounts.spent.seconds - before)
+        self._accounts.pay("search", seconds=len(self._parts) * max(took, default=0.0) - sum(took))
+
+    def _tried(
+        self, trials: Trials, one: Candidate, what: str, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | Failure:
+        """What `make` returns, or how it failed, now or before the study was started again. A control must not fail."""
+        before = trials.failure(one.recipe, what)
+        if before is not None:
+            return before
         started = time.perf_counter()
-        if before is None:
-            try:
-                return make()
-            except (Preempted, LostHostError, CheckpointError):
+        try:
+            return make()
+        except (Preempted, LostHostError, CheckpointError):
+            raise
+        except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            if one in self._plan.controls:
                 raise
-            except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-                if one in self._plan.controls:
-                    raise
-                why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                before = self._trials.write_failure(one.recipe, what, why, time.perf_counter() - started)
-        self._accounts.pay(self._part(one), seconds=before["seconds"], flops=flops)
-        self._shown(f"{one.recipe.name} failed: {before['why']}")
-        one.stop("failed", before["why"])
-        return None
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return trials.write_failure(one.recipe, what, why, time.perf_counter() - started)
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:

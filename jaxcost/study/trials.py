@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -57,6 +57,14 @@ _KEPT = 4
 """Trainings whose weights stay in memory for the recipes that share them; others are read from their checkpoint."""
 
 
+class Failure(NamedTuple):
+    """What of a recipe cannot be done."""
+
+    why: str
+    seconds: float
+    """What finding that out took, of the whole machine."""
+
+
 def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experiment:
     """The recovery of a recipe as an experiment of its own; each further seed draws another order of the data."""
     study, training = experiment.study, experiment.training
@@ -80,9 +88,13 @@ def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experi
 class Trials:
     """Tries recipes on one trained base, in the folder of a study."""
 
-    def __init__(self, base: Session, base_params: weights.Params, workdir: Path, machine: dict[str, Any]):
-        """`machine` is what the measured figures depend on."""
-        self._base, self._base_params, self._workdir, self._machine = base, base_params, workdir, machine
+    def __init__(
+        self, base: Session, base_params: weights.Params, workdir: Path, machine: dict[str, Any], parts: int = 1
+    ):
+        """`machine` is what the measured figures depend on; the base's devices are one of so many `parts` of it."""
+        self._base, self._base_params, self._workdir = base, base_params, workdir
+        self._machine = machine if parts == 1 else machine | {"parts": parts}
+        self._parts = parts
         self._tasks = {"base": base}
         self._engine = Engine(base.model)
         self._fitted: dict[str, Fitted] = {}
@@ -114,7 +126,8 @@ class Trials:
 
     def stage(self, recipe: Recipe, steps: int, seed: int = 0) -> dict[str, Any]:
         """The recipe after some steps of its recovery: `score`, `steps`, `seed`, `recovery`, the name of its training,
-        `recovery_totals`, what that has taken so far, and `scoring_seconds`, what scoring the finish took.
+        `recovery_totals`, what that has taken so far, and `scoring_seconds`, what scoring the finish took. Both are in
+        seconds of the whole machine.
 
         Raises what `Session.train` and `Session.transformed` raise.
         """
@@ -139,15 +152,21 @@ class Trials:
             self._write(recipe, name, found, beside)
         return found
 
-    def failure(self, recipe: Recipe, what: str) -> dict[str, Any] | None:
-        """The `why` and the `seconds` of what failed before the study was started again."""
-        return self._read(recipe, f"{what}-failed")
+    def failure(self, recipe: Recipe, what: str) -> Failure | None:
+        """What failed before the study was started again."""
+        found = self._read(recipe, f"{what}-failed")
+        return found and Failure(**found)
 
-    def write_failure(self, recipe: Recipe, what: str, why: str, seconds: float) -> dict[str, Any]:
+    def write_failure(self, recipe: Recipe, what: str, why: str, seconds: float) -> Failure:
         """Writes down what of a recipe cannot be done, so that it is not tried again."""
-        found = {"why": why, "seconds": seconds}
+        found = {"why": why, "seconds": seconds / self._parts}
         self._write(recipe, f"{what}-failed", found)
-        return found
+        return Failure(**found)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """What the trials run on."""
+        return self._base.devices
 
     @property
     def study(self) -> StudyConfig:
@@ -197,8 +216,8 @@ class Trials:
             "kg_co2": session.hardware.kg_co2(paid["kwh"]),
             "figures": FIGURES,
             "recovery": self.training_of(recipe),
-            "recovery_totals": fitted.totals,
-            "scoring_seconds": scoring,
+            "recovery_totals": self._charged(fitted),
+            "scoring_seconds": scoring / self._parts,
         }
 
     def _stage(self, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
@@ -213,8 +232,8 @@ class Trials:
             "steps": steps,
             "seed": seed,
             "recovery": self.training_of(recipe, seed),
-            "recovery_totals": fitted.totals,
-            "scoring_seconds": time.perf_counter() - started,
+            "recovery_totals": self._charged(fitted),
+            "scoring_seconds": (time.perf_counter() - started) / self._parts,
         }
 
     def _beforehand(self, recipe: Recipe, decoding: bool) -> dict[str, Any]:
@@ -225,7 +244,11 @@ class Trials:
         found = {"checkpoint_bytes": export(params, path)}
         path.unlink()
         found |= self._decoding(session, params) if decoding else {}
-        return found | {"scoring_seconds": time.perf_counter() - started}
+        return found | {"scoring_seconds": (time.perf_counter() - started) / self._parts}
+
+    def _charged(self, fitted: Fitted) -> dict[str, float]:
+        """What a training has taken so far, in seconds of the whole machine."""
+        return fitted.totals | {"seconds": fitted.totals["seconds"] / self._parts}
 
     def _decoding(self, session: Session, params: weights.Params) -> dict[str, Any]:
         study, hardware = self.study, session.hardware
