@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+import scipy  # which reads its parts, slow ones, as they are named
 
 
 @dataclasses.dataclass(frozen=True)

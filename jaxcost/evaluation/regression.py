@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import scipy.stats
+import scipy  # which reads its parts, slow ones, as they are named
 
 from jaxcost import weights
 from jaxcost.evaluation.pooled import Answerer

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy  # which reads its parts, slow ones, as they are named
 
 from jaxcost.cost.hardware import Hardware
 from jaxcost.hosts import LostHostError, Preempted
