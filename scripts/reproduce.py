@@ -25,6 +25,8 @@ class Arguments:
     """Steps of the base model, and of whatever is trained from new weights."""
     recovery_steps: int = 100
     """Steps after a transform, and half those of a fine-tune."""
+    processes: int = 0
+    """Processes at once, each with seeds of its own; one a seed if 0, but no more than there are cores."""
     data_dir: str | None = None
     """Where TFDS keeps its datasets."""
     json: Path | None = None
@@ -41,13 +43,17 @@ def main(arguments: Arguments) -> dict[str, Any]:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
 
     from jaxcost.study.bench import Bench, BenchConfig
-    from jaxcost.study.claims import CLAIMS
+    from jaxcost.study.claims import CLAIMS, measure_at_once
     from jaxcost.study.relations import chosen, reproduce, said
 
     console = Console(stderr=True)
     sizes = {name: getattr(arguments, name) for name in ("base_steps", "recovery_steps", "data_dir")}
     bench = Bench(arguments.workdir, BenchConfig(**sizes))
-    rows = reproduce(bench, list(chosen(CLAIMS, arguments.only)), arguments.seeds, console.print)
+    claims = list(chosen(CLAIMS, arguments.only))
+    processes = arguments.processes or min(len(arguments.seeds), os.cpu_count() or 1)
+    if processes > 1:
+        measure_at_once(bench, arguments.only, arguments.seeds, processes)
+    rows = reproduce(bench, claims, arguments.seeds, console.print)
     title = f"Claims, {len(arguments.seeds)} seeds (mean and half of the range; the better side as claimed comes first)"
     table = Table("claim", "source", "ours", "verdict", title=title, show_lines=True)
     colours = {"holds": "green", "unclear": "yellow", "does not hold": "red", "not run": "dim"}

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcost.study import sides
 from jaxcost.study.bench import LAYER, Bench, BenchConfig, layer
-from jaxcost.study.claims import CLAIMS
+from jaxcost.study.claims import CLAIMS, measure_at_once
 from jaxcost.study.relations import NotRun, Relation, chosen, reproduce, said
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import factorize, prune, quantize, smooth
@@ -129,3 +130,21 @@ def test_both_sides_of_a_training_get_the_same(tmp_path):
     thin = bench.train("rounded", 0, start=base.params, finish=(quantize(),))
     assert thin.fitted.steps == 10 and thin.score != thin.fitted.metrics["bits_per_byte"]
     assert Bench(tmp_path, config).base(0).score == base.score
+
+
+@pytest.mark.slow
+def test_claims_measured_at_once_are_those_measured_one_after_the_other(tmp_path):
+    names = ("nf4_over_int4", "gptq_keeps_masks")
+    measure_at_once(Bench(tmp_path / "at once"), names, (0, 1), 2)
+    claims, none = list(chosen(CLAIMS, names)), []
+    first, second = (reproduce(Bench(tmp_path / name), claims, (0, 1), none.append) for name in ("at once", "alone"))
+    assert len(none) == 4  # all of them by the second
+    assert [row["sides"] for row in first] == [row["sides"] for row in second]
+
+
+@pytest.mark.slow
+def test_labels_with_and_without_changed_copies_are_told_wrong_some_of_the_time(tmp_path):
+    config = BenchConfig(**{**vars(SMALL), "data_dir": str(tmp_path / "data"), "base_steps": 60, "batch_size": 16})
+    found = sides.augmentation(Bench(tmp_path, config), 0, labels=200)
+    assert set(found) == {"augmented", "as they are"} and len(set(found.values())) == 2
+    assert all(0 < wrong < 0.9 for wrong in found.values())

@@ -18,8 +18,9 @@ import numpy as np
 from jaxcost import weights
 from jaxcost.config import Experiment
 from jaxcost.data import DataConfig
+from jaxcost.data.augmentation import AugmentConfig
 from jaxcost.evaluation.score import EvaluationConfig
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import HeadConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.session import Session
 from jaxcost.sharding import MeshConfig
@@ -92,6 +93,30 @@ class Bench:
             optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
             training=TrainingConfig(steps=c.base_steps, seed=seed),
             evaluation=EvaluationConfig(max_tokens=c.evaluation_tokens),
+            checkpoint=CheckpointConfig(every_steps=10**6, keep=1),
+        )
+
+    def labels(self) -> Experiment:
+        """A small encoder that tells ten labels of texts of a synthetic grammar, with changed copies of them."""
+        c = self.config
+        head = HeadConfig(outputs=10, pooling="mean", bias=True)
+        model = ModelConfig(
+            0, c.width, c.num_layers, 4, 4, c.width // 4, 2 * c.width, max_length=64, causal=False, head=head
+        )
+        return Experiment(
+            model=model,
+            data=DataConfig(
+                "synthetic_customer_service",
+                objective="labels",
+                augment=AugmentConfig(synonyms=0.3, keyboard=0.02),
+                tokenizer="bpe",
+                bpe_vocab_size=512,
+                sequence_length=48,
+                batch_size=2 * c.batch_size,
+                data_dir=c.data_dir,
+            ),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=min(20, c.base_steps // 5)),
+            training=TrainingConfig(steps=c.base_steps),
             checkpoint=CheckpointConfig(every_steps=10**6, keep=1),
         )
 

@@ -1,15 +1,22 @@
-"""The claims themselves: what papers say of pruning, factors, adapters, quantisation, distillation and their order.
+"""The claims themselves: what papers say of pruning, factors, adapters, quantisation, distillation, augmentation and
+their order.
 
 How the sides of each are measured is in `sides`, by its name.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
+from collections.abc import Sequence
+
 from jaxcost.study import sides
-from jaxcost.study.relations import NotRun, Relation
+from jaxcost.study.bench import Bench
+from jaxcost.study.relations import NotRun, Relation, chosen, reproduce
 
 SCORE = "bits per byte"
 ERROR = "relative error of a layer's output"
+WRONG = "share of held-out texts whose label is told wrong"
 
 CLAIMS: tuple[Relation | NotRun, ...] = (
     Relation(
@@ -174,11 +181,28 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
         SCORE,
         sides.teacher_over_none,
     ),
+    Relation(
+        "augmentation_of_few",
+        "From new weights with 500 labels, changed copies of the texts make a classifier better",
+        "Wei and Zou 2019, arXiv:1901.11196",
+        ("augmented", "as they are"),
+        WRONG,
+        lambda bench, seed: sides.augmentation(bench, seed, labels=500),
+    ),
+    Relation(
+        "augmentation_of_all",
+        "With all 4000 labels, they do not",
+        "Wei and Zou 2019, arXiv:1901.11196",
+        ("as they are", "augmented"),
+        WRONG,
+        lambda bench, seed: sides.augmentation(bench, seed, labels=4000),
+        null=True,
+    ),
     NotRun(
-        "augmentation",
-        "Augmentation (EDA) helps with 500 examples and not with all, nor on pretrained transformers",
-        "Wei and Zou 2019, arXiv:1901.11196; Longpre et al. 2020, arXiv:2010.01764",
-        "needs labelled text and its augmentation, which jaxcost does not have",
+        "augmentation_of_pretrained",
+        "Changed copies do not make a pretrained transformer better",
+        "Longpre et al. 2020, arXiv:2010.01764",
+        "needs the weights of a pretrained transformer and labelled text of people",
     ),
     Relation(
         "unmerging_changes_weights",
@@ -222,3 +246,26 @@ CLAIMS: tuple[Relation | NotRun, ...] = (
     ),
 )
 """Every claim, in the order of the table."""
+
+
+def measure_at_once(bench: Bench, names: Sequence[str], seeds: Sequence[int], processes: int) -> None:
+    """Measures claims in so many processes at once, for `reproduce` to read from the bench's folder.
+
+    Each takes seeds of its own, since the claims of one seed share trainings. A single training of a model as small as
+    the bench's hardly uses more than one core.
+
+    Args:
+      bench: where, and how large.
+      names: of the claims; all if none are given.
+      seeds: see `reproduce`, which says what can go wrong too.
+      processes: at most as many as there are seeds are of use.
+    """
+    # JAX's threads do not survive a fork.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+        for done in [pool.submit(_measure, bench.workdir, bench.config, names, seed) for seed in seeds]:
+            done.result()
+
+
+def _measure(workdir, config, names, seed) -> None:
+    reproduce(Bench(workdir, config), list(chosen(CLAIMS, names)), (seed,))

@@ -1,6 +1,7 @@
 """Both sides of each claim, with equal budgets: a function of a bench and a seed, of the name that the claim has.
 
-Figures that are scores are bits per byte of held-out text; those of layers are ‖x·W - x·W'‖ / ‖x·W‖ on unseen inputs.
+Figures that are scores are bits per byte of held-out text, or the share of its labels that are wrong; those of layers
+are ‖x·W - x·W'‖ / ‖x·W‖ on unseen inputs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcost import weights
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.study.bench import LAYER, Bench, Features, Trained, layer
+from jaxcost.study.labels import Arm, run_labels
 from jaxcost.study.relations import Sides
 from jaxcost.training.distill import DistillConfig
 from jaxcost.transforms import Gradual, RigL, chain, factorize, lora, merge_adapters, prune, quantize, rule, smooth
@@ -78,6 +80,16 @@ def pruned_layer(seed: int, features: Features) -> Sides:
         "Wanda": found.error(prune(rules=LAYER, method="wanda")),
         "magnitude": found.error(prune(rules=LAYER, scope="output")),
     }
+
+
+# ---- Augmentation ----
+
+
+def augmentation(bench: Bench, seed: int, labels: int) -> Sides:
+    ways = (Arm("augmented", labels, augment=True), Arm("as they are", labels))
+    folder = bench.workdir / "runs" / f"{labels} labels"
+    found = run_labels(bench.labels(), folder, ways, (seed,), quiet=True)
+    return {row["arm"]: 1 - row["accuracy"] for row in found["rows"]}
 
 
 # ---- Low rank ----
