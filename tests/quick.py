@@ -1,5 +1,5 @@
-"""Flags of XLA with which it compiles for CPUs in a quarter of the time: without LLVM's optimizations, by its older code
-generator for fusions, each program as one module of LLVM's instead of some for each core.
+"""Flags of XLA with which it compiles for CPUs in a quarter of the time: without LLVM's optimizations, by its older
+code generator for fusions, each program as one module of LLVM's instead of some for each core.
 
 libtpu ends a process whose XLA_FLAGS hold one that it does not know, such as these.
 """

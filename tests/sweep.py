@@ -3,7 +3,7 @@
 import pytest
 
 
-def sweep(names, values, *, quick, slow=2, **options):
+def sweep(names, values, *, quick, slow=1, **options):
     """`pytest.mark.parametrize` whose cases after the first `quick` are slow, and after `slow` more ones long."""
     cases = []
     for index, value in enumerate(values):

@@ -100,8 +100,7 @@ def test_statistics_are_those_of_what_the_weights_meet():
     assert found["unembed/kernel"].gram is None
 
 
-@pytest.mark.slow
-@sweep("capacity", [0.0, 4.0], quick=1)
+@sweep("capacity", [0.0, 4.0], quick=0, slow=1)
 def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(capacity):
     config = dataclasses.replace(CONFIG, num_layers=2, experts=4, experts_per_token=2, capacity_factor=capacity)
     model, names = Transformer(config), ("up", "down", "router")
@@ -142,6 +141,7 @@ def test_statistics_on_a_mesh_are_those_of_one_device():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_model_is_computed():
     w, tokens = params(), batches(1)[0]
     probe = {UP: weights.blank_inputs(w["layers"]["mlp"]["up"]["kernel"].shape, gram=True)}

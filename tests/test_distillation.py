@@ -284,6 +284,7 @@ def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
     assert both.argument_bytes - alone.argument_bytes == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_objective_of_the_whole_batch():
     config = DistillConfig(logits=0.7, hidden=0.3, attention=0.2, values=0.1, labels=0.5, direction="reverse")
     found = []
@@ -410,6 +411,7 @@ def test_a_distilled_run_goes_on_where_it_stopped_and_is_loaded_again(tmp_path, 
     assert step == 8 and opened.evaluate(params)["bits_per_byte"] == whole.metrics["bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_what_a_teacher_said_is_stored_once_and_read_by_step(tmp_path, data_dir, taught, monkeypatch):
     config = DistillConfig(teacher=str(taught), logits=1.0, top_k=8, store=str(tmp_path / "store"))
     first = session_of(experiment(data_dir, distill=config)).train(tmp_path / "first")
@@ -516,6 +518,7 @@ def test_recipes_are_taught_by_the_base_alone():
             Recipe("taught", distill=config)
 
 
+@pytest.mark.slow
 def test_a_step_with_a_teacher_is_planned_with_it(data_dir, taught):
     from jaxcost import sharding
     from jaxcost.planning.steps import trace_step

@@ -194,7 +194,7 @@ def test_nothing_to_draw_is_refused(options, said):
         )
 
 
-@sweep("loss", ["sampled", "full"], quick=1)
+@sweep("loss", ["sampled", "full"], quick=0, slow=1)
 def test_a_recommender_learns_what_comes_next(loss):
     """Items that follow one another in a circle: after some steps the next one ranks first."""
     rows = (1 + (np.arange(16)[:, None] * 2 + np.arange(13)) % (ITEMS - 1)).astype(np.int32)

@@ -63,6 +63,7 @@ def numbers(folder, model=NUMBER):
     return experiment(folder, model, "regression", data={"label_field": "number"})
 
 
+@pytest.mark.slow
 def test_numbers_are_learned_and_scored(folder, tmp_path):
     session = session_of(numbers(folder))
     fitted = session.train(tmp_path)

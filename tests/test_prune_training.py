@@ -173,6 +173,7 @@ def test_fixed_masks_of_one_budget_train_too():
     assert fixed.update(params, jnp.zeros((), jnp.int32), {}) is params
 
 
+@pytest.mark.slow
 def test_the_largest_dense_gradients_grow():
     """Against the gradient of the loss where every pruned weight stands at zero and trains."""
     transform = prune(method="random", sparsity=0.75, regrow=RigL(end_step=6, every_steps=2), rules=(rule("mlp/up"),))

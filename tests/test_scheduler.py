@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, log_probabilities, params, prompts, slots
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
@@ -337,8 +338,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS)
+@sweep("change", KINDS.values(), ids=KINDS, quick=0, slow=2)
 def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
     model = Transformer(CONFIG, ExecutionConfig(cache="int8"))
     own = change(params(), jax.random.key(0))

@@ -51,7 +51,7 @@ def outputs(name, params, tokens, **options):
     return logits(CONFIGS[name], params, hidden)
 
 
-@sweep("name", CONFIGS, quick=1)
+@sweep("name", CONFIGS, quick=1, slow=1)
 def test_each_sequence_of_a_row_gives_what_it_gives_alone(name):
     params, tokens = params_of(name), np.random.default_rng(0).integers(0, 32, (1, 20))
     together = jax.jit(functools.partial(outputs, name))(params, tokens, segments_BT=jnp.asarray(SEGMENTS))
