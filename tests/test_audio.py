@@ -345,7 +345,7 @@ def test_kernels_of_any_kind_compute_what_they_mean(name):
     assert np.abs(got - ours(config, params, audio)).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_of_ctc_trains_on_a_mesh_as_on_one_device():
     config, params = made("waveform")
     config = dataclasses.replace(config, head=HeadConfig(outputs=12, bias=True))

@@ -58,7 +58,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
-@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@sweep("kv_heads", [2, 8, 1], quick=1)
 @sweep("ways", [4, 2, 8], quick=1)
 def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_heads, ways):
     shapes = [(ROWS, LENGTH, 8, 16), (ROWS, LENGTH, kv_heads, 16), (ROWS, LENGTH, kv_heads, 16)]
@@ -84,7 +84,6 @@ def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_hea
         ({"fsdp": 2, "tensor": 2, "context": 2}, "ring"),
     ],
     quick=0,
-    slow=2,
 )
 def test_a_model_on_a_context_mesh_has_one_devices_loss_and_gradients(sizes, method):
     model = Transformer(MODEL, ExecutionConfig(context=method, remat="attention"))

@@ -39,7 +39,7 @@ CONFIGS = {
 BATCH, SEQUENCE = 2, 16
 
 
-@sweep("name", CONFIGS, quick=3, slow=4)
+@sweep("name", CONFIGS, quick=2)
 def test_parameters_and_flops_agree(name):
     config = CONFIGS[name]
     model = transformer.Transformer(config)

@@ -321,7 +321,7 @@ def in_pieces(config, params, **options):
     return logits(config, params, jnp.concatenate([first, rest], 1))
 
 
-@sweep("position", ["relative", "rope", "learned"], quick=0, slow=1)
+@sweep("position", ["relative", "rope", "learned"], quick=0)
 def test_a_cache_gives_what_the_whole_sequence_gives(position):
     config = dataclasses.replace(SMALL, position=position)
     params = made(config)
@@ -330,7 +330,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(position):
     assert 0 < np.max(np.abs(approximate - ours(config, params))) < 0.1
 
 
-@sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=0, slow=1)
+@sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=0)
 def test_a_cache_holds_what_transforms_put_before_the_text_and_under_it(transform):
     params = transform(made(), jax.random.key(1))
     np.testing.assert_allclose(in_pieces(SMALL, params), ours(SMALL, params), atol=1e-5)
@@ -376,7 +376,7 @@ def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels
             generate(prompt * len(sources), sources=sources)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beams_share_what_their_source_holds():
     config = dataclasses.replace(SMALL, max_length=1024)
     model, params = Transformer(config), made(config)

@@ -386,7 +386,7 @@ def losses(kind, mesh, accumulation=1):
     return [one["loss"] for one in metrics]
 
 
-@sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=0, slow=1)
+@sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=0, slow=0)
 def test_training_on_a_mesh_is_that_on_one_device(kind):
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     want = losses(kind, one)
@@ -410,7 +410,7 @@ def test_a_sequence_without_a_token_has_an_embedding_of_zeros():
     assert not np.any(logits(config, params, hidden)) and np.all(np.isfinite(jax.grad(total)(hidden)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_types_are_those_of_the_text_behind_a_prompt():
     config, params = made("post")
     tuned = prompt_tuning(tokens=3)(params)

@@ -91,7 +91,7 @@ def test_tokens_take_the_weighted_sum_of_their_experts(config):
     np.testing.assert_allclose(block(config, mlp, X)[0], by_hand(config, mlp, X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [0.4, 0.8, 1.0])
+@sweep("factor", [0.4, 0.8, 1.0], quick=1)
 def test_experts_take_first_choices_first_and_drop_what_is_beyond_their_capacity(factor):
     config = dataclasses.replace(DROPLESS, capacity_factor=factor)
     mlp, rows = layer_of(params_of(config)), experts.capacity(config, 10)
@@ -130,6 +130,7 @@ def test_gradients_are_those_of_finite_differences(config):
     )
 
 
+@pytest.mark.slow
 def test_router_losses_are_one_where_loads_are_even_and_the_number_of_experts_where_one_takes_all():
     even = 8 * jnp.eye(4)[jnp.arange(12) % 4][None]
     one = jnp.zeros((1, 12, 4)).at[..., 2].set(50.0)
@@ -263,7 +264,7 @@ def trained(config, name, mesh_name, accumulation=1):
         (DROPLESS, "data 2 x expert 4"),
         (SHARED, "fsdp 4 x tensor 2"),
     ],
-    quick=1,
+    quick=0,
 )
 def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     want, got = trained(config, "plain", None)[0], trained(config, "plain", mesh_name)[0]
@@ -274,7 +275,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     assert want[0]["loss"] != want[-1]["loss"]
 
 
-@sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=2)
+@sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=1)
 def test_every_transform_trains_experts(name):
     metrics, params = trained(CAPACITY, name, None)
     assert np.ptp([m["loss"] for m in metrics]) > 1e-3

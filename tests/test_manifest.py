@@ -357,13 +357,13 @@ def test_methods_that_may_give_weights_back_waive_that_themselves():
         prune(rules=MLP, method="random", regrow=RigL(end_step=3, every_steps=1), sparsity=0.8),
     ],
     quick=0,
-    slow=1,
 )
 def test_masks_that_move_while_training_keep_what_they_promise(tmp_path, moving):
     trained = session_of(experiment(tmp_path, transforms=(moving,))).train(tmp_path / "run")
     assert manifest(trained.params)[UP]["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_waived(tmp_path):
     lost = leaky(pattern="2:4", rules=MLP)
     with pytest.raises(BrokenError, match="had sparsity 50.00% and has 0.00% after training"):
@@ -385,7 +385,6 @@ def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_wa
         chain(),
     ],
     quick=1,
-    slow=3,
 )
 def test_an_export_is_read_back_and_verified(tmp_path, steps):
     params = steps(dense())

@@ -110,7 +110,7 @@ def assert_as_alone(kind, axes, found):
     np.testing.assert_allclose(found, alone(kind, parts), rtol=1e-5)
 
 
-@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=0, slow=1)
+@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=0)
 def test_a_mesh_gives_the_losses_of_one_device(kind, axes):
     assert_as_alone(kind, axes, losses(kind, axes))
 

@@ -428,7 +428,7 @@ def losses(name, mesh_name):
 
 @pytest.mark.slow
 @sweep("mesh_name", MESHES, quick=1)
-@sweep("name", TRANSFORMS, quick=3, slow=1)
+@sweep("name", TRANSFORMS, quick=1)
 def test_training_on_a_mesh_equals_training_on_one_device(name, mesh_name):
     want, want_state = losses(name, None)
     got, got_state = losses(name, mesh_name)
@@ -454,7 +454,7 @@ def test_one_row_a_device_is_scored_as_on_one_device(mesh_name):
     np.testing.assert_allclose(found, jax.jit(hidden)(params, tokens), rtol=1e-4, atol=1e-5)
 
 
-@sweep("name", TRANSFORMS, quick=4, slow=3)
+@sweep("name", TRANSFORMS, quick=4)
 def test_training_moves_what_trains_and_nothing_else(name):
     before = TRANSFORMS[name](params_of("llama"))
     after = losses(name, None)[1].params

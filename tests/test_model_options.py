@@ -208,7 +208,7 @@ def by_hand(q, k, v, window, scale, soft_cap):
 
 
 @pytest.mark.slow
-@sweep("length", [13, 7, 12], quick=1)
+@sweep("length", [13, 7, 12], quick=1, slow=0)
 @pytest.mark.parametrize("scores", [Scores(), Scores(3), Scores(4, 0.7), Scores(5, 0.0, 1.5), Scores(0, 0.0, 2.0)])
 def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):
     q, k, v = qkv(length)

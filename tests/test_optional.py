@@ -78,7 +78,7 @@ def logits(config, params, tokens, **execution):
 # ---- The transforms ----
 
 
-@pytest.mark.parametrize("name", TRAINS)
+@sweep("name", TRAINS, quick=3)
 def test_what_is_added_trains_and_all_else_is_frozen(name):
     params = ADDITIONS[name](dense_params("llama"))
     trainable, _ = weights.partition(params)
@@ -106,8 +106,8 @@ def test_bottlenecks_change_nothing_at_first_and_prompts_start_as_embeddings():
 
 
 @pytest.mark.slow
-@sweep("config", CONFIGS, quick=1)
-@sweep("name", ADDITIONS, quick=2, slow=1)
+@sweep("config", CONFIGS, quick=1, slow=0)
+@sweep("name", ADDITIONS, quick=2)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name, config):
     params, all_tokens = tuned(name, config), tokens()
     want = logits(config, params, all_tokens)
@@ -149,7 +149,7 @@ def test_a_prompt_of_real_embeddings_is_those_tokens_and_a_prefix_of_their_keys_
     assert started.key.shape == (3, 2, 9, 2, 4) and started.virtual == 4 and started.length.tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("name", ["prefix and prompt", "bottleneck"])
+@sweep("name", ["prefix and prompt", "bottleneck"], quick=1)
 def test_rematerialising_and_scanning_change_nothing(name):
     params = tuned(name)
     want = logits("llama", params, tokens())

@@ -245,7 +245,7 @@ def planned(step="train", **changes):
     return traced, topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip("cpu"), traced.static)
 
 
-@pytest.mark.parametrize("step", steps.STEPS)
+@sweep("step", steps.STEPS, quick=1, slow=2)
 def test_peak_is_the_compilers_own(step):
     traced, made = planned(step)
     with jax.set_mesh(jax.tree.leaves(traced.arguments)[0].sharding.mesh):
@@ -265,7 +265,7 @@ def test_activations_stay_where_they_are():
     assert {collective.kind for collective in made.cost.collectives} <= {"all-reduce"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transforms_change_the_plan_as_they_should():
     base, adapted, top, masked, smaller, served = (
         planned(**changes)[1].cost

@@ -71,6 +71,7 @@ def test_what_is_kept_is_what_the_traced_step_keeps():
     assert kept["full"] < kept["attention"] < kept["projections"] < kept["none"]
 
 
+@pytest.mark.slow
 def test_other_batches_train_on_the_same_tokens():
     candidates = found(batches=(32, 128))
     tokens = {c.experiment.data.batch_size: c.experiment.training.steps * c.tokens for c in candidates}

@@ -74,7 +74,8 @@ def trained(name, compute):
 @sweep(
     ("name", "compute"),
     [*((name, "float32") for name in TRAININGS), ("int8", "bfloat16"), ("int4 weights", "bfloat16")],
-    quick=1,
+    quick=0,
+    slow=2,
 )
 def test_a_model_serves_the_bits_that_it_was_trained_with(name, compute):
     params = trained(name, compute)

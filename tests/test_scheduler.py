@@ -338,7 +338,7 @@ KINDS = {
 }
 
 
-@sweep("change", KINDS.values(), ids=KINDS, quick=0, slow=2)
+@sweep("change", KINDS.values(), ids=KINDS, quick=0)
 def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
     model = Transformer(CONFIG, ExecutionConfig(cache="int8"))
     own = change(params(), jax.random.key(0))

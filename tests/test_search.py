@@ -266,7 +266,7 @@ def test_the_parts_of_the_ledger_are_its_total_to_the_cent(tmp_path, data_dir, m
     assert paid + base == pytest.approx(result["totals"]["flops"])
 
 
-@sweep("after", [1, 4, 9, 13], quick=1, slow=3)
+@sweep("after", [1, 4, 9, 13], quick=1)
 def test_a_kill_repeats_nothing_that_was_finished_and_ends_with_the_same_winner(
     tmp_path, data_dir, made_up, monkeypatch, after
 ):

@@ -93,7 +93,7 @@ def close(got, want):
 # ---- What stays is the model without what went ----
 
 
-@sweep("name", CONFIGS, quick=0, slow=1)
+@sweep("name", CONFIGS, quick=0)
 def test_fewer_channels_are_the_model_with_their_rows_zeroed(name):
     config, params = CONFIGS[name], dense(CONFIGS[name])
     small = shrink(mlp=0.25)(params)
@@ -113,7 +113,7 @@ def test_fewer_channels_are_the_model_with_their_rows_zeroed(name):
 
 
 @sweep("within", [False, True], quick=1)
-@pytest.mark.parametrize("name", ["llama", "biased"])
+@sweep("name", ["llama", "biased"], quick=1)
 def test_fewer_heads_are_the_model_with_their_rows_zeroed(name, within):
     config, params = CONFIGS[name], dense(CONFIGS[name])
     small = shrink(heads=0.5, head_dim=4, within_groups=within)(params)
@@ -317,7 +317,7 @@ def test_a_smaller_model_trains_restores_and_generates(tmp_path):
     assert len(made[0]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_goes_through_the_study(tmp_path):
     recipes = (Recipe("small", transforms=(SMALLER,)), Recipe("later", finish=(shrink(mlp=0.5),)))
     study = StudyConfig(recipes=recipes, recovery_steps=1, decode_tokens=4, decode_batch_size=2, topology="v99:1x1")

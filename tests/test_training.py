@@ -108,7 +108,6 @@ class Interrupted(Exception):
     ],
     ids=["dense", "qlora", "gradual", "set", "rigl", "movement", "stochastic"],
     quick=1,
-    slow=2,
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
     value = experiment(data_dir, transforms=transforms)
@@ -162,7 +161,7 @@ def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
     session, params, _ = load_run(tmp_path)

@@ -177,7 +177,7 @@ def shapes_of(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-@sweep("name", TRANSFORMS, quick=6, slow=4)
+@sweep("name", TRANSFORMS, quick=6)
 def test_shapes_are_known_without_computing(name):
     abstract = jax.eval_shape(TRANSFORMS[name], shapes_of(dense_params()))
     concrete = shapes_of(applied(name))
