@@ -177,6 +177,7 @@ def test_labels_have_names_and_probabilities():
     np.testing.assert_allclose(shares, [0.5, 1.0])
 
 
+@pytest.mark.slow
 def test_a_decoder_labels_a_text_that_its_encoder_reads_by_reading_it_a_token_later():
     model, ids = Transformer(CONFIGS["answer"]), TOKENIZER.encode(TEXTS[1])
     shifted = np.concatenate([[7], ids[:-1]])

@@ -349,6 +349,7 @@ def test_padding_of_a_source_is_seen_by_nobody():
     np.testing.assert_array_equal(outputs(jnp.asarray(SOURCES)), outputs(other))
 
 
+@pytest.mark.slow
 def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
     params = made()
     want = ours(SMALL, params)

@@ -219,6 +219,7 @@ def held_in_parts():
     )
 
 
+@pytest.mark.slow
 def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatch):
     held = held_in_parts()
     called, programs = [], held._decode_programs
