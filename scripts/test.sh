@@ -18,7 +18,8 @@ run_default() {
 run_slow() {
   # libtpu, which compiles for TPUs that are not there, exists for Linux on x86-64 alone.
   use_environment .venv "[test,serve,plan]"
-  python -m pytest -q -n 2 --dist loadfile -m slow "$@"
+  # Of a slow sweep, the later cases are long ones too.
+  python -m pytest -q -n 2 --dist loadfile -m "slow and not long" "$@"
   # The compiler for NVIDIA GPUs stays out of the environment: it writes of absent drivers to every script's errors.
   local version
   version=$(python -c 'import jaxlib; print(jaxlib.__version__)')

@@ -45,7 +45,8 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::", 1)[0]
-            return "tpu" if config.option.markexpr in ("slow", "long") and Path(file).stem in _FOR_TPUS else file
+            late = config.option.markexpr in ("slow and not long", "long")
+            return "tpu" if late and Path(file).stem in _FOR_TPUS else file
 
     return ByFile(config, log)
 

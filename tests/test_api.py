@@ -395,6 +395,7 @@ def test_metrics_have_vllm_s_names(server):
         assert name in numbers, name
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_model_is_said_to_all(monkeypatch):
     def fail(*_):
         raise RuntimeError("the device is gone")

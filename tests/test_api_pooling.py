@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 from serving import TOKENIZER
+from sweep import sweep
 from test_api import ask, client, listening
 from test_scheduler import compilations
 
@@ -103,7 +104,7 @@ def outputs(kind, ids, types=()):
 # ---- Embeddings ----
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@sweep("kind", ["encoder", "decoder"], quick=1)
 def test_embeddings_are_those_of_each_text_alone(kind):
     with serving(kind) as (port, _):
         got = client(port).embeddings.create(model="small", input=TEXTS, encoding_format="float")
@@ -176,6 +177,7 @@ def test_labels_have_names_and_probabilities():
     np.testing.assert_allclose(shares, [0.5, 1.0])
 
 
+@pytest.mark.slow
 def test_a_decoder_labels_a_text_that_its_encoder_reads_by_reading_it_a_token_later():
     model, ids = Transformer(CONFIGS["answer"]), TOKENIZER.encode(TEXTS[1])
     shifted = np.concatenate([[7], ids[:-1]])

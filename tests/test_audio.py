@@ -263,7 +263,7 @@ TRANSFORMS = {
 @sweep(
     ("name", "kind"),
     [("plain", kind) for kind in KINDS] + [(name, kind) for name in TRANSFORMS for kind in KINDS if name != "plain"],
-    quick=2,
+    quick=1,
 )
 def test_a_training_step_costs_what_the_closed_form_says(name, kind):
     config = dataclasses.replace(BASE, **KINDS[kind])
@@ -295,6 +295,7 @@ def test_padding_changes_nothing():
         np.testing.assert_allclose(batch[row, : len(alone)], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_hears_for_a_decoder():
     speech = {"vocab_size": 20, "causal": True, "head": HeadConfig(), "encoder": EncoderConfig(3, max_length=13)}
     config = dataclasses.replace(BASE, **KINDS["spectrogram"] | speech | {"max_length": 8})
@@ -344,7 +345,7 @@ def test_kernels_of_any_kind_compute_what_they_mean(name):
     assert np.abs(got - ours(config, params, audio)).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_of_ctc_trains_on_a_mesh_as_on_one_device():
     config, params = made("waveform")
     config = dataclasses.replace(config, head=HeadConfig(outputs=12, bias=True))
@@ -389,7 +390,7 @@ def collapsed(path, blank):
     return [label for label, _ in itertools.groupby(path) if label != blank]
 
 
-@pytest.mark.parametrize("blank", [0, 2])
+@sweep("blank", [0, 2], quick=1)
 def test_the_loss_of_ctc_sums_over_all_paths(blank):
     logits_BTV, labels, mask, valid, output = alignment(blank, frames=6, outputs=3)
     total, count = ctc_loss(jnp.asarray(logits_BTV), output, labels, mask, valid, blank=blank)

@@ -100,6 +100,7 @@ def test_greedy_tokens_are_nearly_all_those_of_the_exact_cache():
     assert np.mean(np.asarray(exact) == np.asarray(coded)) > 0.97
 
 
+@pytest.mark.slow
 def test_a_frozen_stack_has_its_share_of_the_codes():
     params = freeze(top_layers=1)(trained())
     prompts = list(np.asarray(sequences(4, 6, 3000)))

@@ -100,8 +100,7 @@ def test_statistics_are_those_of_what_the_weights_meet():
     assert found["unembed/kernel"].gram is None
 
 
-@pytest.mark.slow
-@sweep("capacity", [0.0, 4.0], quick=1)
+@sweep("capacity", [0.0, 4.0], quick=0, slow=0)
 def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(capacity):
     config = dataclasses.replace(CONFIG, num_layers=2, experts=4, experts_per_token=2, capacity_factor=capacity)
     model, names = Transformer(config), ("up", "down", "router")
@@ -127,7 +126,7 @@ def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(cap
     assert np.all(jnp.any(stored["layers"]["mlp"]["up"]["kernel"].codes != 0, axis=(-2, -1)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_statistics_on_a_mesh_are_those_of_one_device():
     w = params()
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -142,6 +141,7 @@ def test_statistics_on_a_mesh_are_those_of_one_device():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_model_is_computed():
     w, tokens = params(), batches(1)[0]
     probe = {UP: weights.blank_inputs(w["layers"]["mlp"]["up"]["kernel"].shape, gram=True)}
@@ -151,6 +151,7 @@ def test_no_gradient_of_the_model_is_computed():
     assert gathering <= once + products
 
 
+@pytest.mark.slow
 def test_each_transform_of_a_chain_sees_what_those_before_it_left():
     w = params()
     cut = prune(sparsity=0.9)

@@ -58,7 +58,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
-@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@sweep("kv_heads", [2, 8, 1], quick=1)
 @sweep("ways", [4, 2, 8], quick=1)
 def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_heads, ways):
     shapes = [(ROWS, LENGTH, 8, 16), (ROWS, LENGTH, kv_heads, 16), (ROWS, LENGTH, kv_heads, 16)]
@@ -83,13 +83,14 @@ def test_attention_over_a_split_sequence_is_that_over_a_whole_one(method, kv_hea
         ({"data": 2, "tensor": 2, "context": 2}, "all_to_all"),
         ({"fsdp": 2, "tensor": 2, "context": 2}, "ring"),
     ],
-    quick=2,
+    quick=0,
 )
 def test_a_model_on_a_context_mesh_has_one_devices_loss_and_gradients(sizes, method):
     model = Transformer(MODEL, ExecutionConfig(context=method, remat="attention"))
     assert_same(loss_and_gradients(mesh_of(**sizes), model, chunks=4), loss_and_gradients(mesh_of(), model))
 
 
+@pytest.mark.slow
 def test_the_ring_takes_its_queries_in_pieces(monkeypatch):
     model = Transformer(MODEL, ExecutionConfig(context="ring"))
     expected = loss_and_gradients(mesh_of(context=2), model)

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from checkpoints import FIELDS, tensors_of, write
 from quick import QUICK_TO_COMPILE
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.config import Experiment
@@ -91,7 +92,7 @@ LABELS = ANSWERS | {"architectures": ["T5ForSequenceClassification"]}
 LABELS |= {name: ENCODER[name] for name in ("id2label", "label2id")}
 
 
-@pytest.mark.parametrize("name", ["encoder", "encoder-decoder", "images", "audio"])
+@sweep("name", ["encoder", "encoder-decoder", "images", "audio"], quick=1)
 def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_path):
     fields = {"encoder": ENCODER, "encoder-decoder": LABELS, "images": IMAGES, "audio": AUDIO}[name]
     write(checkpoint, fields, tensors_of(fields))
@@ -119,6 +120,7 @@ def test_what_is_no_language_model_goes_in_and_comes_back(name, checkpoint, tmp_
     assert {path.name for path in (tmp_path / "out").iterdir()} == beside
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_goes_in_answers_and_comes_back(checkpoint, tmp_path):
     write(checkpoint, ANSWERS, tensors_of(ANSWERS))
     import_checkpoint(checkpoint, tmp_path / "run", quiet=True)
@@ -135,7 +137,7 @@ def test_an_encoder_decoder_goes_in_answers_and_comes_back(checkpoint, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, same, want)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_answers_to_a_source(checkpoint, tmp_path):
     write(checkpoint, ANSWERS, tensors_of(ANSWERS))
     import_checkpoint(checkpoint, tmp_path / "run", quiet=True)

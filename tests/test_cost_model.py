@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import pytest
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.cost import closed_form, hlo, trace
@@ -39,7 +39,7 @@ CONFIGS = {
 BATCH, SEQUENCE = 2, 16
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=2)
 def test_parameters_and_flops_agree(name):
     config = CONFIGS[name]
     model = transformer.Transformer(config)

@@ -62,6 +62,7 @@ def test_a_mapped_array_is_not_copied_to_a_worker(tmp_path, kind):
         assert_equal([sequences[0]], [pickle.loads(sent)[0]])
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_for_any_number_of_workers_and_resumed_within_an_epoch(tmp_path):
     examples = write_folder(tmp_path)
     config = DataConfig(

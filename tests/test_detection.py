@@ -213,7 +213,7 @@ def test_positions_behind_layers_are_added_there_and_layers_between_them_stay():
 TRANSFORMS = {"plain": chain(), "lora": lora(rank=2), "low rank": factorize(), "top layer": freeze(top_layers=1)}
 
 
-@sweep("name", TRANSFORMS, quick=1)
+@sweep("name", TRANSFORMS, quick=0)
 def test_a_step_costs_what_the_closed_form_says(name):
     optimizer = make_optimizer(OptimizerConfig(), 10)
     params = TRANSFORMS[name].abstract(abstract(MODEL)[0])
@@ -311,6 +311,7 @@ def test_padding_changes_nothing():
     assert count == mask.sum()
 
 
+@pytest.mark.slow
 def test_images_without_objects_are_learned_from():
     scores, boxes = answers_of(2)
     labels, objects, mask = (0 * one for one in objects_of(2))
@@ -357,7 +358,7 @@ def batch_of(rows=8, seed=0):
 ONE = sharding.MeshConfig()
 
 
-@sweep("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2}], quick=0)
+@sweep("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2}], quick=0, slow=0)
 def test_training_on_a_mesh_is_that_on_one_device(sizes):
     config = sharding.MeshConfig(**sizes)
     mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
@@ -370,7 +371,7 @@ def test_training_on_a_mesh_is_that_on_one_device(sizes):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_microbatches_count_by_their_objects():
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
     batch = batch_of(4)
@@ -380,6 +381,7 @@ def test_microbatches_count_by_their_objects():
     np.testing.assert_allclose(found[0], np.average(want, weights=[part["mask"].sum() for part in parts]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_without_objects_moves_the_weights():
     batch = batch_of(2)
     batch["mask"] = 0 * batch["mask"]

@@ -284,6 +284,7 @@ def test_the_teacher_has_no_moments_and_its_work_is_in_the_compiled_cost():
     assert both.argument_bytes - alone.argument_bytes == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.long
 def test_accumulation_gives_the_objective_of_the_whole_batch():
     config = DistillConfig(logits=0.7, hidden=0.3, attention=0.2, values=0.1, labels=0.5, direction="reverse")
     found = []
@@ -320,6 +321,7 @@ def test_a_student_learns_to_attend_as_its_teacher_does():
     assert all(new < 0.8 * old for new, old in zip(distances(state.params), before, strict=True))
 
 
+@pytest.mark.slow
 def test_all_of_the_vocabulary_stored_trains_like_the_teacher_itself():
     step, state, batch, teacher = step_of(DistillConfig(logits=1.0))
     online, _ = step(state, batch, teacher.params)
@@ -333,6 +335,7 @@ def test_all_of_the_vocabulary_stored_trains_like_the_teacher_itself():
 # ---- Students made of their teachers ----
 
 
+@pytest.mark.slow
 def test_every_second_layer_of_the_teacher_of_any_kind_of_weight():
     model = Transformer(dataclasses.replace(BIG, vocab_size=VOCABULARY))
     teacher = chain(quantize(), lora(rank=2))(initial(model))
@@ -381,7 +384,7 @@ def session_of(value, devices=1):
     return Session(value, quiet=True, devices=jax.devices()[:devices])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_on_a_mesh_learns_what_one_device_would_teach_it(tmp_path, data_dir, taught):
     value = experiment(data_dir, distill=DistillConfig(teacher=str(taught), logits=1.0, hidden=0.5))
     one = session_of(value).train(tmp_path / "one")
@@ -410,6 +413,7 @@ def test_a_distilled_run_goes_on_where_it_stopped_and_is_loaded_again(tmp_path, 
     assert step == 8 and opened.evaluate(params)["bits_per_byte"] == whole.metrics["bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_what_a_teacher_said_is_stored_once_and_read_by_step(tmp_path, data_dir, taught, monkeypatch):
     config = DistillConfig(teacher=str(taught), logits=1.0, top_k=8, store=str(tmp_path / "store"))
     first = session_of(experiment(data_dir, distill=config)).train(tmp_path / "first")
@@ -424,7 +428,7 @@ def test_what_a_teacher_said_is_stored_once_and_read_by_step(tmp_path, data_dir,
     assert first.cost.total_flops == online.cost.total_flops
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_may_start_as_layers_of_its_teacher(tmp_path, data_dir, taught):
     student = dataclasses.replace(BIG, num_layers=2)
     config = DistillConfig(teacher=str(taught), logits=1.0, from_layers=True)
@@ -434,7 +438,7 @@ def test_a_student_may_start_as_layers_of_its_teacher(tmp_path, data_dir, taught
     assert copied.losses[0] < anew.losses[0] - 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_is_taught_by_the_base_of_its_study(tmp_path, data_dir):
     recipes = (Recipe("thin", transforms=(factorize(),), finish=(quantize(),), distill=DistillConfig(logits=1.0)),)
     study = StudyConfig(recipes=recipes, recovery_steps=4, topology="v99:1x1", decode_tokens=4)
@@ -516,6 +520,7 @@ def test_recipes_are_taught_by_the_base_alone():
             Recipe("taught", distill=config)
 
 
+@pytest.mark.slow
 def test_a_step_with_a_teacher_is_planned_with_it(data_dir, taught):
     from jaxcost import sharding
     from jaxcost.planning.steps import trace_step

@@ -321,8 +321,7 @@ def in_pieces(config, params, **options):
     return logits(config, params, jnp.concatenate([first, rest], 1))
 
 
-@pytest.mark.slow
-@sweep("position", ["relative", "rope", "learned"], quick=1)
+@sweep("position", ["relative", "rope", "learned"], quick=0)
 def test_a_cache_gives_what_the_whole_sequence_gives(position):
     config = dataclasses.replace(SMALL, position=position)
     params = made(config)
@@ -331,13 +330,13 @@ def test_a_cache_gives_what_the_whole_sequence_gives(position):
     assert 0 < np.max(np.abs(approximate - ours(config, params))) < 0.1
 
 
-@pytest.mark.slow
-@sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=1)
+@sweep("transform", [prompt_tuning(tokens=3), prefix_tuning(tokens=3), freeze(top_layers=1)], quick=0)
 def test_a_cache_holds_what_transforms_put_before_the_text_and_under_it(transform):
     params = transform(made(), jax.random.key(1))
     np.testing.assert_allclose(in_pieces(SMALL, params), ours(SMALL, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_of_a_source_is_seen_by_nobody():
     params, valid = made(), jnp.asarray(VALID)
 
@@ -350,6 +349,7 @@ def test_padding_of_a_source_is_seen_by_nobody():
     np.testing.assert_array_equal(outputs(jnp.asarray(SOURCES)), outputs(other))
 
 
+@pytest.mark.slow
 def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
     params = made()
     want = ours(SMALL, params)
@@ -358,7 +358,7 @@ def test_bfloat16_and_rematerialisation_change_nothing_but_rounding():
     np.testing.assert_array_equal(ours(SMALL, params, execution=ExecutionConfig(remat="full", unroll="always")), want)
 
 
-@pytest.mark.parametrize("channels", [1, 6])
+@sweep("channels", [1, 6], quick=1)
 def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels):
     config = dataclasses.replace(SMALL, audio=AudioConfig(channels, (32,), (4,), (2,)))
     sound = np.asarray(SOUNDS[0, :, :channels] if channels > 1 else SOUNDS[0, :, 0])
@@ -377,7 +377,7 @@ def test_sounds_of_the_wrong_shape_are_refused_and_waveforms_are_no_ids(channels
             generate(prompt * len(sources), sources=sources)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beams_share_what_their_source_holds():
     config = dataclasses.replace(SMALL, max_length=1024)
     model, params = Transformer(config), made(config)

@@ -277,8 +277,7 @@ def made(kind):
     return config, start(jax.random.key(0))
 
 
-@pytest.mark.slow
-@sweep("kind", ["post", *(kind for kind in KINDS if kind != "post")], quick=1)
+@sweep("kind", ["post", *(kind for kind in KINDS if kind != "post")], quick=0, slow=2)
 def test_padding_changes_nothing(kind):
     config, params = made(kind)
     batch = ours(config, params)
@@ -327,7 +326,7 @@ def test_windows_on_both_sides_in_blocks_are_those_of_a_mask(window, padded):
 @sweep(
     ("window", "causal", "padded"),
     [(0, False, True), (40, False, True), (0, True, True), (0, False, False), (40, False, False)],
-    quick=1,
+    quick=0,
 )
 def test_splash_attention_of_encoders_equals_the_reference(window, causal, padded, monkeypatch):
     interpreted = functools.partial(attention._splash_kernel, interpret=True)
@@ -387,7 +386,7 @@ def losses(kind, mesh, accumulation=1):
     return [one["loss"] for one in metrics]
 
 
-@sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=0)
+@sweep("kind", ["pictures", "pooled", "tied", "windows", "post", "first"], quick=0, slow=0)
 def test_training_on_a_mesh_is_that_on_one_device(kind):
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     want = losses(kind, one)
@@ -411,7 +410,7 @@ def test_a_sequence_without_a_token_has_an_embedding_of_zeros():
     assert not np.any(logits(config, params, hidden)) and np.all(np.isfinite(jax.grad(total)(hidden)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_types_are_those_of_the_text_behind_a_prompt():
     config, params = made("post")
     tuned = prompt_tuning(tokens=3)(params)

@@ -187,7 +187,7 @@ REFUSED = {
 FIRST = sorted(FAMILIES, key=("bert", "mixtral", "vit").__contains__, reverse=True)
 
 
-@sweep("family", FIRST, quick=1, slow=len(FIRST))
+@sweep("family", FIRST, quick=0, slow=3)
 def test_every_transform_applies_to_every_family(family):
     """By shapes alone, which is what planning goes by: nothing is computed."""
     model, params = model_of(family)
@@ -222,7 +222,7 @@ PAIRS = [
 """Some of all pairs, in parts of which each reaches every family and every transform."""
 
 
-@sweep(("family", "name"), sum(PAIRS, []), quick=1, slow=len(PAIRS[0]) - 1)
+@sweep(("family", "name"), sum(PAIRS, []), quick=0, slow=7)
 def test_what_weights_compute_is_what_the_dense_ones_that_they_mean_compute(family, name):
     model, params = model_of(family)
     batches = [inputs_of(model.config, seed) for seed in (1, 2)]
@@ -253,14 +253,13 @@ def stepped(family, mesh_config, config_of=config_of):
     return [metrics[name] for name in ("loss", "gradient_norm")]
 
 
-@sweep("family", sorted(TRAINED, key=UNLIKE.__contains__, reverse=True), quick=0, slow=len(UNLIKE))
+@sweep("family", sorted(TRAINED, key=UNLIKE.__contains__, reverse=True), quick=0, slow=2)
 def test_every_family_trains_on_a_mesh_as_on_one_device(family):
     want = stepped(family, sharding.MeshConfig())
     np.testing.assert_allclose(stepped(family, sharding.MeshConfig(fsdp=4, tensor=2)), want, rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [*ODD, *ODD_BESIDE])
+@sweep("family", [*ODD, *ODD_BESIDE], quick=0)
 def test_odd_sizes_train_on_a_mesh_that_does_not_divide_them_as_on_one_device(family):
     want = stepped(family, sharding.MeshConfig(), odd_config_of)
     np.testing.assert_allclose(stepped(family, sharding.MeshConfig(fsdp=2, tensor=2), odd_config_of), want, rtol=1e-5)

@@ -85,13 +85,13 @@ X = jax.random.normal(jax.random.key(3), (3, 10, 16))
 # ---- One layer ----
 
 
-@sweep("config", [DROPLESS, ROOMY, SHARED], quick=2)
+@sweep("config", [DROPLESS, ROOMY, SHARED], quick=1)
 def test_tokens_take_the_weighted_sum_of_their_experts(config):
     mlp = layer_of(params_of(config))
     np.testing.assert_allclose(block(config, mlp, X)[0], by_hand(config, mlp, X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [0.4, 0.8, 1.0])
+@sweep("factor", [0.4, 0.8, 1.0], quick=1)
 def test_experts_take_first_choices_first_and_drop_what_is_beyond_their_capacity(factor):
     config = dataclasses.replace(DROPLESS, capacity_factor=factor)
     mlp, rows = layer_of(params_of(config)), experts.capacity(config, 10)
@@ -122,7 +122,7 @@ def test_both_paths_have_the_same_gradients_where_nothing_is_dropped():
     )
 
 
-@sweep("config", [CAPACITY, DROPLESS], quick=1)
+@sweep("config", [CAPACITY, DROPLESS], quick=0)
 def test_gradients_are_those_of_finite_differences(config):
     mlp = layer_of(params_of(config))
     check_grads(
@@ -130,6 +130,7 @@ def test_gradients_are_those_of_finite_differences(config):
     )
 
 
+@pytest.mark.slow
 def test_router_losses_are_one_where_loads_are_even_and_the_number_of_experts_where_one_takes_all():
     even = 8 * jnp.eye(4)[jnp.arange(12) % 4][None]
     one = jnp.zeros((1, 12, 4)).at[..., 2].set(50.0)
@@ -179,7 +180,7 @@ def test_parameters_have_the_shapes_and_axes_that_the_config_says():
     np.testing.assert_allclose(np.std(up, axis=(2, 3)), 16**-0.5, rtol=0.2)
 
 
-@pytest.mark.parametrize("config", [CAPACITY, SHARED])
+@sweep("config", [CAPACITY, SHARED], quick=1)
 def test_serving_drops_nothing(config):
     dropless = dataclasses.replace(config, capacity_factor=0.0)
     params, tokens = params_of(config), tokens_of((3, 10))
@@ -263,7 +264,7 @@ def trained(config, name, mesh_name, accumulation=1):
         (DROPLESS, "data 2 x expert 4"),
         (SHARED, "fsdp 4 x tensor 2"),
     ],
-    quick=2,
+    quick=0,
 )
 def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     want, got = trained(config, "plain", None)[0], trained(config, "plain", mesh_name)[0]
@@ -274,7 +275,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
     assert want[0]["loss"] != want[-1]["loss"]
 
 
-@sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=4)
+@sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=1)
 def test_every_transform_trains_experts(name):
     metrics, params = trained(CAPACITY, name, None)
     assert np.ptp([m["loss"] for m in metrics]) > 1e-3
@@ -283,7 +284,7 @@ def test_every_transform_trains_experts(name):
         assert np.any(leaf != before[path]), path
 
 
-@sweep("name", ["gradual", "factorize", "qlora", "quantised training"], quick=1)
+@sweep("name", ["gradual", "factorize", "qlora", "quantised training"], quick=0)
 def test_transformed_experts_train_on_a_mesh_as_on_one_device(name):
     want, _ = trained(CAPACITY, name, None)
     got, _ = trained(CAPACITY, name, "fsdp 2 x tensor 2 x expert 2")
@@ -291,6 +292,7 @@ def test_transformed_experts_train_on_a_mesh_as_on_one_device(name):
     np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=3e-3)
 
 
+@pytest.mark.slow
 def test_router_losses_even_out_the_loads():
     def last(router_losses):
         model, optimizer = Transformer(CAPACITY), make_optimizer(OptimizerConfig(learning_rate=1e-2), 12)
@@ -311,6 +313,7 @@ def test_router_losses_even_out_the_loads():
     assert with_them["router_z"] < without["router_z"]
 
 
+@pytest.mark.slow
 def test_accumulation_weighs_router_losses_by_targets_and_changes_no_other():
     whole, parts = trained(SHARED, "plain", None)[0], trained(SHARED, "plain", None, 2)[0]
     np.testing.assert_allclose(parts[0]["loss"], whole[0]["loss"], rtol=1e-5)

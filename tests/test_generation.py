@@ -209,8 +209,7 @@ def p_value(got, shares):
     return scipy.stats.chisquare(np.array(observed)[keep], np.array(expected)[keep], sum_check=False).pvalue
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@sweep("name", SETTINGS, quick=0)
 def test_what_is_drawn_has_exactly_the_models_distribution(name):
     (draft, draft_params), (model, params) = tiny(1, sharpness=1.2), tiny(0, sharpness=1.2)
     draft_params = jax.tree.map(lambda own, other: 0.85 * own + 0.15 * other, params, draft_params)

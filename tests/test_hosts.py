@@ -169,7 +169,7 @@ def test_two_processes_and_four_train_as_one(start, whole):
     assert_same_run(whole[2], whole[1])
 
 
-@sweep("killed", [1, 0], quick=0, slow=1)
+@sweep("killed", [1, 0], quick=0)
 def test_a_killed_process_ends_all_and_others_go_on(start, whole, killed):
     """Half as many processes, or twice as many, take the job up where the last checkpoint left it."""
     name = f"killed {killed}"
@@ -186,7 +186,7 @@ def test_a_killed_process_ends_all_and_others_go_on(start, whole, killed):
     assert_same_run(job.workdir, whole[1])
 
 
-@sweep("count", [2, 1], quick=0, slow=1)
+@sweep("count", [2, 1], quick=0)
 def test_a_notice_of_preemption_saves_and_the_restart_has_the_same_bits(start, whole, count):
     job = start(f"asked {count}", count)
     job.wait_for_step(12)

@@ -227,8 +227,7 @@ PROGRAMS = 64 * 2**20
 """Allowed for compiled programs, bytes."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
+@sweep("devices", [4, 1], quick=0)
 def test_a_large_checkpoint_is_read_within_its_bound(devices, tmp_path):
     dtype = np.dtype(jnp.bfloat16)
     block = np.random.default_rng(0).normal(0, 0.02, 4_000_003).astype(dtype)

@@ -54,6 +54,7 @@ def config(folder, tmp_path, **changes):
     return DataConfig(sources=(str(folder),), inputs="images", objective="labels", **settings | changes)
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_folders_of_images_and_a_plan_is_of_its_batches(folder, tmp_path):
     data = {"inputs": "images", "sequence_length": 4, "cache_dir": str(tmp_path / "cache")}
     value = experiment(folder, MODEL, "labels", data=data, training=TRAINING)

@@ -114,6 +114,7 @@ def test_the_next_items_after_a_history_are_those_of_the_full_forward():
         np.testing.assert_array_equal(added, row[length - 1 : length + 2])
 
 
+@pytest.mark.slow
 def test_the_stream_is_normed_and_not_what_goes_into_its_parts():
     plain = dataclasses.replace(SASREC, norm_placement="pre")
     hidden, _ = Transformer(plain).apply({"params": made()}, HISTORIES)
@@ -194,7 +195,7 @@ def test_nothing_to_draw_is_refused(options, said):
         )
 
 
-@sweep("loss", ["sampled", "full"], quick=1)
+@sweep("loss", ["sampled", "full"], quick=0)
 def test_a_recommender_learns_what_comes_next(loss):
     """Items that follow one another in a circle: after some steps the next one ranks first."""
     rows = (1 + (np.arange(16)[:, None] * 2 + np.arange(13)) % (ITEMS - 1)).astype(np.int32)

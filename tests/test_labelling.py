@@ -32,6 +32,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_that_is_sure(teacher, folder, tmp_path):
     session, params = teacher
     counts = write_labelled(session, params, "teacher, step 40", tmp_path / "out", split="train[60:]", threshold=0.9)

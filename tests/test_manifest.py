@@ -265,6 +265,7 @@ def test_what_is_waived_is_promised_no_longer():
     check(after, dense())
 
 
+@pytest.mark.slow
 def test_a_sparser_mask_a_thinner_product_and_a_stack_cut_in_two_keep_what_was_promised():
     sparse = prune(pattern="2:4")(dense())
     assert check(manifest(sparse), prune(sparsity=0.8)(sparse))[UP]["sparsity"] == pytest.approx(0.8, abs=0.01)
@@ -313,6 +314,7 @@ def session_of(value):
     return Session(value, quiet=True, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_the_manifest_travels_with_the_checkpoint_and_is_verified_when_it_is_read(tmp_path):
     value = experiment(tmp_path, transforms=(prune(pattern="2:4", rules=MLP), quantize(rules=MLP), lora(rank=2)))
     trained = session_of(value).train(tmp_path / "run")
@@ -347,7 +349,6 @@ def test_methods_that_may_give_weights_back_waive_that_themselves():
     assert chain(prune(method="movement", gradual=moving), prune(budget="global")).waived() == ()
 
 
-@pytest.mark.slow
 @sweep(
     "moving",
     [
@@ -355,13 +356,14 @@ def test_methods_that_may_give_weights_back_waive_that_themselves():
         prune(rules=MLP, method="movement", gradual=Gradual(end_step=3, every_steps=1), sparsity=0.8),
         prune(rules=MLP, method="random", regrow=RigL(end_step=3, every_steps=1), sparsity=0.8),
     ],
-    quick=1,
+    quick=0,
 )
 def test_masks_that_move_while_training_keep_what_they_promise(tmp_path, moving):
     trained = session_of(experiment(tmp_path, transforms=(moving,))).train(tmp_path / "run")
     assert manifest(trained.params)[UP]["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_waived(tmp_path):
     lost = leaky(pattern="2:4", rules=MLP)
     with pytest.raises(BrokenError, match="had sparsity 50.00% and has 0.00% after training"):
@@ -374,7 +376,7 @@ def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_wa
 # ---- What travels with an export ----
 
 
-@pytest.mark.parametrize(
+@sweep(
     "steps",
     [
         chain(prune(pattern="2:4"), quantize(bits=4)),
@@ -382,6 +384,7 @@ def test_a_training_that_loses_the_masks_stops_at_its_first_checkpoint_unless_wa
         chain(prune(), quantize(numbers="nf", bits=4, group=4, rules=MLP)),
         chain(),
     ],
+    quick=1,
 )
 def test_an_export_is_read_back_and_verified(tmp_path, steps):
     params = steps(dense())

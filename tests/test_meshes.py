@@ -110,7 +110,7 @@ def assert_as_alone(kind, axes, found):
     np.testing.assert_allclose(found, alone(kind, parts), rtol=1e-5)
 
 
-@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=1, slow=0)
+@sweep(("kind", "axes"), CASES, ids=[f"{kind}: {named(axes)}" for kind, axes in CASES], quick=0)
 def test_a_mesh_gives_the_losses_of_one_device(kind, axes):
     assert_as_alone(kind, axes, losses(kind, axes))
 
@@ -144,7 +144,7 @@ def test_a_transform_trains_on_a_mesh_as_on_one_device(name):
     np.testing.assert_allclose(got, want, rtol=5e-3 if name in ("w8a8", "training") else 1e-5)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@sweep("rounds", [1, 2], quick=1)
 def test_rounds_and_microbatches_change_nothing(rounds):
     want = losses("dense", {}, steps=2)
     found = losses("dense", {"stage": 2}, steps=2, rounds=rounds, microbatches=4, remat="full")
@@ -214,6 +214,7 @@ def test_the_table_of_places_says_what_a_device_holds():
     assert by_path["layers/attention/query/kernel/a"] == ("stage", "fsdp", None)
 
 
+@pytest.mark.slow
 def test_masks_pass_through_the_pipeline():
     transform = prune(method="random", sparsity=0.5)
     want = losses("dense", {}, transform, steps=2)

@@ -73,7 +73,7 @@ def random_tokens(shape, vocab, seed=1):
 # ---- Parameters ----
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=2)
 def test_parameters_have_the_shapes_and_axes_that_the_config_says(name):
     c = CONFIGS[name]
     shapes, axes = abstract(Transformer(c))
@@ -134,7 +134,7 @@ def full_logits(name):
     return f(params_of(name)), tokens
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=2)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name):
     want, tokens = full_logits(name)
     model, params = Transformer(CONFIGS[name]), params_of(name)
@@ -264,7 +264,7 @@ def temporaries(name):
     return executed(name)[1].memory_analysis().temp_size_in_bytes
 
 
-@sweep("name", [name for name in EXECUTIONS if name != "none"], quick=3)
+@sweep("name", [name for name in EXECUTIONS if name != "none"], quick=1)
 def test_no_execution_changes_the_loss_or_the_gradients(name):
     loss, gradients = executed(name)[2]
     want_loss, want = executed("none")[2]
@@ -306,6 +306,7 @@ def test_offloaded_activations_go_to_the_host_and_come_back():
     assert flops("none") < flops("offload") < flops("full")
 
 
+@pytest.mark.slow
 def test_unrolling_is_what_was_asked_for():
     # Scattered gradients of embeddings may be a loop of their own.
     loops = {name: executed(name)[1].as_text().count("while(") for name in ("unrolled", "none")}
@@ -427,7 +428,7 @@ def losses(name, mesh_name):
 
 @pytest.mark.slow
 @sweep("mesh_name", MESHES, quick=1)
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=1)
 def test_training_on_a_mesh_equals_training_on_one_device(name, mesh_name):
     want, want_state = losses(name, None)
     got, got_state = losses(name, mesh_name)
@@ -453,7 +454,7 @@ def test_one_row_a_device_is_scored_as_on_one_device(mesh_name):
     np.testing.assert_allclose(found, jax.jit(hidden)(params, tokens), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=4)
 def test_training_moves_what_trains_and_nothing_else(name):
     before = TRANSFORMS[name](params_of("llama"))
     after = losses(name, None)[1].params
@@ -472,6 +473,7 @@ def test_gradual_pruning_is_finished_after_training():
         assert np.sum(~mask, axis=(1, 2)).tolist() == [round(0.7 * size)] * 2
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_takes_a_key_for_every_layer_and_step_and_none_without_gradients():
     blocks = (rule("layers/.*kernel$"),)
     params = quantize(mode="training", stochastic_rounding=True, rules=blocks)(params_of("llama"))

@@ -107,7 +107,7 @@ def test_options_make_the_parameters_that_they_need():
     assert not added("partial rotary") and not added("alternating")
 
 
-@sweep("name", CONFIGS, quick=2)
+@sweep("name", CONFIGS, quick=1)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name):
     want, tokens = full_logits(name)
     model, params = Transformer(CONFIGS[name]), params_of(name)
@@ -140,7 +140,7 @@ def test_a_token_reaches_as_far_as_the_windows_of_all_layers():
     assert reached("alternating") == list(range(2, 12))
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("option", "value"),
     [
         ("window", 4),
@@ -152,6 +152,8 @@ def test_a_token_reaches_as_far_as_the_windows_of_all_layers():
         ("norm_unit_offset", False),
         ("scale_embeddings", False),
     ],
+    quick=3,
+    slow=5,
 )
 def test_every_option_changes_what_is_computed(option, value):
     want, tokens = full_logits("gemma")
@@ -206,7 +208,7 @@ def by_hand(q, k, v, window, scale, soft_cap):
 
 
 @pytest.mark.slow
-@sweep("length", [13, 7, 12], quick=1)
+@sweep("length", [13, 7, 12], quick=1, slow=0)
 @pytest.mark.parametrize("scores", [Scores(), Scores(3), Scores(4, 0.7), Scores(5, 0.0, 1.5), Scores(0, 0.0, 2.0)])
 def test_windows_scales_and_caps_are_those_of_a_sum_by_hand(scores, length):
     q, k, v = qkv(length)
@@ -240,7 +242,7 @@ def test_local_layers_cost_their_window_and_not_the_sequence():
     assert decode(64, 0).flops == a_score * 64
 
 
-@sweep("scores", [Scores(128), Scores(200, 0.05), Scores(100, 0.0, 3.0), Scores(0, 0.0, 3.0)], quick=1)
+@sweep("scores", [Scores(128), Scores(200, 0.05), Scores(100, 0.0, 3.0), Scores(0, 0.0, 3.0)], quick=0)
 def test_splash_attention_equals_the_reference(scores, monkeypatch):
     interpreted = functools.partial(attention._splash_kernel, interpret=True)
     monkeypatch.setattr(attention, "_splash_kernel", interpreted)
@@ -313,14 +315,14 @@ def deep_gradients(name, top_layers=None):
     return jax.jit(jax.value_and_grad(loss))(trainable)
 
 
-@sweep("name", [name for name in EXECUTIONS if name != "scanned"], quick=1)
+@sweep("name", [name for name in EXECUTIONS if name != "scanned"], quick=0)
 def test_no_execution_changes_the_loss_or_the_gradients(name):
     (loss, gradients), (want_loss, want) = deep_gradients(name), deep_gradients("scanned")
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     jax.tree.map(assert_close, gradients, want)
 
 
-@pytest.mark.parametrize("top_layers", [1, 3, 6])
+@sweep("top_layers", [1, 3, 6], quick=1)
 def test_a_stack_cut_anywhere_keeps_each_layers_kind(top_layers):
     loss, gradients = deep_gradients("scanned", top_layers)
     want_loss, want = deep_gradients("scanned")

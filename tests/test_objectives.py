@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.mark.slow
 def test_labels_are_learned_and_an_interrupted_run_ends_alike(folder, tmp_path):
     value = experiment(folder, LABELS, "labels")
     fitted = session_of(value).train(tmp_path / "whole")
@@ -63,6 +64,7 @@ def numbers(folder, model=NUMBER):
     return experiment(folder, model, "regression", data={"label_field": "number"})
 
 
+@pytest.mark.slow
 def test_numbers_are_learned_and_scored(folder, tmp_path):
     session = session_of(numbers(folder))
     fitted = session.train(tmp_path)
@@ -255,7 +257,7 @@ def test_a_model_that_cannot_learn_the_objective_is_refused_before_anything_star
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transforms_and_plans_meet_labels_too(folder):
     value = experiment(folder, LABELS, "labels", transforms=(prune(method="wanda"), lora(rank=2)))
     session = session_of(value)

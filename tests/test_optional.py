@@ -78,7 +78,7 @@ def logits(config, params, tokens, **execution):
 # ---- The transforms ----
 
 
-@pytest.mark.parametrize("name", TRAINS)
+@sweep("name", TRAINS, quick=3)
 def test_what_is_added_trains_and_all_else_is_frozen(name):
     params = ADDITIONS[name](dense_params("llama"))
     trainable, _ = weights.partition(params)
@@ -106,8 +106,8 @@ def test_bottlenecks_change_nothing_at_first_and_prompts_start_as_embeddings():
 
 
 @pytest.mark.slow
-@sweep("config", CONFIGS, quick=1)
-@pytest.mark.parametrize("name", ADDITIONS)
+@sweep("config", CONFIGS, quick=1, slow=0)
+@sweep("name", ADDITIONS, quick=2)
 def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths(name, config):
     params, all_tokens = tuned(name, config), tokens()
     want = logits(config, params, all_tokens)
@@ -130,7 +130,7 @@ def test_prefill_and_decode_equal_the_full_forward_for_rows_of_different_lengths
         np.testing.assert_allclose(got, want[rows, lengths + step], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@sweep("config", CONFIGS, quick=1)
 def test_a_prompt_of_real_embeddings_is_those_tokens_and_a_prefix_of_their_keys_too(config):
     params, whole = dense_params(config), tokens()
     # One prompt for all rows, so that all rows begin alike.
@@ -149,7 +149,7 @@ def test_a_prompt_of_real_embeddings_is_those_tokens_and_a_prefix_of_their_keys_
     assert started.key.shape == (3, 2, 9, 2, 4) and started.virtual == 4 and started.length.tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("name", ["prefix and prompt", "bottleneck"])
+@sweep("name", ["prefix and prompt", "bottleneck"], quick=1)
 def test_rematerialising_and_scanning_change_nothing(name):
     params = tuned(name)
     want = logits("llama", params, tokens())
@@ -157,6 +157,7 @@ def test_rematerialising_and_scanning_change_nothing(name):
         np.testing.assert_allclose(logits("llama", params, tokens(), **execution), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_takes_virtual_tokens_into_account():
     params, engine = tuned("prefix and prompt"), Engine(Transformer(CONFIG))
     prompts = [np.array([3, 1]), np.array([4])]

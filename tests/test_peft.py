@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from small import CONFIG, KERNELS, MODEL, UP, dense_params, flat, forward, tokens
+from sweep import sweep
 
 from jaxcost import sharding, weights
 from jaxcost.models.config import ModelConfig
@@ -66,7 +67,7 @@ def test_lora_changes_nothing_at_first_and_trains_adapters_alone():
             assert isinstance(w, Frozen)
 
 
-@pytest.mark.parametrize("before", [prune(), factorize(), quantize(), quantize(mode="training"), freeze()])
+@sweep("before", [prune(), factorize(), quantize(), quantize(mode="training"), freeze()], quick=2)
 def test_lora_on_every_kind_keeps_what_it_means_and_freezes_it(before):
     params = before(dense_params())
     adapted = flat(lora(rank=2)(params))
@@ -87,7 +88,7 @@ def test_each_weight_takes_its_random_values_from_its_own_path():
     assert np.any(everything[UP].a != everything["layers/mlp/gate/kernel"].a)
 
 
-@pytest.mark.parametrize(
+@sweep(
     ("options", "scale"),
     [
         ({"rank": 4, "alpha": 6.0}, 1.5),
@@ -96,6 +97,7 @@ def test_each_weight_takes_its_random_values_from_its_own_path():
         ({"rank": 4, "alpha": 6.0, "init": "pissa"}, 1.5),
         ({"rank": 4, "alpha": 6.0, "init": "pissa", "dora": True, "rank_stabilized": True}, 3.0),
     ],
+    quick=2,
 )
 def test_no_variant_changes_the_model_at_first(options, scale):
     params = lora(**options)(dense_params(), jax.random.key(3))
@@ -173,7 +175,7 @@ def adapter_trees():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_with_adapters_of_their_own_are_served_as_each_alone():
     engine, trees = Engine(MODEL), adapter_trees()
     several = weights.stack_adapters(trees)
@@ -198,6 +200,7 @@ def test_rows_with_adapters_of_their_own_are_served_as_each_alone():
     np.testing.assert_allclose(forward()(several), forward()(dense_params()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_choice_for_each_row_stands_for_a_matrix_for_each_row():
     w = flat(weights.choose(weights.stack_adapters(adapter_trees()), [2, -1, 0]))[UP]
     assert isinstance(w, Adapters) and materialize(w).shape == (3, 3, 16, 24)
@@ -210,6 +213,7 @@ def test_a_choice_for_each_row_stands_for_a_matrix_for_each_row():
         contract(jnp.ones((4, 16)), w)
 
 
+@pytest.mark.slow
 def test_adapters_may_be_chosen_inside_a_compiled_program_and_on_a_mesh():
     several = weights.stack_adapters(adapter_trees())
 
@@ -277,7 +281,7 @@ def test_bad_input_is_refused_in_one_line(make, message):
 # ---- Merging ----
 
 
-@pytest.mark.parametrize("adapt", [lora(rank=3), lora(rank=3, dora=True), lora(rank=3, init="pissa"), ia3()])
+@sweep("adapt", [lora(rank=3), lora(rank=3, dora=True), lora(rank=3, init="pissa"), ia3()], quick=2)
 def test_merging_gives_a_plain_model_of_the_same_function(adapt):
     params = trained(adapt(dense_params()))
     merged = merge_adapters()(params)
@@ -287,6 +291,7 @@ def test_merging_gives_a_plain_model_of_the_same_function(adapt):
     assert len(merge_losses(params)) == (3 if adapt == ia3() else 7)
 
 
+@pytest.mark.slow
 def test_merging_keeps_what_the_base_is_and_says_what_is_lost():
     adapt = lora(rank=3, rules=(rule("mlp/up"),))
     for cut, kind in ((quantize(), Quantized), (quantize(numbers="nf", bits=4, group=8), Quantized), (prune(), Masked)):
@@ -309,6 +314,7 @@ def test_merging_keeps_what_the_base_is_and_says_what_is_lost():
     assert isinstance(weights.merge(params)["layers"]["mlp"]["up"]["kernel"], jax.Array)
 
 
+@pytest.mark.slow
 def test_a_small_update_merged_into_a_coarse_grid_is_lost():
     params = {"layers": {"kernel": jax.random.normal(jax.random.key(0), (2, 256, 128)) / 16}}
     losses = {}
@@ -352,7 +358,7 @@ def test_ia3_changes_nothing_at_first_and_trains_a_factor_a_channel():
 # ---- Freezing ----
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@sweep("tied", [False, True], quick=1)
 def test_freeze_keeps_the_function_and_the_gradients_of_what_trains(tied):
     config = ModelConfig(**{**vars(CONFIG), "tie_embeddings": tied})
     model = Transformer(config)

@@ -163,7 +163,7 @@ ENTRY %main (q: bf16[2,64,4,128], k: bf16[2,64,2,128]) -> bf16[2,4,64,128] {{
 # ---- Attention ----
 
 
-@sweep("kv_heads", [4, 2, 1], quick=1)
+@sweep("kv_heads", [4, 2, 1], quick=0)
 def test_splash_attention_equals_the_reference(kv_heads, monkeypatch):
     interpreted = functools.partial(attention._splash_kernel, interpret=True)
     monkeypatch.setattr(attention, "_splash_kernel", interpreted)
@@ -245,7 +245,7 @@ def planned(step="train", **changes):
     return traced, topology.plan_step(traced.jitted, traced.arguments, hardware.load_chip("cpu"), traced.static)
 
 
-@pytest.mark.parametrize("step", steps.STEPS)
+@sweep("step", steps.STEPS, quick=1, slow=2)
 def test_peak_is_the_compilers_own(step):
     traced, made = planned(step)
     with jax.set_mesh(jax.tree.leaves(traced.arguments)[0].sharding.mesh):
@@ -265,7 +265,7 @@ def test_activations_stay_where_they_are():
     assert {collective.kind for collective in made.cost.collectives} <= {"all-reduce"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transforms_change_the_plan_as_they_should():
     base, adapted, top, masked, smaller, served = (
         planned(**changes)[1].cost

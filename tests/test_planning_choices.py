@@ -44,6 +44,7 @@ def test_candidates_are_many_and_all_divide():
     assert len({candidate.flags() for candidate in candidates}) == len(candidates)
 
 
+@pytest.mark.slow
 def test_the_closed_form_ranks_as_it_should():
     def pick(**wanted):
         for candidate in found():
@@ -70,12 +71,14 @@ def test_what_is_kept_is_what_the_traced_step_keeps():
     assert kept["full"] < kept["attention"] < kept["projections"] < kept["none"]
 
 
+@pytest.mark.slow
 def test_other_batches_train_on_the_same_tokens():
     candidates = found(batches=(32, 128))
     tokens = {c.experiment.data.batch_size: c.experiment.training.steps * c.tokens for c in candidates}
     assert set(tokens) == {32, 64, 128} and len(set(tokens.values())) == 1
 
 
+@pytest.mark.slow
 def test_long_sequences_may_be_split():
     model = dataclasses.replace(EXPERIMENT.model, max_length=8192)
     long = dataclasses.replace(EXPERIMENT, model=model, data=DataConfig(batch_size=1, sequence_length=8192))
@@ -91,7 +94,7 @@ def mixture(**options):
     return dataclasses.replace(EXPERIMENT, model=model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_experts_may_be_split():
     assert {c.experiment.mesh.expert for c in found()} == {1}
     assert {c.experiment.mesh.expert for c in found(mixture())} == {1, 2, 4}
@@ -131,7 +134,7 @@ def test_what_was_compiled_corrects_the_closed_form():
     assert first in search._corrected(candidates, [], 2 * first.bytes_per_device) and first not in fitting
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_need_less():
     adapted = dataclasses.replace(EXPERIMENT, transforms=(lora(rank=4),))
     assert found(adapted)[0].bytes_per_device < found()[0].bytes_per_device
@@ -237,7 +240,7 @@ def script(name, *arguments):
         (("validate_planner.py", "no.json"), "cannot be read"),
         (("allocate.py", "nowhere", "--uniform", "0.83"), "none of the levels of sparsity"),
     ],
-    quick=3,
+    quick=1,
 )
 def test_scripts_refuse_in_one_sentence(command, said):
     done = script(command[0], *(str(ROOT / a) if a.startswith("configs") else a for a in command[1:]))

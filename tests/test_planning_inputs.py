@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import tpus
+from sweep import sweep
 
 from jaxcost import sharding
 from jaxcost.config import Experiment
@@ -86,7 +87,7 @@ def test_an_encoder_that_hears_for_a_decoder_is_planned():
     step.jitted.trace(*step.arguments)
 
 
-@pytest.mark.parametrize("kind", ["labels of images", "speech"])
+@sweep("kind", ["labels of images", "speech"], quick=1)
 def test_a_plan_for_this_machine_says_what_its_step_takes(kind):
     value = experiment(**MODELS[kind])
     step = traced(value, devices=2)
@@ -99,7 +100,7 @@ def test_a_plan_for_this_machine_says_what_its_step_takes(kind):
     assert plan.estimate.bound.seconds > 0
 
 
-@pytest.mark.parametrize("kind", ["labels of images", "speech"])
+@sweep("kind", ["labels of images", "speech"], quick=1)
 def test_a_search_ranks_layouts_by_the_tokens_of_an_image_or_of_audio(kind):
     value = experiment(**MODELS[kind])
     sizes = ranking.sizes_of(value, 0)

@@ -338,7 +338,7 @@ def statistics():
     return calibrate(forward, wide_params(), [tokens], wanted)
 
 
-@sweep("name", TRANSFORMS, quick=4)
+@sweep("name", TRANSFORMS, quick=1)
 def test_a_sharded_transform_gives_what_an_unsharded_one_does_and_gathers_no_weight(name):
     transform, params, key = TRANSFORMS[name], wide_params(), jax.random.key(0)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from small import CONFIG, UP, dense_params, flat, pruned_counts, tokens
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
@@ -154,7 +155,7 @@ def test_connections_move_at_one_sparsity_and_new_ones_start_at_zero(kind):
     assert transform.last_step() == 6
 
 
-@pytest.mark.parametrize("kind", [SET, RigL])
+@sweep("kind", [SET, RigL], quick=1)
 def test_what_is_pruned_is_forgotten_so_that_what_grows_is_new_to_the_optimizer(kind):
     schedule = kind(end_step=6, every_steps=2, share=0.4)
     transform = prune(method="random", sparsity=0.75, regrow=schedule, rules=(rule("mlp/up"),))
@@ -173,6 +174,7 @@ def test_fixed_masks_of_one_budget_train_too():
     assert fixed.update(params, jnp.zeros((), jnp.int32), {}) is params
 
 
+@pytest.mark.slow
 def test_the_largest_dense_gradients_grow():
     """Against the gradient of the loss where every pruned weight stands at zero and trains."""
     transform = prune(method="random", sparsity=0.75, regrow=RigL(end_step=6, every_steps=2), rules=(rule("mlp/up"),))

@@ -195,8 +195,8 @@ def test_pruned_integers_stay_integers():
 # ---- GPTQ ----
 
 
-@sweep("group", [None, 16], quick=1)
-@pytest.mark.parametrize(("bits", "numbers"), [(4, "int"), (8, "int"), (4, "nf")])
+@sweep("group", [None, 16], quick=1, slow=0)
+@sweep(("bits", "numbers"), [(4, "int"), (8, "int"), (4, "nf")], quick=1)
 def test_gptq_errs_less_than_rounding_to_nearest_the_more_the_inputs_correlate(bits, numbers, group):
     w = normal((1, 64, 48))
     options = {"bits": bits, "numbers": numbers, "group": group}
@@ -216,9 +216,9 @@ def test_gptq_of_whole_channels_keeps_the_scales_of_rounding_to_nearest():
     assert 0.05 < np.mean(found.codes.astype(jnp.int32) != nearest.codes.astype(jnp.int32)) < 0.6
 
 
-@sweep("group", [None, 16], quick=1)
+@sweep("group", [None, 16], quick=1, slow=0)
 @pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
-@pytest.mark.parametrize(("bits", "numbers"), [(4, "int"), (4, "nf"), (8, "fp")])
+@sweep(("bits", "numbers"), [(4, "int"), (4, "nf"), (8, "fp")], quick=1)
 def test_masks_are_kept_whatever_rounds(method, bits, numbers, group):
     w, x = normal((2, 64, 24)), correlated(256, 64, 0.8)
     options = store(method=method, bits=bits, numbers=numbers, group=group)
@@ -322,6 +322,7 @@ def test_the_second_factor_of_a_product_is_rounded_for_what_the_first_hands_on()
     assert output_error(thin.v[0], found.v, between) < output_error(thin.v[0], quantized(thin.v, "int4"), between)
 
 
+@pytest.mark.slow
 def test_experts_are_rounded_each_for_its_own_inputs():
     w = normal((2, 3, 32, 8))
     rows = jnp.stack([jnp.stack([correlated(128, 32, 0.8, seed=3 * i + j) for j in range(3)]) for i in range(2)])

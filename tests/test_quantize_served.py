@@ -74,7 +74,8 @@ def trained(name, compute):
 @sweep(
     ("name", "compute"),
     [*((name, "float32") for name in TRAININGS), ("int8", "bfloat16"), ("int4 weights", "bfloat16")],
-    quick=2,
+    quick=0,
+    slow=2,
 )
 def test_a_model_serves_the_bits_that_it_was_trained_with(name, compute):
     params = trained(name, compute)
@@ -89,7 +90,7 @@ def test_a_model_serves_the_bits_that_it_was_trained_with(name, compute):
     assert np.mean(forward(floats) != forward(params)) > 0.8
 
 
-@sweep("name", ["int8", "int4 weights"], quick=1)
+@sweep("name", ["int8", "int4 weights"], quick=0)
 def test_what_is_served_on_a_mesh_has_the_same_codes_and_nearly_the_same_logits(name):
     params = trained(name, "float32")
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2, data=2))
@@ -153,7 +154,7 @@ def test_a_whole_model_is_quantised_and_means_nearly_what_it_did(name):
     assert 1e-4 < error < {"int8": 0.02, "static": 0.05, "fp8": 0.08}.get(name, 0.35)
 
 
-@pytest.mark.parametrize("name", STORED)
+@sweep("name", STORED, quick=2)
 def test_checkpoints_hold_every_grid(name, tmp_path):
     with Checkpoints(tmp_path / "checkpoints", CheckpointConfig()) as checkpoints:
         checkpoints.save(1, stored(name), {})
@@ -192,6 +193,7 @@ def test_codes_of_four_bits_are_written_two_a_byte(tmp_path):
     assert found["int4"][0] < 0.75 * found["int8"][0]
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_every_grid():
     for name in ("int8", "nf4", "fp8"):
         params = lora(rank=2)(stored(name))

@@ -121,6 +121,7 @@ def test_what_is_no_study_is_refused(tmp_path, content):
         read(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_2_on_a_regression_and_with_1_on_bad_input(tmp_path):
     def run(*arguments):
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, log_probabilities, params, prompts, slots
+from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
@@ -218,6 +219,7 @@ def held_in_parts():
     )
 
 
+@pytest.mark.slow
 def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatch):
     held = held_in_parts()
     called, programs = [], held._decode_programs
@@ -337,8 +339,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS)
+@sweep("change", KINDS.values(), ids=KINDS, quick=0)
 def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
     model = Transformer(CONFIG, ExecutionConfig(cache="int8"))
     own = change(params(), jax.random.key(0))

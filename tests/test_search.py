@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sweep import sweep
 
 from jaxcost.config import Experiment, load
 from jaxcost.data import DataConfig
@@ -266,7 +267,7 @@ def test_the_parts_of_the_ledger_are_its_total_to_the_cent(tmp_path, data_dir, m
     assert paid + base == pytest.approx(result["totals"]["flops"])
 
 
-@pytest.mark.parametrize("after", [1, 4, 9, 13])
+@sweep("after", [1, 4, 9, 13], quick=1)
 def test_a_kill_repeats_nothing_that_was_finished_and_ends_with_the_same_winner(
     tmp_path, data_dir, made_up, monkeypatch, after
 ):
@@ -373,6 +374,7 @@ def test_two_studies_in_one_folder_are_refused(tmp_path, data_dir):
         search(experiment(data_dir), tmp_path)
 
 
+@pytest.mark.slow
 def test_counts_are_what_the_weights_then_are(data_dir):
     base = Session(experiment(data_dir), quiet=True, devices=jax.devices()[:1])
     dense = jax.eval_shape(base.base_params)

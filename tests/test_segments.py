@@ -92,7 +92,7 @@ def test_a_number_that_comes_back_is_another_sequence():
     assert np.all(np.isfinite(run(params, tokens, segments_BT=jnp.zeros((1, 20), jnp.int32))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_students_are_compared_with_teachers_one_document_at_a_time():
     student, teacher = (params_of("rotary"), jax.tree.map(lambda a: 1.5 * a, params_of("rotary")))
     config = DistillConfig(teacher="t", attention=1.0, values=2.0, hidden=1.0, logits=0.5, projection="fixed")
@@ -198,7 +198,7 @@ def test_the_loss_of_packed_rows_is_that_of_documents_one_at_a_time():
     assert total(together) == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_on_a_mesh_and_in_microbatches_learns_from_documents_apart():
     batch = {"inputs": np.random.default_rng(0).integers(0, 32, (8, 20))}
     batch |= {"targets": batch["inputs"], "mask": np.ones((8, 20), np.float32)}

@@ -14,7 +14,7 @@ from jaxcost import sharding
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 
 
-@sweep("tied", [True, False], quick=1)
+@sweep("tied", [True, False], quick=0)
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_whole_on_every_device(tied):
     config = dataclasses.replace(small.CONFIG, vocab_size=33, tie_embeddings=tied)
     model, rng = Transformer(config), np.random.default_rng(0)

@@ -93,8 +93,7 @@ def close(got, want):
 # ---- What stays is the model without what went ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=0)
 def test_fewer_channels_are_the_model_with_their_rows_zeroed(name):
     config, params = CONFIGS[name], dense(CONFIGS[name])
     small = shrink(mlp=0.25)(params)
@@ -113,8 +112,8 @@ def test_fewer_channels_are_the_model_with_their_rows_zeroed(name):
     close(hidden(config, small), hidden(config, zeroed))
 
 
-@pytest.mark.parametrize("within", [False, True])
-@pytest.mark.parametrize("name", ["llama", "biased"])
+@sweep("within", [False, True], quick=1)
+@sweep("name", ["llama", "biased"], quick=1)
 def test_fewer_heads_are_the_model_with_their_rows_zeroed(name, within):
     config, params = CONFIGS[name], dense(CONFIGS[name])
     small = shrink(heads=0.5, head_dim=4, within_groups=within)(params)
@@ -153,7 +152,7 @@ def test_fewer_layers_are_those_that_add_the_most():
     close(hidden(CONFIG, small), hidden(CONFIG, silent))
 
 
-@pytest.mark.parametrize("capacity_factor", [0.0, 4.0])
+@sweep("capacity_factor", [0.0, 4.0], quick=1)
 def test_fewer_experts_are_the_model_that_never_chooses_the_others(capacity_factor):
     config = dataclasses.replace(EXPERTS, capacity_factor=capacity_factor)
     params = dense(config)
@@ -203,7 +202,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=1)
 def test_sizes_follow_from_the_options_and_jit_changes_nothing(name):
     params, one = dense(CONFIGS[name]), EVERYTHING[name]
     small = one(params)
@@ -220,7 +219,7 @@ def test_sizes_follow_from_the_options_and_jit_changes_nothing(name):
     assert shrink(mlp=8).coverage(params)[0].action == "-"
 
 
-@sweep("name", CONFIGS, quick=1)
+@sweep("name", CONFIGS, quick=0)
 def test_a_mesh_changes_nothing_and_no_weight_is_gathered(name):
     config = dataclasses.replace(CONFIGS[name], num_heads=8, num_kv_heads=4)
     one = dataclasses.replace(EVERYTHING[name], heads=4)
@@ -252,7 +251,7 @@ def test_it_comes_before_other_cuts():
         chain(lora(), shrink(mlp=8))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@sweep("name", CONFIGS, quick=1)
 def test_a_smaller_model_generates_what_its_own_config_would(name):
     config, small = CONFIGS[name], EVERYTHING[name](dense(CONFIGS[name]))
     left = resized(config, small)
@@ -266,9 +265,7 @@ def test_a_smaller_model_generates_what_its_own_config_would(name):
 # ---- What it saves ----
 
 
-@pytest.mark.parametrize(
-    "one", [EVERYTHING["llama"], shrink(mlp=0.25), shrink(heads=0.5, head_dim=4, within_groups=True)]
-)
+@sweep("one", [EVERYTHING["llama"], shrink(mlp=0.25), shrink(heads=0.5, head_dim=4, within_groups=True)], quick=1)
 def test_the_compiled_step_costs_what_the_closed_form_of_the_smaller_config_says(one):
     model = Transformer(CONFIG, ExecutionConfig(unroll="never"))
     optimizer = make_optimizer(OptimizerConfig(), 10)
@@ -320,7 +317,7 @@ def test_a_smaller_model_trains_restores_and_generates(tmp_path):
     assert len(made[0]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_goes_through_the_study(tmp_path):
     recipes = (Recipe("small", transforms=(SMALLER,)), Recipe("later", finish=(shrink(mlp=0.5),)))
     study = StudyConfig(recipes=recipes, recovery_steps=1, decode_tokens=4, decode_batch_size=2, topology="v99:1x1")

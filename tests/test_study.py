@@ -74,6 +74,7 @@ def finished(tmp_path_factory):
     return experiment, folder, run.run_study(experiment, folder, quiet=True, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_every_row_has_what_machines_read(finished):
     _, folder, result = finished
     assert json.loads((folder / "study.json").read_text()) == result
@@ -96,6 +97,7 @@ def test_every_row_has_what_machines_read(finished):
     assert result["plan"]["fits"] is None and "v99" in result["plan"]["why"]
 
 
+@pytest.mark.slow
 def test_the_ledger_adds_up(finished):
     _, folder, result = finished
     lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -108,6 +110,7 @@ def test_the_ledger_adds_up(finished):
     assert result["totals"]["flops"] == lines[-1]["flops"]
 
 
+@pytest.mark.slow
 def test_the_report_stands_beside_the_study(finished):
     _, folder, result = finished
     page = html.unescape((folder / "report.html").read_text())
@@ -120,6 +123,7 @@ def test_the_report_stands_beside_the_study(finished):
     assert load(folder / "config.py") == serialization.from_json(result["experiment"])
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_nothing(finished, monkeypatch):
     experiment, folder, result = finished
 
@@ -131,6 +135,7 @@ def test_a_second_run_repeats_nothing(finished, monkeypatch):
     assert again["rows"] == result["rows"] and again["totals"] == result["totals"]
 
 
+@pytest.mark.slow
 def test_a_study_killed_between_two_recipes_pays_a_shared_recovery_once(finished):
     experiment, folder, result = finished
     (folder / "recipes" / "codes" / "row.json").unlink()
@@ -141,6 +146,7 @@ def test_a_study_killed_between_two_recipes_pays_a_shared_recovery_once(finished
     assert all(one[key] == other[key] for one, other in pairs for key in same)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_run_again_and_the_others_are_not(finished, monkeypatch):
     experiment, folder, _ = finished
     recipes = (Recipe("sparse", transforms=(prune(sparsity=0.6),)), *experiment.study.recipes[1:])
@@ -156,8 +162,8 @@ def test_a_study_without_recipes_is_refused(tmp_path):
         run.run_study(Experiment(), tmp_path, quiet=True, devices=jax.devices()[:1])
 
 
-def test_a_model_that_text_alone_does_not_train_is_refused_before_its_recipes(tmp_path, finished):
-    experiment, _, _ = finished
+def test_a_model_that_text_alone_does_not_train_is_refused_before_its_recipes(tmp_path):
+    experiment = small_study(str(tmp_path / "data"))
     answering = dataclasses.replace(experiment.model, encoder=EncoderConfig(num_layers=1))
     recipes = (Recipe("lost", transforms=(prune(rules=(rule("no/such"),)),)),)
     study = dataclasses.replace(experiment.study, recipes=recipes)
@@ -167,8 +173,8 @@ def test_a_model_that_text_alone_does_not_train_is_refused_before_its_recipes(tm
     assert not (tmp_path / "base").exists()
 
 
-def test_a_recipe_that_cannot_work_fails_before_the_base_is_trained(tmp_path, finished):
-    experiment, _, _ = finished
+def test_a_recipe_that_cannot_work_fails_before_the_base_is_trained(tmp_path):
+    experiment = small_study(str(tmp_path / "data"))
     recipes = (Recipe("lost", transforms=(prune(rules=(rule("no/such"),)),)),)
     broken = dataclasses.replace(experiment, study=dataclasses.replace(experiment.study, recipes=recipes))
     with pytest.raises(RuleError, match="matches no weight"):

@@ -96,6 +96,7 @@ def session(folder, config, **changes):
     return session_of(value)
 
 
+@pytest.mark.slow
 def test_new_examples_are_sifted_paid_once_and_priced_in_the_ledger(folder, teacher, tmp_path):
     config = SynthesisConfig(texts_per_label=6, examples=2, seed=3)
     with address(written) as (url, asked):

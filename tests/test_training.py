@@ -107,7 +107,7 @@ class Interrupted(Exception):
         (quantize(mode="training", stochastic_rounding=True),),
     ],
     ids=["dense", "qlora", "gradual", "set", "rigl", "movement", "stochastic"],
-    quick=2,
+    quick=1,
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypatch, transforms):
     value = experiment(data_dir, transforms=transforms)
@@ -134,6 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data_dir, monkeypa
     assert ledger(tmp_path / "broken") == ledger(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_training_that_stops_on_the_way_goes_on_to_the_same_bits(tmp_path, data_dir):
     value = experiment(data_dir)
     whole = fitted(value, tmp_path / "whole")
@@ -160,7 +161,7 @@ def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
     session, params, _ = load_run(tmp_path)
@@ -195,6 +196,7 @@ def test_what_is_wrong_with_the_data_is_said_before_the_folder_is_claimed(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data_dir):
     one = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "one")
     training = TrainingConfig(steps=12, evaluate_every=4, accumulation=2)
@@ -216,6 +218,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, data_dir):
     np.testing.assert_allclose(moved.losses, whole.losses[4:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, data_dir):
     fitted(experiment(data_dir), tmp_path / "good")
     value = experiment(data_dir, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0))
@@ -275,7 +278,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@sweep("damage", ["flipped", "truncated", "missing", "metadata"], quick=2)
+@sweep("damage", ["flipped", "truncated", "missing", "metadata"], quick=1)
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_earlier_one_used_once_it_is_gone(tmp_path, data_dir, damage):
     whole = fitted(experiment(data_dir), tmp_path)
     newest = tmp_path / "checkpoints" / "12"

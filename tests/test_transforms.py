@@ -177,7 +177,7 @@ def shapes_of(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@sweep("name", TRANSFORMS, quick=6)
 def test_shapes_are_known_without_computing(name):
     abstract = jax.eval_shape(TRANSFORMS[name], shapes_of(dense_params()))
     concrete = shapes_of(applied(name))
@@ -185,7 +185,7 @@ def test_shapes_are_known_without_computing(name):
     assert jax.tree.leaves(abstract) == jax.tree.leaves(concrete)
 
 
-@sweep("name", TRANSFORMS, quick=6)
+@sweep("name", TRANSFORMS, quick=3)
 def test_bfloat16_models_keep_their_dtype(name):
     halves = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense_params())
     got = TRANSFORMS[name](halves)
@@ -200,7 +200,7 @@ def test_bfloat16_models_keep_their_dtype(name):
         assert error < (0.25 if name == "all" else 0.1)
 
 
-@sweep("name", TRANSFORMS, quick=8)
+@sweep("name", TRANSFORMS, quick=3)
 def test_a_sharded_transform_gives_what_an_unsharded_one_does(name):
     transform = TRANSFORMS[name]
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
