@@ -15,6 +15,7 @@ from jaxcost.data.config import DataConfig
 from jaxcost.models import cache as caches
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
+from jaxcost.models.stacks import apart, resized
 from jaxcost.models.transformer import Transformer, init_cache, initialize, unembedding
 from jaxcost.planning.steps import trace_step
 from jaxcost.serving.engine import Engine
@@ -22,7 +23,7 @@ from jaxcost.sharding import MeshConfig, make_mesh
 from jaxcost.training.config import OptimizerConfig
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.training.step import init_state, make_train_step
-from jaxcost.transforms import chain, freeze
+from jaxcost.transforms import chain, freeze, quantize
 
 CONFIG = ModelConfig(
     vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, max_length=32
@@ -136,3 +137,36 @@ def test_the_cache_is_no_part_of_what_was_trained():
     plain = Experiment()
     coded = dataclasses.replace(plain, execution=dataclasses.replace(plain.execution, cache="int8"))
     assert coded.trained_part() == plain.trained_part()
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_layers_apart_give_what_their_stack_gives_and_stay_apart(cache):
+    model = Transformer(dataclasses.replace(CONFIG, num_layers=3), ExecutionConfig(cache=cache))
+    params = chain(freeze(top_layers=1), quantize(group=16))(initialize(model, jax.random.key(0))[0])
+    tokens = sequences(2, 6, 0)
+
+    @jax.jit
+    def run(params, held):
+        for piece in (tokens[:, :5], tokens[:, 5:]):
+            hidden, held = model.apply({"params": params}, piece, held)
+        return hidden, held
+
+    held = init_cache(model.config, 2, 8, model.execution.cache_dtype)
+    expected, whole = run(params, held)
+    parted = params | {name: apart(params[name]) for name in ("frozen_layers", "layers")}
+    hidden, found = run(parted, held.replace(key=apart(held.key), value=apart(held.value)))
+    np.testing.assert_array_equal(hidden, expected)
+    assert len(found.key) == len(found.value) == 3 and resized(model.config, parted) == model.config
+    for one, other in zip((whole.key, whole.value), (found.key, found.value), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, apart(one), other)
+
+
+def test_layers_apart_lie_where_their_stack_lies():
+    stack = {"kernel": jnp.ones((3, 16, 16)), "bias": jnp.arange(3.0)[:, None]}
+    layers = apart(stack)
+    assert [float(layer["bias"][0, 0]) for layer in layers] == [0, 1, 2]
+    start, step = stack["kernel"].unsafe_buffer_pointer(), stack["kernel"].nbytes // 3
+    assert [layer["kernel"].unsafe_buffer_pointer() - start for layer in layers] == [0, step, 2 * step]
+    assert {layer["kernel"].shape for layer in layers} == {(1, 16, 16)}
+    elsewhere = jax.device_put(stack, jax.devices()[1])
+    assert [layer["kernel"].devices() for layer in apart(elsewhere)] == [{jax.devices()[1]}] * 3

@@ -47,7 +47,7 @@ class Cache:
     """Keys and values of the tokens seen so far, for every layer and row."""
 
     key: Any
-    """(L, B, S, K, h), compute dtype, or the `Codes` of as many."""
+    """(L, B, S, K, h), compute dtype, or the `Codes` of as many; or L of them, (1, B, S, K, h), if they are `apart`."""
     value: Any
     """As the keys."""
     length: jax.Array

@@ -42,7 +42,8 @@ def prompt_tokens(params: weights.Params) -> int:
 
 def prefix_tokens(params: weights.Params) -> int:
     """Virtual tokens of the prefix, 0 without one."""
-    found = params.get("layers", {}).get("attention", {}).get("prefix")
+    layers = params.get("layers", {})
+    found = (layers[0] if isinstance(layers, tuple) else layers).get("attention", {}).get("prefix")
     return 0 if found is None else _length(found["key"])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -16,6 +17,49 @@ from jaxcost.models.config import ModelConfig
 
 STACKS = ("frozen_layers", "layers")
 """The stacks of blocks a tree may hold, in the order in which they run."""
+
+
+def stacks_of(params: weights.Params) -> list:
+    """The stacks of a tree in the order in which they run, each of them a tree (L, ...); see `apart`."""
+    held = [params[name] for name in STACKS if name in params]
+    return [stack for one in held for stack in (one if isinstance(one, tuple) else (one,))]
+
+
+def apart(layers: Any) -> tuple:
+    """A tree (L, ...) as L trees (1, ...): weights, in place of a stack, or what a cache keeps.
+
+    XLA on a CPU copies a layer out of a stack before it multiplies with it, and a stack of caches whole for each token;
+    a layer by itself is read, and written, where it is. Arrays that one CPU holds are not copied.
+    """
+
+    def cut(a):
+        if isinstance(a, jax.core.Tracer) or not on_one_cpu(a):
+            return [a[i : i + 1] for i in range(a.shape[0])]
+        held = np.asarray(a)  # whose parts stay in its memory
+        return jax.device_put([held[i : i + 1] for i in range(len(held))], a.sharding)
+
+    leaves, structure = jax.tree.flatten(layers)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*map(cut, leaves), strict=True))
+
+
+def on_one_cpu(a: jax.Array) -> bool:
+    """Whether an array lies in the memory of a CPU, whole and once."""
+    return [device.platform for device in a.devices()] == ["cpu"]
+
+
+def part(layers: Any, start: int, depth: int):
+    """So many layers of a tree (L, ...); of layers that are `apart`, one."""
+    if isinstance(layers, tuple):
+        [one] = layers[start : start + depth]
+        return one
+    return jax.tree.map(lambda a: a[start : start + depth], layers)
+
+
+def joined(parts: list, like: Any):
+    """The layers of several trees (L, ...) behind one another, `apart` if those of `like` are."""
+    if isinstance(like, tuple):
+        return tuple(parts)
+    return jax.tree.map(lambda *each: jnp.concatenate(each) if len(each) > 1 else each[0], *parts)
 
 
 def initialize_stack(block: Block, rng, x_BTD, positions_BT, depth: int, **options):
@@ -32,7 +76,7 @@ def resized(config: ModelConfig, params: weights.Params) -> ModelConfig:
       ValueError: layers were dropped from a pattern of several kinds or from between positions, heads were cut in two,
         or fewer experts are left than a token is sent to.
     """
-    stacks = [params[name] for name in STACKS if name in params]
+    stacks = stacks_of(params)
     attend, mlp = stacks[-1]["attention"], stacks[-1]["mlp"]
     query, key, up = (_shape(part["kernel"]) for part in (attend["query"], attend["key"], mlp["up"]))
     num_layers = sum(_shape(stack["attention"]["query"]["kernel"])[0] for stack in stacks)

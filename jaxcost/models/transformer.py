@@ -62,7 +62,17 @@ from jaxcost.models.inputs import check_cache, check_segments, length_of, smalle
 from jaxcost.models.layers import Norm, Table
 from jaxcost.models.pipeline import over_layers
 from jaxcost.models.positions import RelativePositions
-from jaxcost.models.stacks import STACKS, grouped, initialize_stack, resized, restacked, ungrouped, unstacked
+from jaxcost.models.stacks import (
+    grouped,
+    initialize_stack,
+    joined,
+    part,
+    resized,
+    restacked,
+    stacks_of,
+    ungrouped,
+    unstacked,
+)
 from jaxcost.sharding import constrain
 
 FOUND, BOXES = "found", "boxes"
@@ -201,9 +211,7 @@ class Transformer(nn.Module):
             return x_BTD, kv, None
         e = self.execution
         blocks = {kind: Block(c, kind, e.attention, e.context, parent=None) for kind in set(c.pattern)}
-        stacks = [
-            nn.meta.unbox(self.get_variable("params", name)) for name in STACKS if self.has_variable("params", name)
-        ]
+        stacks = stacks_of(nn.meta.unbox(self.variables["params"]))
 
         def step(kinds, kept, beside, x, group):
             positions_BT, valid_BT, source = beside
@@ -225,8 +233,8 @@ class Transformer(nn.Module):
             depth, done = jax.tree.leaves(stack)[0].shape[0], 0
             # The source's keys and values are read, not written, so that a step makes no copy of them.
             held = None if source is None or source.key is None else Source(source.key, source.value)
-            cut = lambda a: a[start : start + depth]  # noqa: B023, E731
-            cache, held, tables = jax.tree.map(cut, (kv, held, further))
+            held, tables = (part(one, start, depth) for one in (held, further))
+            cache = kv and tuple(part(one, start, depth) for one in kv)
             layers = (stack, cache, held, jnp.arange(start, start + depth), tables)
             runs = [(*run, ()) for run in c.groups(start, depth)]
             if stack is stacks[-1] and self.is_mutable_collection(WATCHED):
@@ -244,7 +252,9 @@ class Transformer(nn.Module):
                 if kept:
                     watched = jax.tree.map(lambda a: a[0], sown[WATCHED]["attention"][HEADS])
             start += depth
-        kv, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *made)
+        caches_of, losses = zip(*made, strict=True)
+        losses = joined(losses, None)
+        kv = kv and tuple(joined(parts, like) for parts, like in zip(zip(*caches_of, strict=True), kv, strict=True))
         for name, values_L in losses.items():
             sow(self, "losses", name, jnp.mean(values_L))
         return x_BTD, kv, watched
@@ -356,7 +366,7 @@ def start_cache(
     rows = 1 if prefix + prompt and source is None else batch_size
     cache = init_cache(c, rows, prefix + prompt + slots, model.execution.cache_dtype).replace(source=source)
     if prefix:
-        stacks = [params[name]["attention"]["prefix"] for name in STACKS if name in params]
+        stacks = [stack["attention"]["prefix"] for stack in stacks_of(params)]
 
         def filled(held, name):
             tables_LPN = jnp.concatenate([weights.materialize(stack[name]) for stack in stacks])
@@ -385,7 +395,7 @@ def _read_source(model: Transformer, params: weights.Params, source_BS, valid_BS
         made = {name: one.apply({"params": layer[name]}, source.states) for name, one in linear.items()}
         return {name: caches.held(split_heads(x, c.head_dim), model.execution.cache_dtype) for name, x in made.items()}
 
-    parts = [lax.map(of_layer, params[name]["cross_attention"]) for name in STACKS if name in params]
+    parts = [lax.map(of_layer, stack["cross_attention"]) for stack in stacks_of(params)]
     return Source(**jax.tree.map(lambda *a: jnp.concatenate(a), *parts), valid=valid_BS)
 
 

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.models import optional
+from jaxcost.models.stacks import STACKS, apart, on_one_cpu
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 from jaxcost.serving.programs import compiled
 from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose
@@ -115,6 +116,10 @@ class Slots:
         self.vocab_size = model.config.vocab_size
         self.top = min(config.top_logprobs, self.vocab_size)
         self.virtual = optional.virtual_tokens(params)
+        # A scan wants stacks; where layers are unrolled anyway, each is better off by itself.
+        self._apart = all(map(on_one_cpu, jax.tree.leaves(params))) and model.execution.unrolled(2) > 1
+        if self._apart:
+            params = params | {name: apart(params[name]) for name in STACKS if name in params}
         self.params = params
         self.adapters = _adapters_in(params)
         # A piece may end in padding and a dispatch in tokens that nobody asked for.
@@ -146,7 +151,10 @@ class Slots:
             seen_BV=jnp.zeros((b, v), bool),
         )
         none = jnp.full((b,), -1, jnp.int32)
-        return State(start_cache(self.model, base, b, room), jnp.zeros((b, v), jnp.float32), rows, none)
+        cache = start_cache(self.model, base, b, room)
+        if self._apart:
+            cache = cache.replace(key=apart(cache.key), value=apart(cache.value))
+        return State(cache, jnp.zeros((b, v), jnp.float32), rows, none)
 
     def _with_adapters(self, params, adapter_B):
         return weights.choose(params, adapter_B) if self.adapters else params
