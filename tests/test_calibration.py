@@ -100,7 +100,7 @@ def test_statistics_are_those_of_what_the_weights_meet():
     assert found["unembed/kernel"].gram is None
 
 
-@sweep("capacity", [0.0, 4.0], quick=0, slow=0)
+@sweep("capacity", [0.0, 4.0], quick=0)
 def test_each_expert_is_known_by_its_own_rows_whether_any_are_dropped_or_not(capacity):
     config = dataclasses.replace(CONFIG, num_layers=2, experts=4, experts_per_token=2, capacity_factor=capacity)
     model, names = Transformer(config), ("up", "down", "router")

@@ -137,7 +137,7 @@ def test_an_encoder_decoder_goes_in_answers_and_comes_back(checkpoint, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, same, want)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_script_answers_to_a_source(checkpoint, tmp_path):
     write(checkpoint, ANSWERS, tensors_of(ANSWERS))
     import_checkpoint(checkpoint, tmp_path / "run", quiet=True)

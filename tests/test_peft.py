@@ -175,7 +175,7 @@ def adapter_trees():
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_with_adapters_of_their_own_are_served_as_each_alone():
     engine, trees = Engine(MODEL), adapter_trees()
     several = weights.stack_adapters(trees)

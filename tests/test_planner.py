@@ -265,7 +265,7 @@ def test_activations_stay_where_they_are():
     assert {collective.kind for collective in made.cost.collectives} <= {"all-reduce"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_transforms_change_the_plan_as_they_should():
     base, adapted, top, masked, smaller, served = (
         planned(**changes)[1].cost

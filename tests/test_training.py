@@ -161,7 +161,7 @@ def test_a_finished_run_comes_back_at_once_and_learned_something(tmp_path, data_
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.params, params)), strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_is_loaded_onto_the_mesh_it_was_trained_on(tmp_path, data_dir):
     trained = fitted(experiment(data_dir, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
     session, params, _ = load_run(tmp_path)
