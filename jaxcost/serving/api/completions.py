@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import time
 import uuid
@@ -53,7 +54,7 @@ def completion_routes(model: TextModel, config: ApiConfig, metrics: Metrics) -> 
     return router
 
 
-class _Job:
+class _Job(abc.ABC):
     """What the two addresses share: a request's sequences, and how its pieces are written."""
 
     kind: str
@@ -76,9 +77,9 @@ class _Job:
     num_prompts = 1
 
     @property
+    @abc.abstractmethod
     def top(self) -> int:
         """Likeliest tokens that are told of each."""
-        raise NotImplementedError
 
     def make(self) -> list[Sequence]:
         """The requests, one for each choice of each prompt; encodes the prompts."""
@@ -111,11 +112,13 @@ class _Job:
 
     scored = score_prompt = False
 
+    @abc.abstractmethod
     def encoded(self) -> list[np.ndarray]:
-        raise NotImplementedError
+        """The tokens of each prompt."""
 
+    @abc.abstractmethod
     def max_tokens(self, room: int) -> int:
-        raise NotImplementedError
+        """Tokens of an answer at most, where so many find room."""
 
     def envelope(self, kind: str) -> dict[str, Any]:
         name = self.body.model or self.model.name
@@ -124,17 +127,17 @@ class _Job:
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    @abc.abstractmethod
     def choice(self, index: int, pieces: list[Piece], prompt: Scored | None) -> dict[str, Any]:
         """A whole choice."""
-        raise NotImplementedError
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The first chunk of a choice in a stream, if there is one before its first piece."""
         return None
 
+    @abc.abstractmethod
     def chunk(self, index: int, piece: Piece | Scored) -> dict[str, Any] | None:
         """A piece of a choice in a stream, if there is something to say."""
-        raise NotImplementedError
 
 
 class _Completion(_Job):
