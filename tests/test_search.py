@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick import QUICK_TO_COMPILE
 from sweep import sweep
 
 from jaxcost.config import Experiment, load
@@ -488,6 +489,7 @@ def test_a_real_search_survives_kills_at_any_moment(tmp_path, data_dir):
     assert json.loads((tmp_path / "whole" / "study.json").read_text()) == whole
     command = [sys.executable, "-c", PROGRAM, str(data_dir), str(tmp_path / "killed")]
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
+    environment["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ['XLA_FLAGS']}"  # as this process compiles
     draw, seen = random.Random(0), {}
     for seconds in (*(draw.uniform(10, 30) for _ in range(6)), None):
         process = subprocess.Popen(command, env=environment)
