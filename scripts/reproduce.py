@@ -26,7 +26,8 @@ class Arguments:
     recovery_steps: int = 100
     """Steps after a transform, and half those of a fine-tune."""
     processes: int = 0
-    """Processes at once, each with seeds of its own; one a seed if 0, but no more than there are cores."""
+    """Processes at once, each with seeds of its own; if 0, one a seed, but no more than a CPU has cores, and one on other
+    devices."""
     data_dir: str | None = None
     """Where TFDS keeps its datasets."""
     json: Path | None = None
@@ -42,6 +43,8 @@ def main(arguments: Arguments) -> dict[str, Any]:
     if "host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
 
+    import jax
+
     from jaxcost.study.bench import Bench, BenchConfig
     from jaxcost.study.claims import CLAIMS, measure_at_once
     from jaxcost.study.relations import chosen, reproduce, said
@@ -50,7 +53,9 @@ def main(arguments: Arguments) -> dict[str, Any]:
     sizes = {name: getattr(arguments, name) for name in ("base_steps", "recovery_steps", "data_dir")}
     bench = Bench(arguments.workdir, BenchConfig(**sizes))
     claims = list(chosen(CLAIMS, arguments.only))
-    processes = arguments.processes or min(len(arguments.seeds), os.cpu_count() or 1)
+    # An accelerator belongs to one process.
+    most = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
+    processes = arguments.processes or min(len(arguments.seeds), most)
     if processes > 1:
         measure_at_once(bench, arguments.only, arguments.seeds, processes)
     rows = reproduce(bench, claims, arguments.seeds, console.print)
