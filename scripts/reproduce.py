@@ -26,8 +26,8 @@ class Arguments:
     recovery_steps: int = 100
     """Steps after a transform, and half those of a fine-tune."""
     processes: int = 0
-    """Processes at once, each with seeds of its own; if 0, one a seed, but no more than a CPU has cores, and one on other
-    devices."""
+    """Processes at once, each with seeds of its own; if 0, one a seed, but no more than a CPU has cores, and one on
+    other devices."""
     data_dir: str | None = None
     """Where TFDS keeps its datasets."""
     json: Path | None = None
