@@ -164,7 +164,7 @@ class _Answering:
     async def run(self, make: Callable[[], list[Text]]) -> list[np.ndarray]:
         """The answers in the order of the texts; ApiError if one of them has none."""
         self.asked = await submitted(
-            self._batcher, self._count, lambda: [self._ask(i, text) for i, text in enumerate(make())]
+            self._batcher, self._count, lambda: [self._ask(i, text) for i, text in enumerate(make())], self._deadline
         )
         found: dict[int, np.ndarray] = {}
         try:

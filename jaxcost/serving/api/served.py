@@ -92,14 +92,16 @@ class Served:
             raise ApiError(400, str(error), "messages") from None
 
 
-async def submitted(worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]]) -> list[_J]:
-    """Sends `count` jobs, which `make` makes in a thread once there is room for them.
+async def submitted(
+    worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]], deadline_seconds: float | None = None
+) -> list[_J]:
+    """Sends `count` jobs of a deadline, which `make` makes in a thread once there is room for them.
 
     Raises:
       ApiError: there is no room, or a job cannot be met.
     """
     try:
-        worker.reserve(count)
+        worker.reserve(count, deadline_seconds)
     except Overloaded as error:
         wait = {"Retry-After": str(error.retry_after_seconds)}
         raise ApiError(429, str(error), code="overloaded", headers=wait) from None
