@@ -1,0 +1,137 @@
+"""What lives on the device between two programs of the slots: caches, logits and settings, with a row for each slot.
+
+Shapes in names: B slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcost import sharding, weights
+from jaxcost.models.stacks import STACKS, apart, on_one_cpu
+from jaxcost.models.transformer import Cache, Transformer, start_cache
+from jaxcost.serving.sampling import Rows
+
+
+@struct.dataclass
+class State:
+    """Each program takes it and gives it back."""
+
+    caches: tuple[Cache, ...]
+    """The model's, and behind it the draft's if there is one."""
+    logits: jax.Array
+    """(B, V) float32: of each slot's next token, with a draft those of the first alone."""
+    rows: Rows
+    """Settings of each slot, all of them arrays."""
+    adapter: jax.Array
+    """(B,) int32: adapter of each slot, -1 for none."""
+    last: jax.Array | None = None
+    """(B,) int32, with a draft: the last token of each slot, which is in no cache yet; -1 before the first."""
+
+    @property
+    def cache(self) -> Cache:
+        """The model's."""
+        return self.caches[0]
+
+    @property
+    def kv(self) -> tuple:
+        """Keys and values of every cache, whose arrays are (L, B, S, ...)."""
+        return tuple((cache.key, cache.value) for cache in self.caches)
+
+    def with_kv(self, kv: tuple) -> State:
+        """The same with others."""
+        both = zip(self.caches, kv, strict=True)
+        return self.replace(caches=tuple(cache.replace(key=key, value=value) for cache, (key, value) in both))
+
+    def with_length(self, slot: jax.Array, length: jax.Array) -> State:
+        """The same where a slot holds so many tokens, virtual ones not counted, in every cache."""
+
+        def held(cache: Cache) -> Cache:
+            return cache.replace(length=cache.length.at[slot].set(length + cache.virtual))
+
+        return self.replace(caches=tuple(map(held, self.caches)))
+
+    def first(self, slots: int, length: int) -> State:
+        """The first slots alone, and of each the first `length` tokens."""
+        rest = jax.tree.map(lambda a: a[:slots], self.with_kv(((None, None),) * len(self.caches)))
+        return rest.with_kv(jax.tree.map(lambda a: a[:, :slots, :length], self.kv))
+
+    def put_first(self, part: State) -> State:
+        """The same with another state of its first slots, as `first` gives it."""
+        return jax.tree.map(lambda a, new: lax.dynamic_update_slice(a, new, (0,) * a.ndim), self, part)
+
+
+def start_state(models: tuple[Transformer, ...], params: tuple[weights.Params, ...], slots: int, room: int) -> State:
+    """Empty slots, each with room for so many tokens beside the virtual ones.
+
+    Args:
+      models: the model, and its draft if there is one.
+      params: the weights of each, as `as_served` gives them.
+      slots: B.
+      room: tokens of each.
+    """
+    b, v = slots, models[0].config.vocab_size
+    rows = Rows(
+        temperature_B=jnp.zeros((b,), jnp.float32),
+        seed_B=jnp.zeros((b,), jnp.uint32),
+        count_B=jnp.zeros((b,), jnp.int32),
+        top_k_B=jnp.zeros((b,), jnp.int32),
+        top_p_B=jnp.ones((b,), jnp.float32),
+        min_p_B=jnp.zeros((b,), jnp.float32),
+        penalty_B=jnp.ones((b,), jnp.float32),
+        seen_BV=jnp.zeros((b, v), bool),
+    )
+    none = jnp.full((b,), -1, jnp.int32)
+    caches = tuple(_start(model, own, b, room) for model, own in zip(models, params, strict=True))
+    return State(caches, jnp.zeros((b, v), jnp.float32), rows, none, none if len(models) > 1 else None)
+
+
+def _start(model: Transformer, params: weights.Params, slots: int, room: int) -> Cache:
+    cache = start_cache(model, params, slots, room)
+    if any(isinstance(params.get(name), tuple) for name in STACKS):
+        return cache.replace(key=apart(cache.key), value=apart(cache.value))
+    return cache
+
+
+def as_served(model: Transformer, params: weights.Params) -> weights.Params:
+    """The weights as programs of the slots take them.
+
+    A scan wants stacks; where layers are unrolled anyway, each is better off by itself.
+    """
+    if not all(map(on_one_cpu, jax.tree.leaves(params))) or model.execution.unrolled(2) == 1:
+        return params
+    return params | {name: apart(params[name]) for name in STACKS if name in params}
+
+
+def beside(params: weights.Params, draft_params: weights.Params) -> weights.Params:
+    """A draft's weights where the model's are: whole on each of their devices."""
+    place = jax.tree.leaves(params)[0].sharding
+    if isinstance(place, NamedSharding):
+        place = sharding.replicated(place.mesh)
+    return jax.device_put(draft_params, place)
+
+
+def places_of(params: weights.Params, state: State) -> Any:
+    """Where the state of sharded weights lives: heads of the model's cache like those of the weights, all else
+    everywhere.
+
+    None on one device.
+    """
+    found = jax.tree.leaves(params)[0].sharding
+    if not isinstance(found, NamedSharding) or found.mesh.size == 1:
+        return None
+
+    def of_cache(a):
+        spec = sharding.mesh_spec(PartitionSpec(None, None, None, "kv_heads", None), found.mesh.shape)
+        ways = found.mesh.shape.get(spec[3], 1)
+        return NamedSharding(found.mesh, spec if a.shape[3] % ways == 0 else PartitionSpec())
+
+    places = jax.tree.map(lambda _: sharding.replicated(found.mesh), state)
+    own, *rest = places.kv
+    return places.with_kv((jax.tree.map(of_cache, (state.cache.key, state.cache.value)), *rest))
