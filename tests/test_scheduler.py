@@ -28,8 +28,8 @@ from jaxcost.transforms import factorize, lora, prefix_tuning, quantize
 
 
 @contextlib.contextmanager
-def scheduler(config=None, **options):
-    made = Scheduler(slots(), TOKENIZER.decode, config or SchedulerConfig(), **options)
+def scheduler(config=None, held=None, **options):
+    made = Scheduler(held or slots(), TOKENIZER.decode, config or SchedulerConfig(), **options)
     try:
         yield made
     finally:
