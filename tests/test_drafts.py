@@ -1,4 +1,4 @@
-"""A draft in the slots: requests get the tokens of the model alone, or its distribution, whatever the draft proposes."""
+"""A draft in the slots: requests get the tokens of the model alone, or its distribution, whatever is proposed."""
 
 import dataclasses
 import functools
@@ -12,10 +12,12 @@ from sweep import sweep
 from test_generation import SETTINGS, exact, p_value, tiny
 from test_scheduler import Asked, compilations, scheduler, tuned
 
+from jaxcost.cost.hardware import HardwareConfig, resolve
 from jaxcost.models.config import EncoderConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.serving.adapters import with_adapters
+from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import GREEDY, Sampling
@@ -183,6 +185,27 @@ def test_drafts_that_do_not_fit_are_refused_before_anything_is_compiled(change, 
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         Slots(MODEL, params(), SLOTS, draft)
     assert not compiled
+
+
+def test_metrics_count_proposals_by_vllm_s_names():
+    metrics = Metrics("small", resolve(HardwareConfig("h100", 1)))
+    with scheduler(held=drafted()) as running:
+        metrics.watch(running)
+        asked = [Asked(running, prompt, 15) for prompt in prompts(5, seed=6)]
+        for one in asked:
+            metrics.ended(one.ticket, one.all()[-1].reason)
+
+    def counted(name, **labels):
+        labels = {"model_name": "small", **labels}
+        return metrics.registry.get_sample_value(f"vllm:spec_decode_num_{name}_total", labels)
+
+    drafts = sum(len(one.ticket.kept) for one in asked)
+    assert counted("drafts") == drafts and counted("draft_tokens") == PROPOSALS * drafts
+    assert counted("accepted_tokens") == kept_share(asked) * PROPOSALS * drafts > 0
+    places = [counted("accepted_tokens_per_pos", position=str(place)) for place in range(PROPOSALS)]
+    assert sum(places) == counted("accepted_tokens") and places == sorted(places, reverse=True)
+    # What the draft costs is part of what a request costs: it runs in the same dispatches.
+    assert min(one.ticket.device_seconds for one in asked) > 0
 
 
 # ---- What takes longer ----

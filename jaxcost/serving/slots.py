@@ -26,7 +26,7 @@ from jaxcost.models.transformer import Cache, Transformer, logits
 from jaxcost.serving.programs import compiled
 from jaxcost.serving.sampling import GREEDY, Rows, Sampling, by_need, choose
 from jaxcost.serving.speculative import Draft, check_draft, play_round
-from jaxcost.serving.state import State, as_served, beside, places_of, start_state
+from jaxcost.serving.state import State, as_served, beside, empty_cache, empty_state, places_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ class Slots:
 
     def _start(self, params, *, room: int) -> State:
         params = self._with_adapters(params, jnp.full((self.config.slots,), -1, jnp.int32))
-        return start_state(self._models, params, self.config.slots, room)
+        each = zip(self._models, params, strict=True)
+        return empty_state(tuple(empty_cache(*one, self.config.slots, room) for one in each), self.vocab_size)
 
     def _with_adapters(self, params, adapter_B):
         """The weights of the model, whose rows choose an adapter, and of the draft, which has none."""
@@ -345,7 +346,7 @@ def _read(model: Transformer, params: weights.Params, cache: Cache, slot, tokens
     """Hidden states (1, C, D) of a slot's tokens from `start` on, and the keys and values of all slots after them."""
     cut = lambda a: lax.dynamic_slice_in_dim(a, slot, 1, axis=1)  # noqa: E731
     key, value = jax.tree.map(cut, (cache.key, cache.value))
-    row = Cache(key, value, jnp.reshape(start + cache.virtual, (1,)), virtual=cache.virtual)
+    row = cache.replace(key=key, value=value, length=jnp.reshape(start + cache.virtual, (1,)))
     hidden_1CD, row = model.apply({"params": params}, tokens_C[None], row)
     put = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, axis=1)  # noqa: E731
     return hidden_1CD, jax.tree.map(put, (cache.key, cache.value), (row.key, row.value))

@@ -59,24 +59,22 @@ class State:
 
     def first(self, slots: int, length: int) -> State:
         """The first slots alone, and of each the first `length` tokens."""
-        rest = jax.tree.map(lambda a: a[:slots], self.with_kv(((None, None),) * len(self.caches)))
-        return rest.with_kv(jax.tree.map(lambda a: a[:, :slots, :length], self.kv))
+
+        def of_cache(cache: Cache) -> Cache:
+            key, value = jax.tree.map(lambda a: a[:, :slots, :length], (cache.key, cache.value))
+            return cache.replace(key=key, value=value, length=cache.length[:slots])
+
+        rest = jax.tree.map(lambda a: a[:slots], self.replace(caches=()))
+        return rest.replace(caches=tuple(map(of_cache, self.caches)))
 
     def put_first(self, part: State) -> State:
         """The same with another state of its first slots, as `first` gives it."""
         return jax.tree.map(lambda a, new: lax.dynamic_update_slice(a, new, (0,) * a.ndim), self, part)
 
 
-def start_state(models: tuple[Transformer, ...], params: tuple[weights.Params, ...], slots: int, room: int) -> State:
-    """Empty slots, each with room for so many tokens beside the virtual ones.
-
-    Args:
-      models: the model, and its draft if there is one.
-      params: the weights of each, as `as_served` gives them.
-      slots: B.
-      room: tokens of each.
-    """
-    b, v = slots, models[0].config.vocab_size
+def empty_state(caches: tuple[Cache, ...], vocab_size: int) -> State:
+    """Slots that hold nothing but what caches, as `empty_cache` makes them, do."""
+    b, v = caches[0].length.shape[0], vocab_size
     rows = Rows(
         temperature_B=jnp.zeros((b,), jnp.float32),
         seed_B=jnp.zeros((b,), jnp.uint32),
@@ -88,11 +86,11 @@ def start_state(models: tuple[Transformer, ...], params: tuple[weights.Params, .
         seen_BV=jnp.zeros((b, v), bool),
     )
     none = jnp.full((b,), -1, jnp.int32)
-    caches = tuple(_start(model, own, b, room) for model, own in zip(models, params, strict=True))
-    return State(caches, jnp.zeros((b, v), jnp.float32), rows, none, none if len(models) > 1 else None)
+    return State(caches, jnp.zeros((b, v), jnp.float32), rows, none, none if len(caches) > 1 else None)
 
 
-def _start(model: Transformer, params: weights.Params, slots: int, room: int) -> Cache:
+def empty_cache(model: Transformer, params: weights.Params, slots: int, room: int) -> Cache:
+    """A cache of so many slots for weights that `as_served` gave, each with `room` beside the virtual tokens."""
     cache = start_cache(model, params, slots, room)
     if any(isinstance(params.get(name), tuple) for name in STACKS):
         return cache.replace(key=apart(cache.key), value=apart(cache.value))
