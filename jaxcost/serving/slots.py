@@ -22,11 +22,12 @@ from jax import lax
 
 from jaxcost import weights
 from jaxcost.models import optional
-from jaxcost.models.transformer import Cache, Transformer, logits
+from jaxcost.models.config import ModelConfig
+from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 from jaxcost.serving.programs import compiled
 from jaxcost.serving.sampling import GREEDY, Rows, Sampling, by_need, choose
 from jaxcost.serving.speculative import Draft, check_draft, play_round
-from jaxcost.serving.state import State, as_served, beside, empty_cache, empty_state, places_of
+from jaxcost.serving.state import State, as_served, beside, cache_as_served, empty_state, places_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,7 @@ class Slots:
           ValueError: the model does not continue texts, it or the draft is shorter than asked for, or the draft does
             not fit it.
         """
-        if not model.config.language_model:
-            raise ValueError(
-                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
-                "themselves."
-            )
+        self._check_kind(model.config)
         limit = _limit(model, params)
         if config.max_length > limit:
             raise ValueError(
@@ -137,6 +134,13 @@ class Slots:
         self._compile()
         self._warm_up()
 
+    def _check_kind(self, config: ModelConfig) -> None:
+        if not config.language_model:
+            raise ValueError(
+                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
+                "themselves."
+            )
+
     def _check_draft(self) -> None:
         check_draft(self.model, self.draft.model, self.draft.tokens)
         limit = _limit(self.draft.model, self.draft.params)
@@ -148,10 +152,15 @@ class Slots:
 
     # ---- Programs ----
 
+    def _cache(self, params, room: int) -> Cache:
+        """The cache of all slots with nothing in it."""
+        return start_cache(self.model, params, self.config.slots, room)
+
     def _start(self, params, *, room: int) -> State:
-        params = self._with_adapters(params, jnp.full((self.config.slots,), -1, jnp.int32))
-        each = zip(self._models, params, strict=True)
-        return empty_state(tuple(empty_cache(*one, self.config.slots, room) for one in each), self.vocab_size)
+        own, *rest = params = self._with_adapters(params, jnp.full((self.config.slots,), -1, jnp.int32))
+        caches = [self._cache(own, room)]
+        caches += [start_cache(self.draft.model, one, self.config.slots, room) for one in rest]
+        return empty_state(map(cache_as_served, params, caches), self.config.slots, self.vocab_size)
 
     def _with_adapters(self, params, adapter_B):
         """The weights of the model, whose rows choose an adapter, and of the draft, which has none."""
@@ -205,7 +214,7 @@ class Slots:
             new_BV = logits(self.model.config, own, hidden_B1D[:, 0])
             new_BV = jnp.where(active_B[:, None], new_BV, state.logits)
             rows = state.rows.saw(tokens_B, active_B)
-            return state.replace(caches=(cache,), logits=new_BV, rows=rows), (tokens_B, *scores)
+            return state.replace(cache=cache, logits=new_BV, rows=rows), (tokens_B, *scores)
 
         state, made = lax.scan(one, state, length=self.config.tokens_per_dispatch)
         return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), made)
@@ -222,7 +231,7 @@ class Slots:
         logits_BTV = jnp.concatenate([state.logits[:, None], made.logits_BTV], axis=1)
         scores = self._scores_if(scored, logits_BTV, jnp.maximum(tokens_BT, 0))
         last_B = jnp.where(active_B, made.last_B, state.last)
-        return state.replace(caches=made.caches, rows=made.rows, last=last_B), (tokens_BT, *scores)
+        return state.with_caches(made.caches).replace(rows=made.rows, last=last_B), (tokens_BT, *scores)
 
     def _chosen(self, state: State, active_B):
         """The next token of each slot, int32 (B,), which means something where it is active."""

@@ -5,6 +5,7 @@ Shapes in names: B slots, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.models.stacks import STACKS, apart, on_one_cpu
-from jaxcost.models.transformer import Cache, Transformer, start_cache
+from jaxcost.models.transformer import Cache, Transformer
 from jaxcost.serving.sampling import Rows
 
 
@@ -23,21 +24,28 @@ from jaxcost.serving.sampling import Rows
 class State:
     """Each program takes it and gives it back."""
 
-    caches: tuple[Cache, ...]
-    """The model's, and behind it the draft's if there is one."""
+    cache: Cache
+    """The model's."""
     logits: jax.Array
     """(B, V) float32: of each slot's next token, with a draft those of the first alone."""
     rows: Rows
     """Settings of each slot, all of them arrays."""
     adapter: jax.Array
     """(B,) int32: adapter of each slot, -1 for none."""
+    draft: Cache | None = None
+    """That of the draft, if there is one."""
     last: jax.Array | None = None
     """(B,) int32, with a draft: the last token of each slot, which is in no cache yet; -1 before the first."""
 
     @property
-    def cache(self) -> Cache:
-        """The model's."""
-        return self.caches[0]
+    def caches(self) -> tuple[Cache, ...]:
+        """The model's, and the draft's behind it."""
+        return (self.cache,) if self.draft is None else (self.cache, self.draft)
+
+    def with_caches(self, caches: Iterable[Cache]) -> State:
+        """The same with others."""
+        cache, *draft = caches
+        return self.replace(cache=cache, draft=draft[0] if draft else None)
 
     @property
     def kv(self) -> tuple:
@@ -47,7 +55,7 @@ class State:
     def with_kv(self, kv: tuple) -> State:
         """The same with others."""
         both = zip(self.caches, kv, strict=True)
-        return self.replace(caches=tuple(cache.replace(key=key, value=value) for cache, (key, value) in both))
+        return self.with_caches(cache.replace(key=key, value=value) for cache, (key, value) in both)
 
     def with_length(self, slot: jax.Array, length: jax.Array) -> State:
         """The same where a slot holds so many tokens, virtual ones not counted, in every cache."""
@@ -55,7 +63,7 @@ class State:
         def held(cache: Cache) -> Cache:
             return cache.replace(length=cache.length.at[slot].set(length + cache.virtual))
 
-        return self.replace(caches=tuple(map(held, self.caches)))
+        return self.with_caches(map(held, self.caches))
 
     def first(self, slots: int, length: int) -> State:
         """The first slots alone, and of each the first `length` tokens."""
@@ -64,17 +72,17 @@ class State:
             key, value = jax.tree.map(lambda a: a[:, :slots, :length], (cache.key, cache.value))
             return cache.replace(key=key, value=value, length=cache.length[:slots])
 
-        rest = jax.tree.map(lambda a: a[:slots], self.replace(caches=()))
-        return rest.replace(caches=tuple(map(of_cache, self.caches)))
+        rest = jax.tree.map(lambda a: a[:slots], self.replace(cache=None, draft=None))
+        return rest.with_caches(map(of_cache, self.caches))
 
     def put_first(self, part: State) -> State:
         """The same with another state of its first slots, as `first` gives it."""
         return jax.tree.map(lambda a, new: lax.dynamic_update_slice(a, new, (0,) * a.ndim), self, part)
 
 
-def empty_state(caches: tuple[Cache, ...], vocab_size: int) -> State:
-    """Slots that hold nothing but what caches, as `empty_cache` makes them, do."""
-    b, v = caches[0].length.shape[0], vocab_size
+def empty_state(caches: Iterable[Cache], slots: int, vocab_size: int) -> State:
+    """So many slots that hold nothing but what their caches do: the model's, and a draft's if there is one."""
+    b, v = slots, vocab_size
     rows = Rows(
         temperature_B=jnp.zeros((b,), jnp.float32),
         seed_B=jnp.zeros((b,), jnp.uint32),
@@ -86,12 +94,12 @@ def empty_state(caches: tuple[Cache, ...], vocab_size: int) -> State:
         seen_BV=jnp.zeros((b, v), bool),
     )
     none = jnp.full((b,), -1, jnp.int32)
-    return State(caches, jnp.zeros((b, v), jnp.float32), rows, none, none if len(caches) > 1 else None)
+    state = State(None, jnp.zeros((b, v), jnp.float32), rows, none).with_caches(caches)
+    return state if state.draft is None else state.replace(last=none)
 
 
-def empty_cache(model: Transformer, params: weights.Params, slots: int, room: int) -> Cache:
-    """A cache of so many slots for weights that `as_served` gave, each with `room` beside the virtual tokens."""
-    cache = start_cache(model, params, slots, room)
+def cache_as_served(params: weights.Params, cache: Cache) -> Cache:
+    """A cache as the layers of weights that `as_served` gave take it."""
     if any(isinstance(params.get(name), tuple) for name in STACKS):
         return cache.replace(key=apart(cache.key), value=apart(cache.value))
     return cache
