@@ -244,7 +244,7 @@ def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatc
         held.admit(0, GREEDY, short)
         for start, count in held.pieces(30):
             held.prefill(0, short[:30], start, count)
-        held.state, _ = program(held.params, held.state, np.arange(4) == 0, np.bool_(False))
+        held.state, _ = program(held._all_params, held.state, np.arange(4) == 0, np.bool_(False))
         found.append(np.asarray(held.state.logits[0]))
     assert len(found) == 4 and all(np.array_equal(logits, found[0]) for logits in found)
 
