@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import threading
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from sweep import sweep
 from test_generation import SETTINGS, exact, p_value, tiny
 from test_scheduler import Asked, compilations, scheduler, tuned
 
+from jaxcost import session
 from jaxcost.cost.hardware import HardwareConfig, resolve
 from jaxcost.models.config import EncoderConfig
 from jaxcost.models.execution import ExecutionConfig
@@ -185,6 +188,15 @@ def test_drafts_that_do_not_fit_are_refused_before_anything_is_compiled(change, 
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         Slots(MODEL, params(), SLOTS, draft)
     assert not compiled
+
+
+def test_a_draft_reads_text_as_the_model_does(monkeypatch):
+    run = types.SimpleNamespace(tokenizer=TOKENIZER, model=MODEL)
+    monkeypatch.setattr(session, "load_run", lambda directory: (run, near(), 7))
+    model, own = session.load_draft(Path("small"), TOKENIZER)
+    assert model is MODEL and own is near()
+    with pytest.raises(ValueError, match="--draft small reads text with another tokenizer; name a training with"):
+        session.load_draft(Path("small"), types.SimpleNamespace(fingerprint="another"))
 
 
 def test_metrics_count_proposals_by_vllm_s_names():
