@@ -512,3 +512,15 @@ def load_run(directory: Path, devices: Sequence[jax.Device] | None = None) -> tu
         found, saved = checkpoints.restore(step, {"params": target}, part=True)
     check(saved.get("manifest", {}), found["params"], step=f"reading {directory}")
     return session, found["params"], step
+
+
+def load_draft(directory: Path, tokenizer: Tokenizer) -> tuple[Transformer, weights.Params]:
+    """The model and the newest weights of a training that is to propose tokens to a model with such a tokenizer.
+
+    Raises:
+      ValueError: as `load_run`, or if it reads text with another tokenizer.
+    """
+    session, params, _ = load_run(directory)
+    if session.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"--draft {directory} reads text with another tokenizer; name a training with the same one.")
+    return session.model, params

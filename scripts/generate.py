@@ -53,7 +53,7 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.serving.sampling import Sampling
     from jaxcost.serving.speculative import SpeculativeEngine
     from jaxcost.serving.stopping import Stop
-    from jaxcost.session import load_run
+    from jaxcost.session import load_draft, load_run
 
     a = arguments
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
@@ -83,10 +83,8 @@ def main(arguments: Arguments) -> dict:
     elif a.draft is None:
         [new] = Engine(session.model).generate(params, [prompt], sources=sources, **options)
     else:
-        smaller, draft_params, _ = load_run(a.draft)
-        if smaller.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"--draft {a.draft} reads text with another tokenizer; name a training with the same one.")
-        both = SpeculativeEngine(session.model, smaller.model)
+        smaller, draft_params = load_draft(a.draft, tokenizer)
+        both = SpeculativeEngine(session.model, smaller)
         [new], result["kept_share"] = both.generate(params, draft_params, [prompt], **options)
     text = stop.cut(tokenizer.decode(new))
     print(a.prompt + text)

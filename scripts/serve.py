@@ -22,6 +22,10 @@ class Arguments:
     """Folder of a training (the --workdir of train.py, a run of a study, or what convert.py made)."""
     adapters: tuple[str, ...] = ()
     """Fine-tunings of it by lora, served beside it in the same batches: NAME=FOLDER of each one's training."""
+    draft: Path | None = None
+    """Folder of a smaller training with the same tokenizer, to propose tokens; answers have the same distribution."""
+    draft_tokens: int = 4
+    """Tokens that it proposes in a round."""
     name: str = ""
     """What clients call the model; the folder's name by default."""
     host: str = "127.0.0.1"
@@ -75,7 +79,8 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.serving.api.protection import read_keys
     from jaxcost.serving.api.server import serve
     from jaxcost.serving.canary import Watch, read
-    from jaxcost.session import load_run
+    from jaxcost.serving.speculative import Draft
+    from jaxcost.session import load_draft, load_run
 
     a = arguments
     keys = read_keys(a.keys)
@@ -89,7 +94,10 @@ def main(arguments: Arguments) -> dict:
     numbers = {own: number for number, own in enumerate(folders)}
     served = (name, session.model, params, session.tokenizer)
     if session.model.config.language_model:
-        model = text_model(*served, a.engine, a.scheduler, a.prefix_cache_bytes, numbers)
+        draft = None if a.draft is None else Draft(*load_draft(a.draft, session.tokenizer), a.draft_tokens)
+        model = text_model(*served, a.engine, a.scheduler, a.prefix_cache_bytes, numbers, draft)
+    elif a.draft is not None:
+        raise ValueError("--draft is for models that continue texts, which this one does not; leave it out.")
     elif folders:
         raise ValueError("--adapters is for models that continue texts, which this one does not; leave it out.")
     else:

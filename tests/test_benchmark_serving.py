@@ -22,7 +22,7 @@ def test_a_load_is_answered_and_priced():
                 1e6 * hardware.usd(found.seconds) / found.new_tokens
             )
             assert 0 < found.first_token_seconds["p50"] <= found.request_seconds["p99"]
-            assert len(table([found]).splitlines()) == 2
+            assert len(table([found]).splitlines()) == 2 and found.kept_share is None
     with serving(queue=1) as (port, _):
         crowd = Load(30, (2, 9), (60, 80), 60.0, 60.0)
         found = measure(f"http://127.0.0.1:{port}", "none", 1000.0, crowd, hardware)

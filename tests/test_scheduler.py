@@ -28,8 +28,8 @@ from jaxcost.transforms import factorize, lora, prefix_tuning, quantize
 
 
 @contextlib.contextmanager
-def scheduler(config=None, **options):
-    made = Scheduler(slots(), TOKENIZER.decode, config or SchedulerConfig(), **options)
+def scheduler(config=None, held=None, **options):
+    made = Scheduler(held or slots(), TOKENIZER.decode, config or SchedulerConfig(), **options)
     try:
         yield made
     finally:
@@ -267,7 +267,7 @@ def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatc
         held.admit(0, GREEDY, short)
         for start, count in held.pieces(30):
             held.prefill(0, short[:30], start, count)
-        held.state, _ = program(held.params, held.state, np.arange(4) == 0, np.bool_(False))
+        held.state, _ = program(held._all_params, held.state, np.arange(4) == 0, np.bool_(False))
         found.append(np.asarray(held.state.logits[0]))
     assert len(found) == 4 and all(np.array_equal(logits, found[0]) for logits in found)
 

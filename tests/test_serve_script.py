@@ -23,7 +23,9 @@ from jaxcost.config import (
     TrainingConfig,
 )
 from jaxcost.conversion import import_checkpoint
+from jaxcost.cost.hardware import HardwareConfig, resolve
 from jaxcost.data.pretrained import write_tokenizer
+from jaxcost.serving.benchmark import Load, measure
 from jaxcost.session import Session
 from jaxcost.transforms import lora
 
@@ -157,6 +159,23 @@ def test_adapters_are_asked_for_by_name(run, tuned):
 
 
 @pytest.mark.slow
+def test_a_draft_changes_no_answer_and_its_proposals_are_counted(run, tuned):
+    bodies = [{"prompt": "abc"[:n], "max_tokens": 40, "temperature": 0, "ignore_eos": True} for n in (1, 2, 3)]
+    answers, load = [], Load(4, (2, 9), (20, 30), first_token_seconds=60.0, token_seconds=60.0)
+    for arguments in ((), ("--draft", str(run)), ("--draft", str(tuned), "--draft-tokens", "2")):
+        with process(run, *FEW, *arguments) as (_, port):
+            given = [json.loads(post(port, body)[1]().read())["choices"][0]["text"] for body in bodies]
+            shown = {line.split("{")[0]: float(line.split()[-1]) for line in metrics(port) if line[0] != "#"}
+            loaded = measure(f"http://127.0.0.1:{port}", "none", 0.0, load, resolve(HardwareConfig("h100", 1)))
+        answers.append(given)
+        if arguments:
+            proposed, kept = (shown[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+            assert proposed > 0 and (kept == proposed if str(run) in arguments else kept < proposed)
+            assert (loaded.kept_share == 1) == (str(run) in arguments)
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.slow
 def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
     def failure(folder, *arguments):
         done = subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=60)
@@ -167,6 +186,8 @@ def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
     assert "engine.max_length is 5000, more than the 512" in failure(run, "--engine.max-length", "5000")
     assert "--adapters x: write NAME=FOLDER" in failure(run, "--adapters", "x")
     assert "are the same" in failure(run, "--adapters", "small=x")
+    assert "0 proposals were asked for" in failure(run, "--draft", str(run), "--draft-tokens", "0")
+    assert "holds no run" in failure(run, "--draft", str(tmp_path))
     assert "cannot be listened at" in failure(run, "--host", "203.0.113.7")
     shutil.copytree(run, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints" / "0" / "tree").rglob("d/*"):

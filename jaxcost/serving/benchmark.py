@@ -91,6 +91,8 @@ class LoadResult:
     request_seconds: dict[str, float]
     usd_per_million_new_tokens: float | None
     """Price of the whole time over the tokens made; None where the chip's price is unknown."""
+    kept_share: float | None = None
+    """Of the tokens that the server's draft proposed meanwhile, by its own count; None without a draft."""
 
 
 def measure(url: str, key: str, requests_per_second: float, load: Load, hardware: Hardware) -> LoadResult:
@@ -115,7 +117,7 @@ def measure(url: str, key: str, requests_per_second: float, load: Load, hardware
         for prompt, new in lengths
     ]
     answers = [Answer(prompt) for prompt, _ in lengths]
-    began = time.monotonic()
+    before, began = server.drafted(), time.monotonic()
     if not requests_per_second:
         for body, answer in zip(bodies, answers, strict=True):
             server.ask(body, answer, time.monotonic())
@@ -128,7 +130,9 @@ def measure(url: str, key: str, requests_per_second: float, load: Load, hardware
             threads[-1].start()
         for thread in threads:
             thread.join()
-    return _result(requests_per_second, answers, time.monotonic() - began, load, hardware)
+    found = _result(requests_per_second, answers, time.monotonic() - began, load, hardware)
+    proposed, kept = (after - first for after, first in zip(server.drafted(), before, strict=True))
+    return dataclasses.replace(found, kept_share=kept / proposed) if proposed else found
 
 
 def _result(rate: float, answers: Sequence[Answer], seconds: float, load: Load, hardware: Hardware) -> LoadResult:
@@ -161,15 +165,16 @@ def _result(rate: float, answers: Sequence[Answer], seconds: float, load: Load, 
 def table(results: Sequence[LoadResult]) -> str:
     """The results for people."""
     lines = ["requests/s  answered refused late failed  tokens/s  good req/s  first token p50/p95/p99 s  "
-             "token p50/p95/p99 ms  USD/1M tokens"]  # fmt: skip
+             "token p50/p95/p99 ms  USD/1M tokens  draft kept"]  # fmt: skip
     for r in results:
         first = "/".join(f"{value:.2f}" for value in r.first_token_seconds.values())
         each = "/".join(f"{1000 * value:.1f}" for value in r.token_seconds.values())
         usd = "unknown" if r.usd_per_million_new_tokens is None else f"{r.usd_per_million_new_tokens:.4f}"
+        kept = "" if r.kept_share is None else f"{r.kept_share:.2f}"
         rate = f"{r.requests_per_second:g}" if r.requests_per_second else "one by one"
         lines.append(
             f"{rate:>10}  {r.answered:>8} {r.refused:>7} {r.late:>4} {r.failed:>6}  {r.new_tokens_per_second:>8.1f}  "
-            f"{r.good_requests_per_second:>10.2f}  {first:>25}  {each:>20}  {usd:>13}"
+            f"{r.good_requests_per_second:>10.2f}  {first:>25}  {each:>20}  {usd:>13}  {kept:>10}"
         )
     return "\n".join(lines)
 
@@ -193,18 +198,30 @@ class Server:
 
     def get(self, path: str) -> bytes:
         """The body of an address; BadServer if there is none."""
+        status, content = self._answer(path)
+        if status != 200:
+            raise BadServer(f"The server answers {path} with status {status}; check its --key.")
+        return content
+
+    def drafted(self) -> tuple[float, float]:
+        """Tokens that a draft of the server has proposed so far, and those that were kept; 0 where nothing is said of
+        them."""
+        status, content = self._answer("/metrics")
+        lines = [line.split() for line in content.decode().splitlines()] if status == 200 else []
+        names = (f"vllm:spec_decode_num_{kind}_tokens_total" for kind in ("draft", "accepted"))
+        return tuple(sum(float(line[-1]) for line in lines if line and line[0].startswith(name)) for name in names)
+
+    def _answer(self, path: str) -> tuple[int, bytes]:
+        """Status and body of an address; BadServer if it cannot be reached."""
         connection = self._connect()
         try:
             connection.request("GET", path, headers=self._headers)
             answer = connection.getresponse()
-            content = answer.read()
+            return answer.status, answer.read()
         except OSError as error:
             raise BadServer(f"The server cannot be reached ({error}); start it with scripts/serve.py.") from None
         finally:
             connection.close()
-        if answer.status != 200:
-            raise BadServer(f"The server answers {path} with status {answer.status}; check its --key.")
-        return content
 
     def ask(self, body: dict, answer: Answer, due: float) -> None:
         """Sends a request that was due at a time of `time.monotonic`, and notes what comes of it."""

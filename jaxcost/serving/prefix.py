@@ -8,6 +8,7 @@ before them: Kwon et al. 2023 (vLLM), arXiv:2309.06180.
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from jax import lax
 
 from jaxcost.serving.programs import compiled
-from jaxcost.serving.slots import Slots, State
+from jaxcost.serving.slots import Slots
+from jaxcost.serving.state import State
 
 
 class PrefixCache:
@@ -39,21 +41,22 @@ class PrefixCache:
             )
 
     def _cut(self, state: State, slot, start):
-        """Keys and values of a piece, (L, 1, size, K, ...)."""
+        """Keys and values of a piece in every cache, (L, 1, size, K, ...)."""
 
-        def cut(a):
+        def cut(begin, a):
             row = lax.dynamic_slice_in_dim(a, slot, 1, axis=1)
-            return lax.dynamic_slice_in_dim(row, start, self._size, axis=2)
+            return lax.dynamic_slice_in_dim(row, begin, self._size, axis=2)
 
-        return jax.tree.map(cut, (state.cache.key, state.cache.value))
+        each = zip(state.caches, state.kv, strict=True)
+        return tuple(jax.tree.map(functools.partial(cut, start + cache.virtual), kv) for cache, kv in each)
 
     def _paste(self, state: State, piece, slot, start) -> State:
-        def paste(a, new):
-            return lax.dynamic_update_slice(a, new, (0, slot, start, *(0,) * (a.ndim - 3)))
+        def paste(begin, a, new):
+            return lax.dynamic_update_slice(a, new, (0, slot, begin, *(0,) * (a.ndim - 3)))
 
-        key, value = jax.tree.map(paste, (state.cache.key, state.cache.value), piece)
-        length = state.cache.length.at[slot].set(start + self._size)
-        return state.replace(cache=state.cache.replace(key=key, value=value, length=length))
+        each = zip(state.caches, state.kv, piece, strict=True)
+        kv = tuple(jax.tree.map(functools.partial(paste, start + cache.virtual), *both) for cache, *both in each)
+        return state.with_kv(kv).with_length(slot, start + self._size)
 
     def load(self, slot: int, prompt: np.ndarray, adapter: int) -> int:
         """Puts the longest known beginning of a prompt into a slot and says how many tokens it has.
@@ -66,8 +69,7 @@ class PrefixCache:
             if key not in self._held:
                 break
             self._held.move_to_end(key)
-            where = (np.int32(slot), np.int32(known + self._slots.virtual))
-            self._slots.state = self._write(self._slots.state, self._held[key], *where)
+            self._slots.state = self._write(self._slots.state, self._held[key], np.int32(slot), np.int32(known))
             known += self._size
         self.hit_tokens += known
         return known
@@ -78,7 +80,7 @@ class PrefixCache:
             return
         key = self._keys(prompt[: start + count], adapter)[-1]
         if key not in self._held:
-            self._held[key] = self._read(self._slots.state, np.int32(slot), np.int32(start + self._slots.virtual))
+            self._held[key] = self._read(self._slots.state, np.int32(slot), np.int32(start))
         self._held.move_to_end(key)
         while len(self._held) > self._limit:
             self._held.popitem(last=False)

@@ -8,13 +8,16 @@ names: B batch, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
+_T = TypeVar("_T")
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -129,6 +132,22 @@ def probabilities(rows: Rows, logits_BV: jax.Array) -> jax.Array:
     if rows.temperature_B is None:
         return likeliest_BV
     return jnp.where(rows.temperature_B[:, None] > 0, jax.nn.softmax(processed_BV, axis=-1), likeliest_BV)
+
+
+def by_need(rows: Rows, active_B: jax.Array, function: Callable[[Rows], _T]) -> _T:
+    """A function of the rows, by the cheapest of three ways that does what the active ones, bool (B,), ask for.
+
+    The function gets rows without what nobody asks for, and must give the same for a row that does not ask either way.
+    """
+
+    def asked(values_B: jax.Array | None, default: float) -> jax.Array | bool:
+        return False if values_B is None else jnp.any(active_B & (values_B != default))
+
+    sorts = asked(rows.top_k_B, 0) | asked(rows.top_p_B, 1)
+    bends = asked(rows.temperature_B, 0) | asked(rows.penalty_B, 1)
+    ways = [Rows(), rows.replace(top_k_B=None, top_p_B=None), rows]
+    branches = [lambda way=way: function(way) for way in ways]
+    return lax.switch(jnp.where(sorts, 2, jnp.asarray(bends, jnp.int32)), branches)
 
 
 def processed(rows: Rows, logits_BV: jax.Array) -> jax.Array:

@@ -77,6 +77,8 @@ class Ticket(Job):
         self.request = request
         self.cached_tokens = 0
         """Tokens of the prompt that did not have to be read again."""
+        self.kept: list[int] = []
+        """Of each round with a draft, how many of its proposals were kept."""
         self._on_piece, self._on_prompt = on_piece, on_prompt
 
     def end(self, reason: Reason, text: str = "", scores: Scored | None = None) -> None:
@@ -237,13 +239,16 @@ class Scheduler(Worker[Ticket]):
             ticket.device_seconds += (now - began) / len(runs)
             if ticket.times.first_token is None:
                 ticket.times.first_token = now
-            self._take(run, made)
+            self._take(run, made.at(run.slot))
 
     def _take(self, run: _Running, made: Scored) -> None:
-        """Gives a request its new tokens, up to where it ends."""
+        """Gives a request its new tokens, (steps,), up to where it ends."""
         ticket, texts, kept = run.ticket, [], 0
         request, reason = ticket.request, None
-        for token in made.tokens[run.slot].tolist():
+        if self.slots.draft is not None:
+            ticket.kept.append(self.slots.kept(made.tokens))
+            made = made.at(made.tokens >= 0)
+        for token in made.tokens.tolist():
             if token in request.stop_ids:
                 reason = "stop"
                 break
@@ -257,7 +262,7 @@ class Scheduler(Worker[Ticket]):
             texts.append(run.text.finish())
             # The last bytes may have been what a stop string waited for.
             reason = "stop" if run.text.stopped else reason
-        scores = Scored(*(getattr(made, field.name)[run.slot, :kept] for field in dataclasses.fields(Scored)))
+        scores = made.at(slice(kept))
         if reason is not None:
             self._leave(run, "".join(texts), scores, reason)
         elif kept:

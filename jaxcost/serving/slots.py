@@ -4,8 +4,8 @@ A slot holds one request. Prompts are read in pieces of a few sizes, one slot at
 for the first slots, whoever is in them, and for the first tokens of each, so that few requests, or short ones, do not
 pay for all the room there is. How a prompt is cut depends on the prompt alone and no row of a program depends on its
 neighbours; what differs between two decode programs is what they leave out, which is masked in the larger one. So a
-request gets the same tokens in any company. Shapes in names: B slots, C tokens of a piece, V vocabulary, N likeliest
-tokens.
+request gets the same tokens in any company. With a draft, a decode step is a round of `speculative.play_round`, and
+both models read a prompt. Shapes in names: B slots, C tokens of a piece, V vocabulary, N likeliest tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcost import sharding, weights
+from jaxcost import weights
 from jaxcost.models import optional
-from jaxcost.models.stacks import STACKS, apart, on_one_cpu
+from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 from jaxcost.serving.programs import compiled
-from jaxcost.serving.sampling import GREEDY, Rows, Sampling, choose
+from jaxcost.serving.sampling import GREEDY, Rows, Sampling, by_need, choose
+from jaxcost.serving.speculative import Draft, check_draft, play_round
+from jaxcost.serving.state import State, as_served, beside, cache_as_served, empty_state, places_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SlotsConfig:
     """Sizes of the pieces in which prompts are read: as many of the largest as fit, and the smallest that takes the
     rest. One program is compiled for each."""
     tokens_per_dispatch: int = 4
-    """Tokens that every slot decodes between two looks by the host."""
+    """Tokens that every slot decodes between two looks by the host; with a draft it looks after each round."""
     decode_slots: tuple[int, ...] = ()
     """Slots that a decode program is for, rising up to `slots`; by default 2, and all. On a CPU, a program
     for 1 has other kernels than those for more, whose last bits may differ."""
@@ -69,19 +69,6 @@ class SlotsConfig:
             raise ValueError(f"engine.decode_slots is {self.decode_slots}; end it with engine.slots ({self.slots}).")
 
 
-@struct.dataclass
-class State:
-    """What lives on the device between two programs, each of which takes it and gives it back."""
-
-    cache: Cache
-    logits: jax.Array
-    """(B, V) float32: of each slot's next token."""
-    rows: Rows
-    """Settings of each slot, all of them arrays."""
-    adapter: jax.Array
-    """(B,) int32: adapter of each slot, -1 for none."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Tokens with their log-probabilities under the model, before temperature and the rest; numpy arrays."""
@@ -95,69 +82,90 @@ class Scored:
     top_tokens: np.ndarray
     """(..., n, N) int32."""
 
+    def at(self, place: Any) -> Scored:
+        """Those at a place of the first axis, or at several."""
+        return Scored(*(getattr(self, field.name)[place] for field in dataclasses.fields(Scored)))
+
 
 class Slots:
     """The cache of all slots, and the programs that fill it."""
 
-    def __init__(self, model: Transformer, params: weights.Params, config: SlotsConfig = SlotsConfig()):
-        """Compiles everything; ValueError if the model does not continue texts, or is shorter than asked for."""
-        if not model.config.language_model:
-            raise ValueError(
-                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
-                "themselves."
-            )
-        limit = model.config.max_length - optional.virtual_tokens(params)
+    def __init__(
+        self,
+        model: Transformer,
+        params: weights.Params,
+        config: SlotsConfig = SlotsConfig(),
+        draft: Draft | None = None,
+    ):
+        """Compiles everything.
+
+        Raises:
+          ValueError: the model does not continue texts, it or the draft is shorter than asked for, or the draft does
+            not fit it.
+        """
+        self._check_kind(model.config)
+        limit = _limit(model, params)
         if config.max_length > limit:
             raise ValueError(
                 f"engine.max_length is {config.max_length}, more than the {limit} tokens that the model takes; cut it."
             )
-        self.model, self.config = model, config
+        self.model, self.config, self.draft = model, config, draft
         self.max_length = config.max_length or limit
         self.vocab_size = model.config.vocab_size
         self.top = min(config.top_logprobs, self.vocab_size)
-        self.virtual = optional.virtual_tokens(params)
-        # A scan wants stacks; where layers are unrolled anyway, each is better off by itself.
-        self._apart = all(map(on_one_cpu, jax.tree.leaves(params))) and model.execution.unrolled(2) > 1
-        if self._apart:
-            params = params | {name: apart(params[name]) for name in STACKS if name in params}
-        self.params = params
+        self.params = as_served(model, params)
         self.adapters = _adapters_in(params)
+        self._models, self._all_params, self._ahead = (model,), (self.params,), config.tokens_per_dispatch
+        if draft is not None:
+            self._check_draft()
+            self._models, self._ahead = (model, draft.model), draft.tokens + 1
+            self._all_params = (self.params, as_served(draft.model, beside(params, draft.params)))
         # A piece may end in padding and a dispatch in tokens that nobody asked for.
-        room = self.max_length + max(config.prefill_tokens[-1], config.tokens_per_dispatch)
-        whole = room + self.virtual
+        room = self.max_length + max(config.prefill_tokens[-1], self._ahead)
+        self._virtual = max(map(optional.virtual_tokens, self._all_params))
+        whole = room + self._virtual
         self._sizes = config.decode_slots or tuple(sorted({min(2, config.slots), config.slots}))
         lengths = config.decode_lengths or [2**i for i in range(7, whole.bit_length() - 1, 2)]
         self._lengths = (*(length for length in lengths if length < whole), whole)
         self._held = np.zeros((config.slots,), np.int64)
         start = functools.partial(self._start, room=room)
-        self.places = _places(params, jax.eval_shape(start, params))
-        self.state = jax.jit(start, out_shardings=self.places)(params)
+        self.places = places_of(params, jax.eval_shape(start, self._all_params))
+        self.state = jax.jit(start, out_shardings=self.places)(self._all_params)
         self._compile()
         self._warm_up()
 
+    def _check_kind(self, config: ModelConfig) -> None:
+        if not config.language_model:
+            raise ValueError(
+                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
+                "themselves."
+            )
+
+    def _check_draft(self) -> None:
+        check_draft(self.model, self.draft.model, self.draft.tokens)
+        limit = _limit(self.draft.model, self.draft.params)
+        if limit < self.max_length:
+            raise ValueError(
+                f"The draft takes {limit} tokens, fewer than the {self.max_length} of a slot; set engine.max_length to "
+                "so many, or take a longer draft."
+            )
+
     # ---- Programs ----
 
+    def _cache(self, params, room: int) -> Cache:
+        """The cache of all slots with nothing in it."""
+        return start_cache(self.model, params, self.config.slots, room)
+
     def _start(self, params, *, room: int) -> State:
-        b, v = self.config.slots, self.vocab_size
-        base = self._with_adapters(params, jnp.full((b,), -1, jnp.int32))
-        rows = Rows(
-            temperature_B=jnp.zeros((b,), jnp.float32),
-            seed_B=jnp.zeros((b,), jnp.uint32),
-            count_B=jnp.zeros((b,), jnp.int32),
-            top_k_B=jnp.zeros((b,), jnp.int32),
-            top_p_B=jnp.ones((b,), jnp.float32),
-            min_p_B=jnp.zeros((b,), jnp.float32),
-            penalty_B=jnp.ones((b,), jnp.float32),
-            seen_BV=jnp.zeros((b, v), bool),
-        )
-        none = jnp.full((b,), -1, jnp.int32)
-        cache = start_cache(self.model, base, b, room)
-        if self._apart:
-            cache = cache.replace(key=apart(cache.key), value=apart(cache.value))
-        return State(cache, jnp.zeros((b, v), jnp.float32), rows, none)
+        own, *rest = params = self._with_adapters(params, jnp.full((self.config.slots,), -1, jnp.int32))
+        caches = [self._cache(own, room)]
+        caches += [start_cache(self.draft.model, one, self.config.slots, room) for one in rest]
+        return empty_state(map(cache_as_served, params, caches), self.config.slots, self.vocab_size)
 
     def _with_adapters(self, params, adapter_B):
-        return weights.choose(params, adapter_B) if self.adapters else params
+        """The weights of the model, whose rows choose an adapter, and of the draft, which has none."""
+        own, *rest = params
+        return (weights.choose(own, adapter_B) if self.adapters else own, *rest)
 
     def _admit(self, state: State, slot, settings: dict[str, jax.Array], adapter) -> State:
         """The state with a new request's settings in its slot; `settings` has an entry of each array of `Rows`."""
@@ -166,63 +174,81 @@ class Slots:
 
     def _prefill(self, params, state: State, slot, tokens_C, start, count, following_C, *, scored: bool):
         """The state after `count` tokens of a piece from `start` on, and what the model says of those that follow."""
-        cut = lambda a: lax.dynamic_slice_in_dim(a, slot, 1, axis=1)  # noqa: E731
-        key, value = jax.tree.map(cut, (state.cache.key, state.cache.value))
-        row = Cache(key, value, jnp.reshape(start, (1,)), virtual=self.virtual)
         params = self._with_adapters(params, lax.dynamic_slice_in_dim(state.adapter, slot, 1))
-        hidden_1CD, row = self.model.apply({"params": params}, tokens_C[None], row)
-        last_1D = lax.dynamic_index_in_dim(hidden_1CD, count - 1, axis=1, keepdims=False)
-        put = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, axis=1)  # noqa: E731
-        key, value = jax.tree.map(put, (state.cache.key, state.cache.value), (row.key, row.value))
+        each = zip(self._models, params, state.caches, strict=True)
+        read = [_read(model, own, cache, slot, tokens_C, start) for model, own, cache in each]
+        hidden_1CD = read[0][0]
         # What padding wrote beyond the row's length is masked, and overwritten as the row grows.
-        cache = state.cache.replace(key=key, value=value, length=state.cache.length.at[slot].set(start + count))
-        last_1V = logits(self.model.config, params, last_1D)
-        state = state.replace(cache=cache, logits=state.logits.at[slot].set(last_1V[0]))
+        state = state.with_kv(tuple(kv for _, kv in read)).with_length(slot, start + count)
+        last_1D = lax.dynamic_index_in_dim(hidden_1CD, count - 1, axis=1, keepdims=False)
+        own, *_ = params
+        last_1V = logits(self.model.config, own, last_1D)
+        state = state.replace(logits=state.logits.at[slot].set(last_1V[0]))
+        if self.draft is not None:
+            state = state.replace(last=state.last.at[slot].set(-1))
         if not scored:
             return state
-        return state, self._scores(logits(self.model.config, params, hidden_1CD[0]), following_C)
+        return state, self._scores(logits(self.model.config, own, hidden_1CD[0]), following_C)
 
     def _decode(self, params, state: State, active_B, scored, *, slots: int, length: int):
-        """The state after some tokens of the first slots, and these, (steps, slots), with their log-probabilities if
+        """The state after some tokens of the first slots, and these, (slots, steps), with their log-probabilities if
         `scored`; `length` is how much of the cache they may fill."""
-        whole, active_B = state, active_B[:slots]
-        cut = lambda a: a[:, :slots, :length]  # noqa: E731
-        key, value = jax.tree.map(cut, (state.cache.key, state.cache.value))
-        first = lambda a: a[:slots]  # noqa: E731
-        cache = state.cache.replace(key=key, value=value, length=first(state.cache.length))
-        logits_BV, rows, adapter_B = jax.tree.map(first, (state.logits, state.rows, state.adapter))
-        params = self._with_adapters(params, adapter_B)
-
-        def one(state: State, _):
-            tokens_B = _chosen(state.rows, state.logits, active_B)
-            none = (jnp.zeros(tokens_B.shape, jnp.float32), *self._no_top(tokens_B.shape))
-            scores = lax.cond(scored, lambda: self._scores(state.logits, tokens_B), lambda: none)
-            hidden_B1D, cache = self.model.apply({"params": params}, tokens_B[:, None], state.cache)
-            # Who is not active (free, or its prompt half read) stays where it is.
-            cache = cache.replace(length=jnp.where(active_B, cache.length, state.cache.length))
-            new_BV = logits(self.model.config, params, hidden_B1D[:, 0])
-            new_BV = jnp.where(active_B[:, None], new_BV, state.logits)
-            rows = state.rows.saw(tokens_B, active_B)
-            return state.replace(cache=cache, logits=new_BV, rows=rows), (tokens_B, scores)
-
-        steps = self.config.tokens_per_dispatch
-        state, made = lax.scan(one, State(cache, logits_BV, rows, adapter_B), length=steps)
+        active_B, before = active_B[:slots], state.first(slots, length)
+        params = self._with_adapters(params, before.adapter)
+        step = self._one_by_one if self.draft is None else self._round
+        after, made = step(params, before, active_B, scored)
         # What was written for who is not active, which may hold more than `length`, is left out.
         keep = lambda old, new: jnp.where(active_B.reshape(1, slots, 1, 1, 1), new, old)  # noqa: E731
-        key, value = jax.tree.map(keep, (key, value), (state.cache.key, state.cache.value))
-        state = state.replace(cache=state.cache.replace(key=key, value=value))
-        put = lambda a, new: lax.dynamic_update_slice(a, new, (0,) * a.ndim)  # noqa: E731
-        return jax.tree.map(put, whole, state), made
+        return state.put_first(after.with_kv(jax.tree.map(keep, before.kv, after.kv))), made
 
-    def _scores(self, logits_BV, tokens_B):
-        """Log-probabilities of tokens, (B,), and the N likeliest, (B, N), with their ids."""
-        logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
-        own_B = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
-        top_BN, ids_BN = lax.top_k(logprobs_BV, self.top)
-        return own_B, top_BN, ids_BN.astype(jnp.int32)
+    def _one_by_one(self, params, state: State, active_B, scored):
+        """Each token from the logits after the one before it."""
+        [own] = params
 
-    def _no_top(self, shape):
-        return jnp.zeros((*shape, self.top), jnp.float32), jnp.zeros((*shape, self.top), jnp.int32)
+        def one(state: State, _):
+            tokens_B = self._chosen(state, active_B)
+            scores = self._scores_if(scored, state.logits, tokens_B)
+            hidden_B1D, cache = self.model.apply({"params": own}, tokens_B[:, None], state.cache)
+            # Who is not active (free, or its prompt half read) stays where it is.
+            cache = cache.replace(length=jnp.where(active_B, cache.length, state.cache.length))
+            new_BV = logits(self.model.config, own, hidden_B1D[:, 0])
+            new_BV = jnp.where(active_B[:, None], new_BV, state.logits)
+            rows = state.rows.saw(tokens_B, active_B)
+            return state.replace(cache=cache, logits=new_BV, rows=rows), (tokens_B, *scores)
+
+        state, made = lax.scan(one, state, length=self.config.tokens_per_dispatch)
+        return state, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), made)
+
+    def _round(self, params, state: State, active_B, scored):
+        """The first token from the logits after the prompt, if there is none yet, and a round with the draft; -1 where
+        there is no token."""
+        first_B = active_B & (state.last < 0)
+        chosen_B = self._chosen(state, first_B)
+        last_B = jnp.where(state.last < 0, chosen_B, state.last)
+        rows = state.rows.saw(chosen_B, first_B)
+        made = play_round(self._models, params, state.caches, last_B, rows, active_B, self.draft.tokens)
+        tokens_BT = jnp.concatenate([jnp.where(first_B, chosen_B, -1)[:, None], made.tokens_BT], axis=1)
+        logits_BTV = jnp.concatenate([state.logits[:, None], made.logits_BTV], axis=1)
+        scores = self._scores_if(scored, logits_BTV, jnp.maximum(tokens_BT, 0))
+        last_B = jnp.where(active_B, made.last_B, state.last)
+        return state.with_caches(made.caches).replace(rows=made.rows, last=last_B), (tokens_BT, *scores)
+
+    def _chosen(self, state: State, active_B):
+        """The next token of each slot, int32 (B,), which means something where it is active."""
+        return by_need(state.rows, active_B, lambda rows: choose(rows, state.logits)[0])
+
+    def _scores(self, logits, tokens):
+        """Log-probabilities of tokens (...) after logits (..., V), and the N likeliest, (..., N), with their ids."""
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        own = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        top, ids = lax.top_k(logprobs, self.top)
+        return own, top, ids.astype(jnp.int32)
+
+    def _scores_if(self, scored, logits, tokens):
+        """The same where they are asked for, or zeros."""
+        shape = (*tokens.shape, self.top)
+        none = (jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+        return lax.cond(scored, lambda: self._scores(logits, tokens), lambda: none)
 
     def _compile(self) -> None:
         """Makes every program that serving runs."""
@@ -235,13 +261,14 @@ class Slots:
             where = (number, piece(size), number, number, piece(size))
             for scored, programs in ((False, self._prefill_programs), (True, self._scoring_programs)):
                 prefill, made = functools.partial(self._prefill, scored=scored), (self.places, None)
-                programs[size] = compiled(prefill, 1, made if scored else self.places, self.params, self.state, *where)
+                places = made if scored else self.places
+                programs[size] = compiled(prefill, 1, places, self._all_params, self.state, *where)
         active = np.zeros((self.config.slots,), bool)
         self._decode_programs = {}
         for slots, length in itertools.product(self._sizes, self._lengths):
             decode = functools.partial(self._decode, slots=slots, length=length)
             self._decode_programs[slots, length] = compiled(
-                decode, 1, (self.places, None), self.params, self.state, active, np.bool_(False)
+                decode, 1, (self.places, None), self._all_params, self.state, active, np.bool_(False)
             )
 
     def _warm_up(self) -> None:
@@ -255,7 +282,7 @@ class Slots:
                 self.prefill(0, np.zeros(size, np.int32), 0, size, scored)
         nobody = np.zeros(self.config.slots, bool)
         for program in self._decode_programs.values():
-            self.state, _ = program(self.params, self.state, nobody, np.bool_(False))
+            self.state, _ = program(self._all_params, self.state, nobody, np.bool_(False))
 
     # ---- What the scheduler calls ----
 
@@ -294,55 +321,49 @@ class Slots:
         piece[:count] = prompt[start : start + count]
         behind = prompt[start + 1 : start + count + 1]
         following[: len(behind)] = behind
-        where = (np.int32(slot), piece, np.int32(start + self.virtual), np.int32(count), following)
-        self._held[slot] = start + self.virtual + count
+        where = (np.int32(slot), piece, np.int32(start), np.int32(count), following)
+        self._held[slot] = self._virtual + start + count
         if not scored:
-            self.state = self._prefill_programs[size](self.params, self.state, *where)
+            self.state = self._prefill_programs[size](self._all_params, self.state, *where)
             jax.block_until_ready(self.state.logits)
             return None
-        self.state, scores = self._scoring_programs[size](self.params, self.state, *where)
+        self.state, scores = self._scoring_programs[size](self._all_params, self.state, *where)
         return Scored(following[:count], *(np.asarray(a)[:count] for a in scores))
 
     def decode(self, active: np.ndarray, scored: bool = False) -> Scored:
         """The next tokens of the first slots, (n, steps), of which the last active one is.
 
-        `active` is bool (B,), and what others get means nothing.
+        `active` is bool (B,), and what others get means nothing. With a draft, a slot has -1 where there is no token:
+        before all but its first round, and behind what the round gave.
         """
         [places] = np.nonzero(active)
-        self._held[places] += self.config.tokens_per_dispatch
+        needed = self._held[places].max(initial=0) + self._ahead
         slots = next(size for size in self._sizes if size > places.max(initial=0))
-        length = next(size for size in self._lengths if size >= self._held[places].max(initial=0))
+        length = next(size for size in self._lengths if size >= needed)
         program = self._decode_programs[slots, length]
-        self.state, (tokens, scores) = program(self.params, self.state, active, np.bool_(scored))
-        return Scored(*(np.swapaxes(np.asarray(a), 0, 1) for a in (tokens, *scores)))
+        self.state, made = program(self._all_params, self.state, active, np.bool_(scored))
+        made = Scored(*map(np.asarray, made))
+        self._held[places] += np.sum(made.tokens[places] >= 0, axis=1)
+        return made
+
+    def kept(self, tokens: np.ndarray) -> int:
+        """How many of the draft's proposals are among a slot's tokens of a round, (steps,) of `decode`."""
+        return int(np.sum(tokens[1:] >= 0)) - 1
 
 
-def _chosen(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> jax.Array:
-    """As `choose`, int32 (B,), by the cheapest of three ways that does what the active rows ask for."""
-    sorts = jnp.any(active_B & ((rows.top_k_B > 0) | (rows.top_p_B < 1)))
-    bends = jnp.any(active_B & ((rows.temperature_B > 0) | (rows.penalty_B != 1)))
-    ways = [Rows(), rows.replace(top_k_B=None, top_p_B=None), rows]
-    branches = [lambda way=way: choose(way, logits_BV)[0] for way in ways]
-    return lax.switch(jnp.where(sorts, 2, bends.astype(jnp.int32)), branches)
+def _read(model: Transformer, params: weights.Params, cache: Cache, slot, tokens_C, start):
+    """Hidden states (1, C, D) of a slot's tokens from `start` on, and the keys and values of all slots after them."""
+    cut = lambda a: lax.dynamic_slice_in_dim(a, slot, 1, axis=1)  # noqa: E731
+    key, value = jax.tree.map(cut, (cache.key, cache.value))
+    row = cache.replace(key=key, value=value, length=jnp.reshape(start + cache.virtual, (1,)))
+    hidden_1CD, row = model.apply({"params": params}, tokens_C[None], row)
+    put = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, slot, axis=1)  # noqa: E731
+    return hidden_1CD, jax.tree.map(put, (cache.key, cache.value), (row.key, row.value))
 
 
-def _places(params: weights.Params, state: State) -> Any:
-    """Where the state of sharded weights lives: heads of the cache like those of the weights, all else everywhere.
-
-    None on one device.
-    """
-    found = jax.tree.leaves(params)[0].sharding
-    if not isinstance(found, NamedSharding) or found.mesh.size == 1:
-        return None
-
-    def of_cache(a):
-        spec = sharding.mesh_spec(PartitionSpec(None, None, None, "kv_heads", None), found.mesh.shape)
-        ways = found.mesh.shape.get(spec[3], 1)
-        return NamedSharding(found.mesh, spec if a.shape[3] % ways == 0 else PartitionSpec())
-
-    places = jax.tree.map(lambda _: sharding.replicated(found.mesh), state)
-    key, value = jax.tree.map(of_cache, (state.cache.key, state.cache.value))
-    return places.replace(cache=places.cache.replace(key=key, value=value))
+def _limit(model: Transformer, params: weights.Params) -> int:
+    """Tokens that a model takes beside its virtual ones."""
+    return model.config.max_length - optional.virtual_tokens(params)
 
 
 def _adapters_in(params: weights.Params) -> int:

@@ -16,6 +16,7 @@ from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import GREEDY
 from jaxcost.serving.scheduler import Scheduler
 from jaxcost.serving.slots import Slots, SlotsConfig
+from jaxcost.serving.speculative import Draft
 from jaxcost.serving.vocabulary import Vocabulary
 from jaxcost.serving.worker import SchedulerConfig
 
@@ -31,6 +32,7 @@ def text_model(
     scheduler: SchedulerConfig = _SCHEDULER,
     prefix_cache_bytes: int = 0,
     adapters: Mapping[str, int] | None = None,
+    draft: Draft | None = None,
 ) -> TextModel:
     """Compiles all that serving runs and starts it.
 
@@ -43,11 +45,13 @@ def text_model(
       scheduler: what is taken on.
       prefix_cache_bytes: memory for prompts that were read; 0 keeps none.
       adapters: numbers of `weights.Adapters` in the weights by their names.
+      draft: what proposes tokens, if anything does.
 
     Raises:
-      ValueError: the model continues no texts, a size makes no sense, or the weights give no numbers.
+      ValueError: the model continues no texts, a size makes no sense, the draft does not fit, or the weights give no
+        numbers.
     """
-    made = Slots(model, params, slots)
+    made = Slots(model, params, slots, draft)
     made.admit(0, GREEDY, np.array([tokenizer.separator_id]))
     made.prefill(0, np.array([tokenizer.separator_id]), 0, 1)
     _check_finite(name, np.asarray(made.state.logits[0]))

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from jaxcost.cost.hardware import Hardware
 from jaxcost.serving.canary import Watch
-from jaxcost.serving.scheduler import Scheduler
+from jaxcost.serving.scheduler import Scheduler, Ticket
 from jaxcost.serving.worker import Job, Reason, Worker
 
 _SECONDS = (0.001, 0.005, *(0.01 * 2**i for i in range(15)))
@@ -39,6 +39,7 @@ class Metrics:
         self._device = self._make(Counter, "jaxcost:request_device_seconds", "Time of the device.")
         self._usd = self._make(Counter, "jaxcost:request_cost_usd", "Price of that time.")
         self._kwh = self._make(Counter, "jaxcost:request_energy_kwh", "Energy of that time.")
+        self._draft_tokens = 0
         self._errors = self._make(Counter, "jaxcost:http_errors", "Requests that were refused or failed.", "status")
 
     def _make(self, kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
@@ -58,6 +59,15 @@ class Metrics:
             gauges["vllm:prefix_cache_hits"] = ("Tokens found.", lambda: prefixes.hit_tokens)
         for name, (text, value) in gauges.items():
             self._make(Gauge, name, text).set_function(value)
+        if isinstance(worker, Scheduler) and (draft := worker.slots.draft) is not None:
+            self._draft_tokens = draft.tokens
+            counters = {
+                "drafts": ("vllm:spec_decode_num_drafts", "Rounds of the draft."),
+                "proposed": ("vllm:spec_decode_num_draft_tokens", "Tokens that it proposed."),
+                "kept": ("vllm:spec_decode_num_accepted_tokens", "Those that the model kept."),
+                "places": ("vllm:spec_decode_num_accepted_tokens_per_pos", "By their place in a round.", "position"),
+            }
+            self._drafted = {key: self._make(Counter, *of) for key, of in counters.items()}
 
     def watch_canary(self, canary: Watch) -> None:
         """Shows what a canary says at the time of reading; its score is no number before the first round."""
@@ -104,6 +114,16 @@ class Metrics:
         self._device.inc(ticket.device_seconds)
         self._usd.inc(self.usd(ticket.device_seconds) or 0)
         self._kwh.inc(self.kwh(ticket.device_seconds) or 0)
+        if self._draft_tokens:
+            self._count_drafts(ticket)
+
+    def _count_drafts(self, ticket: Ticket) -> None:
+        self._drafted["drafts"].inc(len(ticket.kept))
+        self._drafted["proposed"].inc(len(ticket.kept) * self._draft_tokens)
+        self._drafted["kept"].inc(sum(ticket.kept))
+        for place in range(self._draft_tokens):
+            of_place = self._drafted["places"].labels(position=str(place), **self._label)
+            of_place.inc(sum(kept > place for kept in ticket.kept))
 
     def failed(self, status: int) -> None:
         """Counts an answer that says no."""
