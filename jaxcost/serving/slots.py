@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcost import sharding, weights
 from jaxcost.models import optional
+from jaxcost.models.config import ModelConfig
 from jaxcost.models.stacks import STACKS, apart, on_one_cpu
 from jaxcost.models.transformer import Cache, Transformer, logits, start_cache
 from jaxcost.serving.programs import compiled
@@ -101,11 +102,7 @@ class Slots:
 
     def __init__(self, model: Transformer, params: weights.Params, config: SlotsConfig = SlotsConfig()):
         """Compiles everything; ValueError if the model does not continue texts, or is shorter than asked for."""
-        if not model.config.language_model:
-            raise ValueError(
-                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
-                "themselves."
-            )
+        self._check_kind(model.config)
         limit = model.config.max_length - optional.virtual_tokens(params)
         if config.max_length > limit:
             raise ValueError(
@@ -135,7 +132,18 @@ class Slots:
         self._compile()
         self._warm_up()
 
+    def _check_kind(self, config: ModelConfig) -> None:
+        if not config.language_model:
+            raise ValueError(
+                "Slots take a causal model with logits of the vocabulary and no encoder; score other models by "
+                "themselves."
+            )
+
     # ---- Programs ----
+
+    def _cache(self, params, room: int) -> Cache:
+        """The cache of all slots with nothing in it."""
+        return start_cache(self.model, params, self.config.slots, room)
 
     def _start(self, params, *, room: int) -> State:
         b, v = self.config.slots, self.vocab_size
@@ -151,7 +159,7 @@ class Slots:
             seen_BV=jnp.zeros((b, v), bool),
         )
         none = jnp.full((b,), -1, jnp.int32)
-        cache = start_cache(self.model, base, b, room)
+        cache = self._cache(base, room)
         if self._apart:
             cache = cache.replace(key=apart(cache.key), value=apart(cache.value))
         return State(cache, jnp.zeros((b, v), jnp.float32), rows, none)
@@ -168,7 +176,7 @@ class Slots:
         """The state after `count` tokens of a piece from `start` on, and what the model says of those that follow."""
         cut = lambda a: lax.dynamic_slice_in_dim(a, slot, 1, axis=1)  # noqa: E731
         key, value = jax.tree.map(cut, (state.cache.key, state.cache.value))
-        row = Cache(key, value, jnp.reshape(start, (1,)), virtual=self.virtual)
+        row = state.cache.replace(key=key, value=value, length=jnp.reshape(start, (1,)))
         params = self._with_adapters(params, lax.dynamic_slice_in_dim(state.adapter, slot, 1))
         hidden_1CD, row = self.model.apply({"params": params}, tokens_C[None], row)
         last_1D = lax.dynamic_index_in_dim(hidden_1CD, count - 1, axis=1, keepdims=False)
