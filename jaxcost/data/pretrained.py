@@ -163,7 +163,9 @@ def read_tokenizer(folder: Path) -> PretrainedTokenizer:
         raise BadTokenizer(f"{folder} holds neither a tokenizer.json nor a SentencePiece model.")
     path = found[0]
     kind = "tokenizers" if path.suffix == ".json" else "sentencepiece"
-    config, model, generation = (read_fields(folder, f"{name}config.json") for name in ("tokenizer_", "", "generation_"))
+    config, model, generation = (
+        read_fields(folder, f"{name}config.json") for name in ("tokenizer_", "", "generation_")
+    )
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     specials = {name: text for name, value in named.items() if (text := spelled(value)) is not None}
     try:

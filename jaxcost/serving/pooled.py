@@ -13,6 +13,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, logits
 from jaxcost.serving.batches import SHORTEST, Batched, BatchesConfig, lengths_up_to
 
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A text, or two of them, as a model reads it."""

@@ -121,9 +121,7 @@ class SourceSlots(Slots):
 
     def _cache(self, params, room: int) -> Cache:
         slots = self.config.slots
-        one = jax.eval_shape(
-            lambda source_S: self._started(params, source_S, 1, room), self._empty(self.source_length)
-        )
+        one = jax.eval_shape(lambda source_S: self._started(params, source_S, 1, room), self._empty(self.source_length))
         wide = lambda a: jnp.zeros((a.shape[0], slots, *a.shape[2:]), a.dtype)  # noqa: E731
         key, value, source = jax.tree.map(wide, (one.key, one.value, one.source.replace(valid=None)))
         # A slot that was never used has a source of zeros, all valid: a softmax of nothing would be no number.
@@ -195,9 +193,7 @@ class SourceSlots(Slots):
         length = next(length for length in self._read_programs if length >= len(source))
         padded = self._empty(length)
         padded[: len(source)] = source
-        self.state = self._read_programs[length](
-            self.params, self.state, np.int32(slot), padded, np.int32(len(source))
-        )
+        self.state = self._read_programs[length](self.params, self.state, np.int32(slot), padded, np.int32(len(source)))
 
 
 def samples_of(source: ModelConfig) -> int:

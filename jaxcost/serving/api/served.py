@@ -92,12 +92,8 @@ class Served:
             raise ApiError(400, str(error), "messages") from None
 
 
-async def submitted(worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]]) -> list[_J]:
-    """Sends `count` jobs, which `make` makes in a thread once there is room for them.
-
-    Raises:
-      ApiError: there is no room, or a job cannot be met.
-    """
+def reserve(worker: Worker, count: int) -> None:
+    """Holds places for `count` jobs, as `Worker.reserve`; ApiError if there are not so many."""
     try:
         worker.reserve(count)
     except Overloaded as error:
@@ -105,6 +101,15 @@ async def submitted(worker: Worker[_J], count: int, make: Callable[[], Sequence[
         raise ApiError(429, str(error), code="overloaded", headers=wait) from None
     except Closed as error:
         raise ApiError(503, str(error), headers={"Retry-After": "1"}) from None
+
+
+async def submitted(worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]]) -> list[_J]:
+    """Sends `count` jobs, which `make` makes in a thread once there is room for them.
+
+    Raises:
+      ApiError: there is no room, or a job cannot be met.
+    """
+    reserve(worker, count)
     sent: list[_J] = []
     try:
         for job in await anyio.to_thread.run_sync(make):
