@@ -12,6 +12,7 @@ from jaxcost.models.audio import valid_frames
 from jaxcost.models.transformer import Transformer, logits
 from jaxcost.serving.batches import Batched, BatchesConfig, lengths_up_to
 
+_BATCHES = BatchesConfig()
 _LONGEST_SECONDS = 30
 _SHORTEST_FRAMES = 128
 _VARIANCE = 1e-7
@@ -56,7 +57,7 @@ class Heard(Batched[np.ndarray]):
         self,
         model: Transformer,
         params: weights.Params,
-        config: BatchesConfig = BatchesConfig(),
+        config: BatchesConfig = _BATCHES,
         *,
         blank: int = 0,
         normalized: bool = True,

@@ -8,11 +8,13 @@ from jaxcost import weights
 from jaxcost.models.transformer import Transformer, logits
 from jaxcost.serving.batches import Batched, BatchesConfig
 
+_BATCHES = BatchesConfig()
+
 
 class Pictures(Batched[np.ndarray]):
     """The programs of a model that labels images: float32 (H, W, C) of its own size, as `data.images.pixels` makes."""
 
-    def __init__(self, model: Transformer, params: weights.Params, config: BatchesConfig = BatchesConfig()):
+    def __init__(self, model: Transformer, params: weights.Params, config: BatchesConfig = _BATCHES):
         """Compiles everything; ValueError if the model gives anything but labels of images."""
         head, images = model.config.head, model.config.images
         if model.config.of_tokens or not images.patch or not head.outputs or head.pooling == "none" or head.boxes:

@@ -13,6 +13,8 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, logits
 from jaxcost.serving.batches import SHORTEST, Batched, BatchesConfig, lengths_up_to
 
+_BATCHES = BatchesConfig()
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -51,7 +53,7 @@ def answering(config: ModelConfig) -> ModelConfig:
 class Pooled(Batched[Text]):
     """The programs of a model that answers for texts."""
 
-    def __init__(self, model: Transformer, params: weights.Params, config: BatchesConfig = BatchesConfig()):
+    def __init__(self, model: Transformer, params: weights.Params, config: BatchesConfig = _BATCHES):
         """Compiles everything; ValueError if the model does not answer for texts, or is shorter than asked for."""
         model = Transformer(answering(model.config), model.execution)
         limit = model.config.max_length - optional.virtual_tokens(params)

@@ -31,7 +31,7 @@ from jaxcost.serving.scheduler import Request, Scheduler, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig, State
 from jaxcost.serving.worker import SchedulerConfig
 
-_LIMITS = SchedulerConfig()
+_LIMITS, _SLOTS = SchedulerConfig(), SlotsConfig()
 _NEVER = -1e9
 """What is added to the logit of a token that is never said; a finite number, of which no NaN can come."""
 
@@ -70,7 +70,7 @@ class SourceSlots(Slots):
         self,
         model: Transformer,
         params: weights.Params,
-        config: SlotsConfig = SlotsConfig(),
+        config: SlotsConfig = _SLOTS,
         *,
         lengths: tuple[int, ...] = (),
         prompt_tokens: tuple[int, ...] = (1,),
