@@ -165,11 +165,14 @@ def test_other_addresses_say_what_the_model_does(server):
         ("/v1/embeddings", {"input": "a"}, "does not embed"),
         ("/v1/rerank", {"query": "a", "documents": ["b"]}, "does not rank"),
         ("/v1/completions", {"prompt": "a"}, "does not continue texts"),
+        ("/v1/chat/completions", {}, "does not continue texts"),
         ("/v1/audio/transcriptions", {}, "does not hear recordings"),
     ):
         status, _, text = ask(server, path, body)
         error = json.loads(text)["error"]
         assert (status, error["code"]) == (400, "unsupported_model") and said in error["message"]
+    assert json.loads(ask(server, "/v1/models", method="GET")[2])["data"][0]["id"] == "small"
+    assert ask(server, "/tokenize", {"prompt": "a"})[0] == 404
 
 
 def test_what_cannot_be_served_is_said(tmp_path):

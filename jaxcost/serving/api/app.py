@@ -24,7 +24,7 @@ from jaxcost.serving.api.pooling import PooledModel, pooling_routes
 from jaxcost.serving.api.protection import Gate, Protection
 from jaxcost.serving.api.served import Served
 from jaxcost.serving.api.speech import SpeechModel, speech_routes
-from jaxcost.serving.api.tokens import token_routes
+from jaxcost.serving.api.tokens import model_routes, token_routes
 
 _LOGGER = logging.getLogger("jaxcost.serving")
 _LIMITS = ApiConfig()
@@ -73,7 +73,8 @@ def create_app(
         answering = pooling_routes(model, config, metrics)
     there = {route.path for route in answering.routes}
     refused = {path: what for path, what in _ADDRESSES.items() if path not in there}
-    for router in (_watching(app, model, metrics), token_routes(model), answering, _refusing(model, refused)):
+    routers = [_watching(app, model, metrics), model_routes(model), answering, _refusing(model, refused)]
+    for router in [*routers, token_routes(model)] if model.of_tokens else routers:
         app.include_router(router)
     body_bytes = config.audio_bytes if isinstance(model, SpeechModel) else config.body_bytes
     app.add_middleware(Protection, gate=Gate(keys, config), body_bytes=body_bytes)

@@ -84,6 +84,8 @@ class PooledModel(Served):
 class ImageModel(PooledModel):
     """A model that gives labels of images."""
 
+    of_tokens = False
+
     def __init__(self, name: str, vocabulary: Vocabulary, batcher: Batcher, labels: Labels | None = None):
         """As `PooledModel`; the vocabulary is nobody's."""
         super().__init__(name, vocabulary, batcher, labels)

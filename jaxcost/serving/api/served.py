@@ -25,6 +25,8 @@ class Served:
 
     answers: str
     """What it does, as a sentence goes on behind its name."""
+    of_tokens = True
+    """Whether it reads or writes tokens of its vocabulary."""
 
     def __init__(
         self,

@@ -150,6 +150,8 @@ class DictatedModel(SpeechModel):
 class SpelledModel(SpeechModel):
     """A model of CTC, which spells what it hears in the characters of one language."""
 
+    of_tokens = False
+
     def __init__(self, name: str, vocabulary: Vocabulary, batcher: Batcher, characters: Characters):
         """The pieces of a recording are inputs of the batcher; the vocabulary is nobody's."""
         super().__init__(name, vocabulary, batcher, batcher.batched.max_length)
