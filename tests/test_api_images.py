@@ -68,13 +68,13 @@ def serving(config=ApiConfig(), queue=256):  # noqa: B008
     metrics = Metrics("small", resolve(HardwareConfig("h100", 1)))
     metrics.watch(model.worker)
     with listening(create_app(model, metrics, config=config)) as port:
-        yield port
+        yield port, model
     assert not model.healthy
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serving() as port:
+    with serving() as (port, _):
         yield port
 
 
