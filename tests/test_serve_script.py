@@ -162,7 +162,7 @@ def test_adapters_are_asked_for_by_name(run, tuned):
 
 
 SIZES = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_kv": 4, "d_ff": 12, "vocab_size": 257}
-SPEECH = {"d_model": 8, "num_mel_bins": 8, "max_source_positions": 50, "max_target_positions": 40, "vocab_size": 257}
+SPEECH = {"d_model": 8, "num_mel_bins": 8, "max_source_positions": 50, "max_target_positions": 100, "vocab_size": 257}
 SPEECH |= {f"{part}_{size}": n for part in ("encoder", "decoder")
            for size, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))}  # fmt: skip
 CHECKPOINTS = {
