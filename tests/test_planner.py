@@ -347,6 +347,8 @@ def test_a_published_run_is_an_experiment(tmp_path):
     found = published.experiment_of(run)
     assert (found.data.batch_size, found.model.num_layers, found.execution.save) == (4, 2, ("query",))
     assert (found.execution.weights, found.optimizer.first_moment) == ("float32", "float32")
+    (part,) = published.read_runs(write_runs(tmp_path, run_row(sequences_per_device=0.5)))
+    assert repr(published.experiment_of(part).data.batch_size) == "2"
 
 
 def test_published_experts_and_windows_are_the_models(tmp_path):
@@ -386,6 +388,7 @@ def test_a_published_note_is_heeded(tmp_path, monkeypatch):
         ("fsdp over 128 devices", config.MeshConfig(fsdp=-1)),
         ("fsdp_transpose (weights sharded on the other axis)", config.MeshConfig(fsdp=-1)),
         ("fsdp 64, tensor 4", config.MeshConfig(fsdp=64, tensor=4)),
+        ("fsdp, expert 4", config.MeshConfig(fsdp=-1, expert=4)),
     ],
 )
 def test_a_published_mesh_is_read(tmp_path, text, mesh):
@@ -401,6 +404,7 @@ def test_a_published_mesh_is_read(tmp_path, text, mesh):
         ({"mesh": "pipeline 4"}, "mesh"),
         ({"mesh": "fsdp, tensor"}, "how large"),
         ({"dtype": "fp8"}, "fp8"),
+        ({"sequences_per_device": 0.1}, "0.4 in all, no whole number"),
         ({"remat": {"offload": [], "save": ["strange"], "else": "recompute"}}, "strange"),
     ],
 )

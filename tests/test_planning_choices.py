@@ -18,7 +18,7 @@ from jaxcost.config import Experiment, MeshConfig
 from jaxcost.cost import hardware, links
 from jaxcost.data.config import DataConfig
 from jaxcost.models.config import ModelConfig
-from jaxcost.planning import picture, ranking, scaling, search, topology
+from jaxcost.planning import limits, picture, ranking, scaling, search, topology
 from jaxcost.transforms import lora
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -151,6 +151,37 @@ def test_a_search_compiles_its_best(tmp_path, monkeypatch):
     assert first <= second
     served = search.search(EXPERIMENT, "v5e:2x4", 512, "decode", count=2, processes=2)
     assert [made.step for _, made in served.compiled] == ["decode", "decode"]
+
+
+# ---- Limits ----
+
+
+def priced(seconds, usd, fits=True):
+    return types.SimpleNamespace(
+        cost=types.SimpleNamespace(seconds=seconds, usd=usd), compiled=types.SimpleNamespace(fits=fits)
+    )
+
+
+def test_plans_are_ranked_within_their_limits():
+    slow, fast, unpriced, misfit = priced(7200, 1.0), priced(3600, 2.0), priced(1800, None), priced(1, 0.1, fits=False)
+    plans = [misfit, unpriced, fast, slow]
+    assert sorted(plans, key=limits.Limits().rank) == [slow, fast, unpriced, misfit]
+    assert sorted(plans, key=limits.Limits(deadline_hours=1.5).rank) == [fast, unpriced, slow, misfit]
+    assert sorted(plans, key=limits.Limits(budget_usd=5).rank) == [fast, slow, unpriced, misfit]
+    tight = limits.Limits(budget_usd=1.5, deadline_hours=1.5)
+    assert tight.over(slow) == ["takes 2 hours, over the deadline of 1.5."]
+    assert tight.over(fast) == ["costs 2 dollars, over the budget of 1.5."]
+    assert "its price is unknown" in tight.over(unpriced)[0]
+
+
+def test_limits_and_figures_of_chips_are_checked():
+    with pytest.raises(ValueError, match="--deadline-hours is 0; it must be positive"):
+        limits.Limits(deadline_hours=0)
+    assert limits.figures_by_chip("--price", ("a=2", "b=0.5"), {"a", "b", "c"}) == {"a": 2.0, "b": 0.5}
+    with pytest.raises(ValueError, match="--price names 'd', and the topologies are of a, b"):
+        limits.figures_by_chip("--price", ("d=2",), {"a", "b"})
+    with pytest.raises(ValueError, match="--price is 'a'; write a chip and a number, such as a=5"):
+        limits.figures_by_chip("--price", ("a",), {"a"})
 
 
 # ---- Scaling laws ----

@@ -171,6 +171,29 @@ def test_a_full_queue_refuses_and_a_closed_one_ends_what_it_took():
             running.reserve()
 
 
+def test_who_would_wait_too_long_is_refused():
+    with scheduler(SchedulerConfig(wait_seconds=1e-9)) as running:
+        # Before the first has ended, nobody knows how long one takes.
+        assert [one.all()[-1].reason for one in [Asked(running, prompt, 9) for prompt in prompts(6)]] == ["length"] * 6
+        running.reserve()  # nobody waits
+        with pytest.raises(Overloaded, match="1 requests wait already"):
+            running.reserve()
+        running.release()
+        running.reserve()
+        running.release()
+    with scheduler() as running:
+        Asked(running, prompts(1)[0], 9).all()
+        running.reserve()
+        running.reserve(deadline_seconds=60)
+        with pytest.raises(Overloaded, match="2 requests wait already"):
+            running.reserve(deadline_seconds=1e-9)
+        running.release(2)
+        running.reserve(deadline_seconds=1e-9)
+        running.release()
+    with pytest.raises(ValueError, match="scheduler.wait_seconds is 0; it must be above 0"):
+        SchedulerConfig(wait_seconds=0)
+
+
 def test_a_failure_of_the_device_ends_every_request(monkeypatch):
     def fail(*_):
         raise RuntimeError("the device is gone")

@@ -10,7 +10,7 @@ from typing import Any
 from jaxcost.data.files import atomic_write
 
 _GIB = 2**30
-_PARTS = ("weights", "teacher", "optimizer", "gradients", "cache", "batch", "temporaries")
+PARTS = ("weights", "teacher", "optimizer", "gradients", "cache", "batch", "temporaries")
 
 
 def draw(plans: Sequence[tuple[str, Mapping[str, Any]]], path: pathlib.Path) -> None:
@@ -39,7 +39,7 @@ def draw(plans: Sequence[tuple[str, Mapping[str, Any]]], path: pathlib.Path) -> 
     seconds.set_xlabel("seconds a step")
     seconds.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False)
     left = [0.0] * len(plans)
-    for part in _PARTS:
+    for part in PARTS:
         widths = [(row["memory_split_bytes"] or {}).get(part, 0) / _GIB for _, row in plans]
         if any(widths):
             memory.barh(range(len(plans)), widths, 0.6, left=left, label=part)

@@ -29,7 +29,7 @@ from jaxcost.training.config import OptimizerConfig, TrainingConfig
 SCHEMA = "published-runs-1"
 # Which axis of a weight fsdp splits is all the same to the compiler's cycles (7.78 and 7.83 seconds of matmuls for
 # Llama-2-70B on v6e:16x16), so the transposed kind is planned as the plain one.
-_AXIS = re.compile(r"\b(data|fsdp|tensor|context)(?:_transpose)?\b(?:\s*=?\s*(\d+))?")
+_AXIS = re.compile(r"\b(data|fsdp|expert|tensor|context)(?:_transpose)?\b(?:\s*=?\s*(\d+))?")
 _WEIGHT_DTYPES = {"bf16 activations, f32 weights and moments": "float32", "bf16 weights": "bfloat16"}
 _LOSS_TILES = re.compile(r"vocabulary loss in (\d+) tiles")
 _TENSOR_NAMES = {"decoder_layer_input": "layer_input", "out_proj": "attention_projection"}
@@ -113,10 +113,12 @@ def experiment_of(run: PublishedRun, loss_chunks: int = 1) -> Experiment:
         raise CannotPlan(f"the activations {', '.join(strangers)} have no name here")
     if row["remat"].get("else") != "recompute":
         raise CannotPlan(f"what is not kept is {row['remat'].get('else')!r}, not recomputed")
-    devices = run.chips * topology_chip(run.topology).devices_per_chip
+    batch_size = row["sequences_per_device"] * run.chips * topology_chip(run.topology).devices_per_chip
+    if batch_size != int(batch_size):
+        raise CannotPlan(f"{row['sequences_per_device']} sequences a device are {batch_size} in all, no whole number")
     return Experiment(
         model=_model_of(shape, row["sequence"]),
-        data=DataConfig(batch_size=row["sequences_per_device"] * devices, sequence_length=row["sequence"]),
+        data=DataConfig(batch_size=int(batch_size), sequence_length=row["sequence"]),
         mesh=_mesh_of(row["mesh"]),
         execution=ExecutionConfig(
             compute="bfloat16",
@@ -147,7 +149,7 @@ def _mesh_of(text: str) -> MeshConfig:
     described = re.sub(r"\(.*?\)|\bover \d+ devices", "", str(text))
     axes = _AXIS.findall(described)
     if not axes or re.sub(r"[\s,x*×+]", "", _AXIS.sub("", described)):
-        raise CannotPlan(f"the mesh {text!r} is not one of data, fsdp, tensor and context")
+        raise CannotPlan(f"the mesh {text!r} is not one of data, fsdp, expert, tensor and context")
     try:
         return MeshConfig(**{axis: int(size or -1) for axis, size in axes})
     except ValueError:

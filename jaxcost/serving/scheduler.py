@@ -172,7 +172,7 @@ class Scheduler(Worker[Ticket]):
 
     def _round(self) -> None:
         for run in list(self._running.values()):
-            if why := run.ticket.over(self.config.deadline_seconds):
+            if why := run.ticket.over(self.config):
                 self._leave(run, "", _no_scores(), why)
         self._admit()
         self._read_prompts()

@@ -6,6 +6,7 @@ import abc
 import collections
 import dataclasses
 import logging
+import math
 import threading
 import time
 from typing import Generic, Literal, TypeVar
@@ -17,11 +18,11 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Overloaded(Exception):
-    """The queue is full; come back in a while."""
+    """Too many wait already, or for too long; come back in a while."""
 
-    def __init__(self, waiting: int, retry_after_seconds: int):
+    def __init__(self, waiting: int, wait_seconds: float):
         super().__init__(f"{waiting} requests wait already; send the request again later.")
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds = max(1, round(wait_seconds))
 
 
 class Closed(Exception):
@@ -34,14 +35,23 @@ class SchedulerConfig:
 
     queue: int = 256
     """Requests (sequences, or texts to embed or label) that may wait; further ones are refused."""
+    wait_seconds: float | None = None
+    """A request that would wait for longer, as those before it lasted, is refused, so that after an overload nobody
+    waits for what is left of it; by default as long as its deadline allows."""
     deadline_seconds: float = 600.0
     """From its arrival, a request that has not ended by then is ended."""
 
     def __post_init__(self):
         if self.queue < 1:
             raise ValueError(f"scheduler.queue is {self.queue}; it must be at least 1.")
+        if self.wait_seconds is not None and not self.wait_seconds > 0:
+            raise ValueError(f"scheduler.wait_seconds is {self.wait_seconds}; it must be above 0.")
         if not self.deadline_seconds > 0:
             raise ValueError(f"scheduler.deadline_seconds is {self.deadline_seconds}; it must be above 0.")
+
+    def deadline_of(self, own_seconds: float | None) -> float:
+        """Seconds that a request has, which may ask for fewer itself."""
+        return self.deadline_seconds if own_seconds is None else min(own_seconds, self.deadline_seconds)
 
 
 @dataclasses.dataclass
@@ -73,13 +83,12 @@ class Job(abc.ABC):
         """Nobody waits for it any more: it leaves its place."""
         self._cancelled = True
 
-    def over(self, deadline_seconds: float) -> Reason | None:
+    def over(self, config: SchedulerConfig) -> Reason | None:
         """Why it should end by now, if it should."""
-        own = self.deadline_seconds
         if self._cancelled:
             return "cancelled"
-        limit = deadline_seconds if own is None else min(own, deadline_seconds)
-        return "deadline" if time.monotonic() - self.times.arrived > limit else None
+        late = time.monotonic() - self.times.arrived > config.deadline_of(self.deadline_seconds)
+        return "deadline" if late else None
 
     @abc.abstractmethod
     def end(self, reason: Reason) -> None:
@@ -97,7 +106,7 @@ class Worker(abc.ABC, Generic[_J]):
         self.config = config
         self._waiting: collections.deque[_J] = collections.deque()
         self._reserved = 0
-        self._seconds_per_request = 1.0
+        self._seconds_per_request: float | None = None
         self._condition = threading.Condition()
         self._closing = self._broken = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -120,20 +129,26 @@ class Worker(abc.ABC, Generic[_J]):
         """Whether jobs are run."""
         return self._thread.is_alive() and not self._broken
 
-    def reserve(self, jobs: int = 1) -> None:
+    def reserve(self, jobs: int = 1, deadline_seconds: float | None = None) -> None:
         """Holds places in the queue, so that no work is spent on what would be refused; each is given back by `submit`
         or `release`.
 
+        Args:
+          jobs: how many places.
+          deadline_seconds: as the worker's, if that of the jobs is to be shorter.
+
         Raises:
-          Overloaded: there are not so many places.
+          Overloaded: there are not so many places, or those who wait would let the jobs wait for too long.
           Closed: nothing is taken on any more.
         """
         with self._condition:
             if self._closing or not self.healthy:
                 raise Closed("The server is shutting down; send the request to another one.")
-            if not self._takes(jobs):
-                rounds = self.num_waiting / self._at_once
-                raise Overloaded(self.num_waiting, max(1, round(rounds * self._seconds_per_request)))
+            each = self._seconds_per_request or 0.0
+            wait = self.num_waiting / self._at_once * each
+            limit = min(self.config.wait_seconds or math.inf, self.config.deadline_of(deadline_seconds) - each)
+            if not self._takes(jobs) or (self.num_waiting and wait > limit):
+                raise Overloaded(self.num_waiting, wait)
             self._reserved += jobs
 
     def release(self, jobs: int = 1) -> None:
@@ -210,12 +225,13 @@ class Worker(abc.ABC, Generic[_J]):
     def _drop(self) -> None:
         """Ends those in the queue who were cancelled or are late."""
         with self._condition:
-            late = [(job, why) for job in self._waiting if (why := job.over(self.config.deadline_seconds))]
+            late = [(job, why) for job in self._waiting if (why := job.over(self.config))]
             for job, _ in late:
                 self._waiting.remove(job)
         for job, why in late:
             job.end(why)
 
     def _took(self, job: _J) -> None:
-        """Notes how long a job took, for those who are told to come back."""
-        self._seconds_per_request += 0.1 * (job.times.ended - job.times.started - self._seconds_per_request)
+        """Notes how long a job took, by which those who come are refused or told when to come back."""
+        took, before = job.times.ended - job.times.started, self._seconds_per_request
+        self._seconds_per_request = took if before is None else before + 0.1 * (took - before)

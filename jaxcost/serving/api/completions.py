@@ -289,7 +289,7 @@ def _spelled_top(vocabulary: Vocabulary, scores: Scored, place: int, top: int) -
 
 
 async def _answer(job: _Job, http: Request, model: TextModel, metrics: Metrics):
-    generation = await Generation.start(model, metrics, job.count, job.make)
+    generation = await Generation.start(model, metrics, job.count, job.make, job.body.deadline_seconds)
     if job.body.stream:
         return StreamingResponse(_stream(job, generation), media_type="text/event-stream")
     try:

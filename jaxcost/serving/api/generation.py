@@ -107,16 +107,24 @@ class Generation:
 
     @classmethod
     async def start(
-        cls, model: TextModel, metrics: Metrics, count: int, make: Callable[[], list[Request]]
+        cls,
+        model: TextModel,
+        metrics: Metrics,
+        count: int,
+        make: Callable[[], list[Request]],
+        deadline_seconds: float | None,
     ) -> Generation:
-        """Sends `count` requests, which `make` makes in a thread once there is room for them.
+        """Sends `count` requests of a deadline, which `make` makes in a thread once there is room for them.
 
         Raises:
           ApiError: there is no room, or a request cannot be met.
         """
         made = cls(model, metrics)
         made.tickets = await submitted(
-            model.scheduler, count, lambda: [made._ticket(*numbered) for numbered in enumerate(make())]
+            model.scheduler,
+            count,
+            lambda: [made._ticket(*numbered) for numbered in enumerate(make())],
+            deadline_seconds,
         )
         return made
 

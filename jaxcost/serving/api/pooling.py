@@ -210,7 +210,10 @@ class Answering:
     async def run(self, make: Callable[[], list[Any]]) -> list[Any]:
         """The answers in the order of the inputs, `count` of them, which `make` makes; ApiError if one has none."""
         self.asked = await submitted(
-            self._batcher, self._count, lambda: [self._ask(i, given) for i, given in enumerate(make())]
+            self._batcher,
+            self._count,
+            lambda: [self._ask(i, given) for i, given in enumerate(make())],
+            self._deadline,
         )
         found: dict[int, Any] = {}
         try:

@@ -94,10 +94,10 @@ class Served:
             raise ApiError(400, str(error), "messages") from None
 
 
-def reserve(worker: Worker, count: int) -> None:
-    """Holds places for `count` jobs, as `Worker.reserve`; ApiError if there are not so many."""
+def reserve(worker: Worker, count: int, deadline_seconds: float | None) -> None:
+    """Holds places for `count` jobs of a deadline, as `Worker.reserve`; ApiError if there are not so many."""
     try:
-        worker.reserve(count)
+        worker.reserve(count, deadline_seconds)
     except Overloaded as error:
         wait = {"Retry-After": str(error.retry_after_seconds)}
         raise ApiError(429, str(error), code="overloaded", headers=wait) from None
@@ -105,13 +105,15 @@ def reserve(worker: Worker, count: int) -> None:
         raise ApiError(503, str(error), headers={"Retry-After": "1"}) from None
 
 
-async def submitted(worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]]) -> list[_J]:
-    """Sends `count` jobs, which `make` makes in a thread once there is room for them.
+async def submitted(
+    worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]], deadline_seconds: float | None = None
+) -> list[_J]:
+    """Sends `count` jobs of a deadline, which `make` makes in a thread once there is room for them.
 
     Raises:
       ApiError: there is no room, or a job cannot be met.
     """
-    reserve(worker, count)
+    reserve(worker, count, deadline_seconds)
     sent: list[_J] = []
     try:
         for job in await anyio.to_thread.run_sync(make):

@@ -117,7 +117,7 @@ class DictatedModel(SpeechModel):
                 for i, piece in enumerate(pieces)
             ]
 
-        generation = await Generation.start(self, metrics, len(pieces), make)
+        generation = await Generation.start(self, metrics, len(pieces), make, body.deadline_seconds)
         parts, _ = await generation.whole()
         said = [
             Said(
@@ -138,7 +138,7 @@ class DictatedModel(SpeechModel):
         """The code of the language that is spoken, which is the first thing that the model says, and what it took."""
         start = np.array([self.instructions.start], np.int32)
         request = SourceRequest(start, 1, deadline_seconds=body.deadline_seconds, source=piece)
-        generation = await Generation.start(self, metrics, 1, lambda: [request])
+        generation = await Generation.start(self, metrics, 1, lambda: [request], body.deadline_seconds)
         parts, _ = await generation.whole()
         tokens = [token for part in parts[0] for token in part.scores.tokens.tolist()]
         codes = [code for code, i in self.instructions.languages.items() if [i] == tokens]
@@ -213,7 +213,7 @@ async def _answer(
     model.check(body, language, translate)
     content = await body.file.read()
     # A place is held while the file is decoded, so that no work is spent on what would be refused.
-    reserve(model.worker, 1)
+    reserve(model.worker, 1, body.deadline_seconds)
     try:
         samples = await anyio.to_thread.run_sync(read_sound, content, SAMPLE_RATE, config.audio_seconds)
         pieces = await anyio.to_thread.run_sync(model.pieces, samples)
