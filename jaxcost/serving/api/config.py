@@ -15,11 +15,11 @@ class ApiConfig:
     """Sequences that one request may ask for (`n`, times its prompts)."""
     texts: int = 2048
     """Texts, or images, that one request may ask embeddings, labels or ranks of."""
-    image_pixels: int = 50_000_000
+    image_pixels: int = 20_000_000
     """Pixels of the images of one request together."""
     audio_bytes: int = 25_000_000
     """Largest body of a request to a model that hears, in the place of `body_bytes`."""
-    audio_seconds: float = 1800.0
+    audio_seconds: float = 1500.0
     """Longest recording."""
     stops: int = 16
     """Stop strings of one request."""

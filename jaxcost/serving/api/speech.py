@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, Form, Request
@@ -33,6 +34,8 @@ from jaxcost.serving.speech import Instructions
 from jaxcost.serving.vocabulary import Vocabulary
 
 _FORM = Form(media_type="multipart/form-data")
+_DECODERS = 2
+"""Files that are decoded at one time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,17 +186,17 @@ class SpelledModel(SpeechModel):
 
 def speech_routes(model: SpeechModel, config: ApiConfig, metrics: Metrics) -> APIRouter:
     """The two addresses, for one model."""
-    router = APIRouter(tags=["speech"])
+    router, decoders = APIRouter(tags=["speech"]), anyio.CapacityLimiter(_DECODERS)
 
     @router.post("/v1/audio/transcriptions")
     async def transcriptions(body: Annotated[TranscriptionRequest, _FORM], http: Request):
         """Write down what is said in a recording."""
-        return await _answer(body, body.language, False, http, model, config, metrics)
+        return await _answer(body, body.language, False, http, model, config, metrics, decoders)
 
     @router.post("/v1/audio/translations")
     async def translations(body: Annotated[SpeechRequest, _FORM], http: Request):
         """Write down what is said in a recording, in English."""
-        return await _answer(body, None, True, http, model, config, metrics)
+        return await _answer(body, None, True, http, model, config, metrics, decoders)
 
     return router
 
@@ -206,6 +209,7 @@ async def _answer(
     model: SpeechModel,
     config: ApiConfig,
     metrics: Metrics,
+    decoders: anyio.CapacityLimiter,
 ):
     model.adapter(body.model)
     if (name := body.unsupported()) is not None:
@@ -215,8 +219,10 @@ async def _answer(
     # A place is held while the file is decoded, so that no work is spent on what would be refused.
     reserve(model.worker, 1, body.deadline_seconds)
     try:
-        samples = await anyio.to_thread.run_sync(read_sound, content, SAMPLE_RATE, config.audio_seconds)
-        pieces = await anyio.to_thread.run_sync(model.pieces, samples)
+        # A small file may be half an hour of silence, so that few of them are decoded at one time.
+        samples, pieces = await anyio.to_thread.run_sync(
+            _decoded, model, content, config.audio_seconds, limiter=decoders
+        )
     except BadRecord as error:
         raise ApiError(400, f"The file {error}; send another one, such as WAV or FLAC.", "file") from None
     finally:
@@ -237,6 +243,12 @@ async def _answer(
         "segments": _segments(pieces, heard.said, body.temperature or 0.0),
         "usage": usage,
     }
+
+
+def _decoded(model: SpeechModel, content: bytes, max_seconds: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The samples of a file, and the pieces of them that the model hears one by one."""
+    samples = read_sound(content, SAMPLE_RATE, max_seconds)
+    return samples, model.pieces(samples)
 
 
 def _segments(pieces: Sequence[np.ndarray], said: Sequence[Said], temperature: float) -> list[dict[str, Any]]:
