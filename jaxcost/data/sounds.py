@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcost.data.records import BadRecord
 
-_RATES = (4_000, 96_000)
+_RATES = (4_000, 48_000)
 """Samples a second that files of speech have: others take filters longer than any recording, or memory for nothing."""
 _BLOCK = 1 << 16
 
