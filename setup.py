@@ -46,7 +46,13 @@ setup(
         # The compiler for NVIDIA GPUs without CUDA's own libraries. On loading, it writes of absent drivers to standard
         # error whatever the script, so it is asked for by itself.
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.13", "jax-cuda12-pjrt>=0.10,<0.13"],
-        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "prometheus-client>=0.21,<1"],
+        "serve": [
+            "fastapi>=0.115,<1",
+            "uvicorn>=0.34,<1",
+            "prometheus-client>=0.21,<1",
+            "python-multipart>=0.0.20,<1",  # forms with files, for FastAPI
+            "soundfile>=0.13,<1",  # reads recordings
+        ],
         "wordnet": ["wn>=1,<2"],  # synonyms; its data are fetched by itself
         "synthesis": ["openai>=3,<4"],  # OpenAI's own client
         "watch": ["tensorboardX>=2.6,<3", "wandb>=0.20,<1"],

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from jaxcost.command_line import run
 from jaxcost.cost.hardware import HardwareConfig
 from jaxcost.serving.api.config import ApiConfig
-from jaxcost.serving.pooled import BatchesConfig
+from jaxcost.serving.batches import BatchesConfig
 from jaxcost.serving.slots import SlotsConfig
 from jaxcost.serving.worker import SchedulerConfig
 
@@ -43,9 +43,10 @@ class Arguments:
     canary_tolerance: float = 0.02
     """Nats a token by which its score may differ without a word in the log."""
     engine: SlotsConfig = SlotsConfig()
-    """How many requests run at once, and in what pieces, where texts are continued."""
+    """How many requests run at once, and in what pieces, where texts are continued or answered to."""
     batches: BatchesConfig = BatchesConfig()
-    """In what batches texts are read, where they are embedded, labelled or ranked."""
+    """In what batches inputs are read, where each gets one answer, and what texts are padded to that an encoder reads
+    for a decoder."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """What is taken on."""
     api: ApiConfig = ApiConfig()
@@ -69,11 +70,12 @@ def main(arguments: Arguments) -> dict:
     """Serves, and returns how much."""
     if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
-    from jaxcost.conversion import labels_of
+    from jaxcost.conversion import KEPT, labels_of
     from jaxcost.cost.hardware import resolve
     from jaxcost.serving.adapters import with_adapters
     from jaxcost.serving.api.app import create_app
-    from jaxcost.serving.api.load import pooled_model, text_model
+    from jaxcost.serving.api.kinds import model_of_kind
+    from jaxcost.serving.api.load import text_model
     from jaxcost.serving.api.metrics import Metrics
     from jaxcost.serving.api.pooling import Labels
     from jaxcost.serving.api.protection import read_keys
@@ -102,7 +104,14 @@ def main(arguments: Arguments) -> dict:
         raise ValueError("--adapters is for models that continue texts, which this one does not; leave it out.")
     else:
         labels = labels_of(a.checkpoint, session.model.config.head.labels)
-        model = pooled_model(*served, a.batches, a.scheduler, labels and Labels(*labels))
+        model = model_of_kind(
+            *served,
+            a.checkpoint / KEPT,
+            labels=labels and Labels(*labels),
+            slots=a.engine,
+            batches=a.batches,
+            scheduler=a.scheduler,
+        )
     metrics = Metrics(name, resolve(a.hardware))
     metrics.watch(model.worker)
     watch = None

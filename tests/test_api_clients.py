@@ -7,11 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import test_api_answers
 import test_api_pooling
+import test_api_speech
 from serving import TOKENIZER, alone, log_probabilities
 from test_api import TEMPLATE, serving, text_of
 
 from jaxcost.data.pretrained import read_tokenizer, write_tokenizer
+from jaxcost.data.sounds import read_sound
+from jaxcost.data.spectrogram import SAMPLE_RATE
 
 pytestmark = pytest.mark.oracles
 
@@ -49,6 +53,22 @@ def test_litellm_embeds(litellm):
         found = litellm.embedding(model="openai/small", input=["a", "some words"], **where)
     for entry, text in zip(found.data, ["a", "some words"], strict=True):
         np.testing.assert_allclose(entry["embedding"], test_api_pooling.embedding("encoder", text), atol=1e-5)
+
+
+def test_litellm_transcribes(litellm):
+    content = test_api_speech.file(test_api_speech.sound(0.2))
+    with test_api_speech.serving(test_api_speech.make("dictated")) as port:
+        where = {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
+        found = litellm.transcription(model="openai/small", file=("a.wav", content), language="en", **where)
+    samples = read_sound(content, SAMPLE_RATE, 9)
+    assert found.text == test_api_speech.dictation(samples, [300, 301, 303, 305]).strip() != ""
+
+
+def test_litellm_translates_texts(litellm):
+    with test_api_answers.serving() as (port, _):
+        where = {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": "none", "temperature": 0, "max_tokens": 9}
+        found = litellm.text_completion(model="text-completion-openai/small", prompt=test_api_answers.TEXTS[1], **where)
+    assert found.choices[0].text == test_api_answers.text_of(test_api_answers.TEXTS[1], 9)
 
 
 QUESTIONS = [

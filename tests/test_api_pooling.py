@@ -24,7 +24,8 @@ from jaxcost.serving.api.config import ApiConfig
 from jaxcost.serving.api.load import pooled_model
 from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.api.pooling import Labels, PooledModel
-from jaxcost.serving.pooled import Batcher, BatchesConfig, Pooled, Text, answering
+from jaxcost.serving.batches import Batcher, BatchesConfig
+from jaxcost.serving.pooled import Pooled, Text, answering
 from jaxcost.serving.vocabulary import Vocabulary
 from jaxcost.serving.worker import SchedulerConfig
 

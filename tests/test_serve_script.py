@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 from checkpoints import FIELDS, tensors_of, write
 from serving import TOKENIZER
+from test_api import ask, client
+from test_api_images import file as image_file
+from test_api_images import image, part
+from test_api_speech import file as sound_file
+from test_api_speech import sound
 
 from jaxcost.config import (
     DataConfig,
@@ -156,6 +161,56 @@ def test_adapters_are_asked_for_by_name(run, tuned):
     assert answers[2]["error"]["code"] == "model_not_found"
     of_base, of_other = (answer["choices"][0]["logprobs"]["token_logprobs"] for answer in answers[:2])
     assert len(of_base) == len(of_other) == 40 and of_base != of_other
+
+
+SIZES = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_kv": 4, "d_ff": 12, "vocab_size": 257}
+SPEECH = {"d_model": 8, "num_mel_bins": 8, "max_source_positions": 50, "max_target_positions": 100, "vocab_size": 257}
+SPEECH |= {f"{part}_{size}": n for part in ("encoder", "decoder")
+           for size, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))}  # fmt: skip
+CHECKPOINTS = {
+    "t5": SIZES | {"architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": 0},
+    "whisper": SPEECH | {"architectures": ["WhisperForConditionalGeneration"], "decoder_start_token_id": 1},
+    "vit": {"architectures": ["ViTForImageClassification"], "hidden_size": 8, "num_hidden_layers": 1, "image_size": 8}
+    | {"num_attention_heads": 2, "intermediate_size": 12, "patch_size": 4, "id2label": {"0": "cat", "1": "dog"}},
+}
+
+
+def imported(name, folder):
+    """A training's folder of a small random checkpoint of a family."""
+    fields = CHECKPOINTS[name] | {"model_type": name}
+    (folder / "source").mkdir()
+    ids = write_tokenizer(TOKENIZER, folder / "source")
+    write(folder / "source", fields | ids, tensors_of(fields))
+    import_checkpoint(folder / "source", folder / "small", quiet=True)
+    return folder / "small"
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_says_what_generate_says(tmp_path):
+    run = imported("t5", tmp_path)
+    body = {"prompt": "some words", "max_tokens": 20, "temperature": 0}
+    with process(run, *FEW) as (_, port):
+        [choice] = json.loads(post(port, body)[1]().read())["choices"]
+    script = [sys.executable, str(ROOT / "scripts" / "generate.py"), str(run), "--source", "some words"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    options = ["--tokens", "20", "--temperature", "0", "--json", str(tmp_path / "said.json")]
+    subprocess.run([*script, *options], check=True, env=environment, timeout=300)
+    assert choice["text"] == json.loads((tmp_path / "said.json").read_text())["text"] != ""
+
+
+@pytest.mark.slow
+def test_recordings_and_images_are_taken_by_the_models_for_them(tmp_path):
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "vision").mkdir()
+    with process(imported("whisper", tmp_path / "speech"), *FEW) as (_, port), client(port) as openai:
+        said = openai.audio.transcriptions.create(
+            file=("a.wav", sound_file(sound(0.5))), model="small", response_format="verbose_json"
+        )
+    assert said.duration == 0.5 and len(said.segments) == 1
+    picture = {"input": part(image_file(image(1)))}
+    with process(imported("vit", tmp_path / "vision")) as (_, port):
+        status, _, text = ask(port, "/v1/classify", picture)
+    assert status == 200 and json.loads(text)["data"][0]["label"] in ("cat", "dog")
 
 
 @pytest.mark.slow

@@ -35,12 +35,13 @@ class ImageFiles:
         return self._paths[index].relative_to(self._base).as_posix()
 
 
-def read_image(file: str | Path | bytes, max_bytes: int) -> np.ndarray:
+def read_image(file: str | Path | bytes, max_bytes: int, max_pixels: int | None = None) -> np.ndarray:
     """What an image shows, uint8 (height, width, 3); of several in a file, the first.
 
     Args:
       file: where it lies, or what it holds.
       max_bytes: that it may hold.
+      max_pixels: that it may have, which is found out before any of them is; Pillow's own limit if not given.
 
     Raises:
       BadRecord: it is no image, is damaged, or holds more.
@@ -50,6 +51,8 @@ def read_image(file: str | Path | bytes, max_bytes: int) -> np.ndarray:
     try:
         check_size(len(file) if isinstance(file, bytes) else Path(file).stat().st_size, max_bytes)
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise BadRecord(f"has {image.width} x {image.height} pixels, more than {max_pixels}")
             return np.asarray(image.convert("RGB"))
     except BadRecord:
         raise
@@ -83,7 +86,12 @@ def image_row(size: tuple[int, int, int], example: dict[str, Any]) -> dict[str, 
       `inputs`, float32 of that size, from -1 to 1, `targets`, int32 (1,), and `mask`, float32 (1,).
     """
     return {
-        "inputs": resized(size, example)["image"].astype(np.float32) / 127.5 - 1,
+        "inputs": pixels(size, example["image"]),
         "targets": np.array([example["label"]], np.int32),
         "mask": np.ones(1, np.float32),
     }
+
+
+def pixels(size: tuple[int, int, int], image: np.ndarray) -> np.ndarray:
+    """What a model reads of an image, uint8: float32 of the height, width and channels of `size`, from -1 to 1."""
+    return resized(size, {"image": image})["image"].astype(np.float32) / 127.5 - 1

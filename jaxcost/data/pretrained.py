@@ -163,9 +163,11 @@ def read_tokenizer(folder: Path) -> PretrainedTokenizer:
         raise BadTokenizer(f"{folder} holds neither a tokenizer.json nor a SentencePiece model.")
     path = found[0]
     kind = "tokenizers" if path.suffix == ".json" else "sentencepiece"
-    config, model, generation = (_fields(folder, f"{name}config.json") for name in ("tokenizer_", "", "generation_"))
+    config, model, generation = (
+        read_fields(folder, f"{name}config.json") for name in ("tokenizer_", "", "generation_")
+    )
     named = {name: value for name, value in config.items() if name.endswith("_token")}
-    specials = {name: text for name, value in named.items() if (text := _content(value)) is not None}
+    specials = {name: text for name, value in named.items() if (text := spelled(value)) is not None}
     try:
         content = path.read_bytes()
         serialized = content.decode() if kind == "tokenizers" else base64.b64encode(content).decode()
@@ -316,7 +318,8 @@ def _unescaped(token: str) -> bytes:
 # ---- Files ----
 
 
-def _fields(folder: Path, name: str) -> dict[str, Any]:
+def read_fields(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of a JSON file of a checkpoint, none if it is not there; BadTokenizer if it cannot be read."""
     path = folder / name
     if not path.is_file():
         return {}
@@ -327,7 +330,7 @@ def _fields(folder: Path, name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _content(token: Any) -> str | None:
+def spelled(token: Any) -> str | None:
     """The text of a special token, which may stand alone or with its options."""
     return token.get("content") if isinstance(token, dict) else token
 

@@ -43,6 +43,11 @@ class Request:
     deadline_seconds: float | None = None
     """As the scheduler's, if it is to be shorter."""
 
+    @property
+    def tokens(self) -> int:
+        """What is read of it, in tokens."""
+        return len(self.prompt)
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -73,7 +78,7 @@ class Ticket(Job):
           on_prompt: called once, before that, with the scores of the prompt's tokens from the second on, if they were
             asked for.
         """
-        super().__init__(len(request.prompt), request.deadline_seconds)
+        super().__init__(request.tokens, request.deadline_seconds)
         self.request = request
         self.cached_tokens = 0
         """Tokens of the prompt that did not have to be read again."""

@@ -23,17 +23,26 @@ from jaxcost.serving.api.metrics import Metrics
 from jaxcost.serving.api.pooling import PooledModel, pooling_routes
 from jaxcost.serving.api.protection import Gate, Protection
 from jaxcost.serving.api.served import Served
-from jaxcost.serving.api.tokens import token_routes
+from jaxcost.serving.api.speech import SpeechModel, speech_routes
+from jaxcost.serving.api.tokens import model_routes, token_routes
 
 _LOGGER = logging.getLogger("jaxcost.serving")
 _LIMITS = ApiConfig()
-_GENERATION = {"/v1/completions": "continue texts", "/v1/chat/completions": "continue texts"}
-_POOLING = {"/v1/embeddings": "embed them", "/v1/classify": "label them", "/v1/rerank": "rank them"}
+_ADDRESSES = {
+    "/v1/completions": "continue texts",
+    "/v1/chat/completions": "continue texts",
+    "/v1/embeddings": "embed texts",
+    "/v1/classify": "label texts or images",
+    "/v1/rerank": "rank texts",
+    "/v1/audio/transcriptions": "hear recordings",
+    "/v1/audio/translations": "hear recordings",
+}
+"""What an address is for, which a model may not do."""
 _PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
 
 def create_app(
-    model: TextModel | PooledModel,
+    model: TextModel | PooledModel | SpeechModel,
     metrics: Metrics,
     keys: tuple[bytes, ...] = (),
     config: ApiConfig = _LIMITS,
@@ -56,14 +65,19 @@ def create_app(
     app = FastAPI(title="jaxcost", version="1", lifespan=lifespan)
     app.state.draining = False
     add_handlers(app)
-    routers = [_watching(app, model, metrics), token_routes(model)]
     if isinstance(model, TextModel):
-        routers += [completion_routes(model, config, metrics), _refusing(model, _POOLING)]
+        answering = completion_routes(model, config, metrics)
+    elif isinstance(model, SpeechModel):
+        answering = speech_routes(model, config, metrics)
     else:
-        routers += [pooling_routes(model, config, metrics), _refusing(model, _GENERATION)]
-    for router in routers:
+        answering = pooling_routes(model, config, metrics)
+    there = {route.path for route in answering.routes}
+    refused = {path: what for path, what in _ADDRESSES.items() if path not in there}
+    routers = [_watching(app, model, metrics), model_routes(model), answering, _refusing(model, refused)]
+    for router in [*routers, token_routes(model)] if model.of_tokens else routers:
         app.include_router(router)
-    app.add_middleware(Protection, gate=Gate(keys, config), body_bytes=config.body_bytes)
+    body_bytes = config.audio_bytes if isinstance(model, SpeechModel) else config.body_bytes
+    app.add_middleware(Protection, gate=Gate(keys, config), body_bytes=body_bytes)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(_Logged, metrics=metrics)

@@ -90,7 +90,7 @@ class _Job(abc.ABC):
         ]  # fmt: skip
 
     def sequence(self, prompt: np.ndarray, index: int) -> Sequence:
-        room = self.model.max_length - len(prompt)
+        room = self.model.room(prompt)
         if room < 1 and self.max_tokens(room) != 0:
             raise ApiError(
                 400,
@@ -98,7 +98,7 @@ class _Job(abc.ABC):
                 "shorten it.",
                 code="context_length_exceeded",
             )
-        return Sequence(
+        return self.model.request(
             prompt,
             self.max_tokens(room),
             sampling_of(self.body, index, self.seed),
@@ -155,6 +155,8 @@ class _Completion(_Job):
         self.num_prompts = len(self.given)
         self.scored = body.logprobs is not None
         self.score_prompt = bool(body.echo) and self.scored
+        if body.echo and not model.echoes:
+            raise ApiError(400, "The model answers to a prompt and does not go on with it; leave echo out.", "echo")
         if body.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens is 0, which only says something with echo; ask for 1.", "max_tokens")
         # Without log-probabilities there is nothing to compute for an echo alone, but something to check.
@@ -291,24 +293,13 @@ async def _answer(job: _Job, http: Request, model: TextModel, metrics: Metrics):
     if job.body.stream:
         return StreamingResponse(_stream(job, generation), media_type="text/event-stream")
     try:
-        pieces, prompts = await unless_gone(http.receive, _collect(generation))
+        pieces, prompts = await unless_gone(http.receive, generation.whole())
     finally:
         generation.cancel()
     choices = [job.choice(i, pieces[i], prompts.get(i)) for i in range(job.count)]
     return JSONResponse(
         {**job.envelope(job.kind), "choices": choices, "usage": generation.usage(job.prompt_tokens())}
     )  # fmt: skip
-
-
-async def _collect(generation: Generation) -> tuple[dict[int, list[Piece]], dict[int, Scored]]:
-    pieces: dict[int, list[Piece]] = {}
-    prompts: dict[int, Scored] = {}
-    async for index, what in generation.pieces():
-        if isinstance(what, Piece):
-            pieces.setdefault(index, []).append(what)
-        else:
-            prompts[index] = what
-    return pieces, prompts
 
 
 async def _stream(job: _Job, generation: Generation) -> AsyncIterator[str]:

@@ -17,6 +17,7 @@ from jaxcost.serving.api.served import Served, check_end, submitted
 from jaxcost.serving.sampling import Sampling
 from jaxcost.serving.scheduler import Piece, Request, Scheduler, Ticket
 from jaxcost.serving.slots import Scored
+from jaxcost.serving.sources import SourceRequest, SourceScheduler
 from jaxcost.serving.vocabulary import Vocabulary
 
 
@@ -24,6 +25,8 @@ class TextModel(Served):
     """A model that continues texts."""
 
     answers = "continues texts"
+    echoes = True
+    """A prompt and its answer are one text, which can be given back and scored as a whole."""
 
     def __init__(
         self,
@@ -36,10 +39,40 @@ class TextModel(Served):
         super().__init__(name, vocabulary, scheduler, scheduler.slots.max_length, adapters)
         self.scheduler = scheduler
 
+    def room(self, prompt: np.ndarray) -> int:
+        """Tokens that an answer to a prompt, int32 (T,), may have."""
+        return self.max_length - len(prompt)
+
+    def request(self, prompt: np.ndarray, max_new_tokens: int, sampling: Sampling, **options: Any) -> Request:
+        """What the scheduler is asked to answer a prompt; `options` are further fields of a `Request`."""
+        return Request(prompt, max_new_tokens, sampling, **options)
+
     def _with_specials(self, text: str) -> np.ndarray:
         """Behind what begins a document."""
         tokenizer = self.vocabulary.tokenizer
         return np.concatenate([[tokenizer.separator_id], tokenizer.encode(text)]).astype(np.int32)
+
+
+class AnsweringModel(TextModel):
+    """A model whose encoder reads the prompt, and whose decoder answers to it, such as one that translates."""
+
+    answers = "answers to texts"
+    echoes = False
+
+    def __init__(self, name: str, vocabulary: Vocabulary, scheduler: SourceScheduler):
+        """As `TextModel`; the prompts have `max_length` tokens at most, and the answers as the slots say."""
+        super().__init__(name, vocabulary, scheduler)
+        self.max_length = scheduler.slots.source_length
+        self._begins = np.array([scheduler.slots.model.config.encoder.start], np.int32)
+
+    def room(self, prompt: np.ndarray) -> int:
+        return self.scheduler.slots.max_length - len(self._begins)
+
+    def request(self, prompt: np.ndarray, max_new_tokens: int, sampling: Sampling, **options: Any) -> Request:
+        return SourceRequest(self._begins, max_new_tokens, sampling, source=prompt, **options)
+
+    def _with_specials(self, text: str) -> np.ndarray:
+        return self.vocabulary.tokenizer.encode_source(text)
 
 
 def sampling_of(body: CompletionRequest | ChatRequest, choice: int, seed: int) -> Sampling:
@@ -126,6 +159,17 @@ class Generation:
                 yield index, what
         finally:
             self.cancel()
+
+    async def whole(self) -> tuple[dict[int, list[Piece]], dict[int, Scored]]:
+        """All pieces of each sequence, and the scores of the prompts that were asked for."""
+        pieces: dict[int, list[Piece]] = {}
+        prompts: dict[int, Scored] = {}
+        async for index, what in self.pieces():
+            if isinstance(what, Piece):
+                pieces.setdefault(index, []).append(what)
+            else:
+                prompts[index] = what
+        return pieces, prompts
 
     def usage(self, prompt_tokens: int) -> dict[str, Any]:
         """What the request used, in OpenAI's form, and what it cost."""

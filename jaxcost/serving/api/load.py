@@ -11,7 +11,8 @@ from jaxcost.data.tokenizers import Tokenizer
 from jaxcost.models.transformer import Transformer
 from jaxcost.serving.api.generation import TextModel
 from jaxcost.serving.api.pooling import Labels, PooledModel
-from jaxcost.serving.pooled import Batcher, BatchesConfig, Pooled, Text
+from jaxcost.serving.batches import Batcher, BatchesConfig
+from jaxcost.serving.pooled import Pooled, Text
 from jaxcost.serving.prefix import PrefixCache
 from jaxcost.serving.sampling import GREEDY
 from jaxcost.serving.scheduler import Scheduler
@@ -54,7 +55,7 @@ def text_model(
     made = Slots(model, params, slots, draft)
     made.admit(0, GREEDY, np.array([tokenizer.separator_id]))
     made.prefill(0, np.array([tokenizer.separator_id]), 0, 1)
-    _check_finite(name, np.asarray(made.state.logits[0]))
+    check_finite(name, np.asarray(made.state.logits[0]))
     prefixes = PrefixCache(made, prefix_cache_bytes) if prefix_cache_bytes else None
     vocabulary = Vocabulary(tokenizer)
     return TextModel(name, vocabulary, Scheduler(made, vocabulary.decode, scheduler, prefixes), adapters)
@@ -84,10 +85,11 @@ def pooled_model(
       ValueError: the model answers nothing for a text, a size makes no sense, or the weights give no numbers.
     """
     made = Pooled(model, params, batches)
-    _check_finite(name, made.run([Text(np.array([tokenizer.separator_id], np.int32))]))
+    check_finite(name, made.run([Text(np.array([tokenizer.separator_id], np.int32))]))
     return PooledModel(name, Vocabulary(tokenizer), Batcher(made, scheduler), labels)
 
 
-def _check_finite(name: str, found: np.ndarray) -> None:
+def check_finite(name: str, found: np.ndarray) -> None:
+    """ValueError if outputs are no numbers."""
     if not np.all(np.isfinite(found)):
         raise ValueError(f"The weights of {name} give outputs that are no numbers; they are damaged, so name others.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -131,6 +132,19 @@ class _OfTexts(PoolingRequest):
         return [self.input] if one else self.input
 
 
+class ImageUrl(_Body):
+    """Where an image is: in the address itself, as data."""
+
+    url: str
+
+
+class ImagePart(_Body):
+    """An image, in the form of a part of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class EmbeddingRequest(_OfTexts):
     """POST /v1/embeddings."""
 
@@ -138,8 +152,47 @@ class EmbeddingRequest(_OfTexts):
     dimensions: Annotated[int, Field(ge=1, le=_BIGGEST)] | None = None
 
 
-class ClassifyRequest(_OfTexts):
-    """POST /v1/classify."""
+class ClassifyRequest(PoolingRequest):
+    """POST /v1/classify: a text or several, each as it is or as ids of tokens, or an image or several."""
+
+    input: str | ImagePart | list[Token] | list[str] | list[list[Token]] | list[ImagePart]
+
+    def given(self) -> list[str | list[int] | ImagePart]:
+        """The texts, or the images, one by one."""
+        one = not isinstance(self.input, list) or (self.input and isinstance(self.input[0], int))
+        return [self.input] if one else self.input
+
+
+class SpeechRequest(PoolingRequest):
+    """POST /v1/audio/translations, and what transcriptions share with it."""
+
+    file: UploadFile
+    prompt: str | None = None
+    response_format: Literal["json", "text", "verbose_json"] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    def unsupported(self) -> str | None:
+        """The name of a field that is asked for and not there."""
+        return None
+
+
+class TranscriptionRequest(SpeechRequest):
+    """POST /v1/audio/transcriptions."""
+
+    language: Annotated[str, Field(max_length=32)] | None = None
+    stream: bool | None = None
+    chunking_strategy: str | None = None
+    include: Annotated[list[str], Field(alias="include[]")] = []
+    timestamp_granularities: Annotated[list[str], Field(alias="timestamp_granularities[]")] = []
+
+    def unsupported(self) -> str | None:
+        """The name of a field that is asked for and not there."""
+        if self.chunking_strategy not in (None, "auto"):
+            return "chunking_strategy"
+        if set(self.timestamp_granularities) - {"segment"}:
+            return "timestamp_granularities"
+        return next((name for name in ("stream", "include") if getattr(self, name)), None)
 
 
 class DocumentText(_Body):

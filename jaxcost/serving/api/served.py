@@ -25,6 +25,8 @@ class Served:
 
     answers: str
     """What it does, as a sentence goes on behind its name."""
+    of_tokens = True
+    """Whether it reads or writes tokens of its vocabulary."""
 
     def __init__(
         self,
@@ -92,6 +94,17 @@ class Served:
             raise ApiError(400, str(error), "messages") from None
 
 
+def reserve(worker: Worker, count: int, deadline_seconds: float | None) -> None:
+    """Holds places for `count` jobs of a deadline, as `Worker.reserve`; ApiError if there are not so many."""
+    try:
+        worker.reserve(count, deadline_seconds)
+    except Overloaded as error:
+        wait = {"Retry-After": str(error.retry_after_seconds)}
+        raise ApiError(429, str(error), code="overloaded", headers=wait) from None
+    except Closed as error:
+        raise ApiError(503, str(error), headers={"Retry-After": "1"}) from None
+
+
 async def submitted(
     worker: Worker[_J], count: int, make: Callable[[], Sequence[_J]], deadline_seconds: float | None = None
 ) -> list[_J]:
@@ -100,13 +113,7 @@ async def submitted(
     Raises:
       ApiError: there is no room, or a job cannot be met.
     """
-    try:
-        worker.reserve(count, deadline_seconds)
-    except Overloaded as error:
-        wait = {"Retry-After": str(error.retry_after_seconds)}
-        raise ApiError(429, str(error), code="overloaded", headers=wait) from None
-    except Closed as error:
-        raise ApiError(503, str(error), headers={"Retry-After": "1"}) from None
+    reserve(worker, count, deadline_seconds)
     sent: list[_J] = []
     try:
         for job in await anyio.to_thread.run_sync(make):

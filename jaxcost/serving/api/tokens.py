@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info, by vLLM's forms, and /v1/models."""
+"""/v1/models, and /tokenize, /detokenize and /tokenizer_info by vLLM's forms."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from jaxcost.serving.api.schemas import DetokenizeRequest, TokenizeRequest
 from jaxcost.serving.api.served import Served
 
 
-def token_routes(model: Served) -> APIRouter:
-    """The addresses, for one model."""
-    router = APIRouter(tags=["tokens"])
-    vocabulary, created = model.vocabulary, int(time.time())
+def model_routes(model: Served) -> APIRouter:
+    """/v1/models."""
+    router, created = APIRouter(tags=["models"]), int(time.time())
 
     @router.get("/v1/models")
     async def models():
@@ -33,6 +32,13 @@ def token_routes(model: Served) -> APIRouter:
         if not found:
             raise ApiError(404, f"There is no model {name[:100]!r}; see /v1/models.", "model", "model_not_found")
         return found[0]
+
+    return router
+
+
+def token_routes(model: Served) -> APIRouter:
+    """The other addresses, for one model of tokens."""
+    router, vocabulary = APIRouter(tags=["tokens"]), model.vocabulary
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest):
