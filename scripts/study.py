@@ -41,7 +41,9 @@ def main(arguments: Arguments) -> dict:
         console.print(("[green]held[/]  " if finding["holds"] else "[red]not[/]   ") + finding["text"])
     console.print(report.answer(result))
     print(f"report: {arguments.workdir / 'report.html'}")
-    print(f"next: python scripts/generate.py {arguments.workdir / 'base'} --prompt 'def '")
+    base, data = arguments.workdir / "base", arguments.experiment.data
+    after = {"next_token": f"generate.py {base} --prompt 'def '"}.get(data.objective, f"evaluate.py {base}")
+    print(f"next: python scripts/{after}")
     return result
 
 

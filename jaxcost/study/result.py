@@ -1,8 +1,9 @@
 """What a study finds out, field by field: the schema of `study.json`, for those who write it and those who read it.
 
 Every figure is a plain number of JSON, None where it is unknown (a price that nobody gave, say). Seconds, bytes, USD,
-kWh and FLOPs are in the names. A score is bits per byte of held-out text: lower is better. Which figures are measured,
-compiled or estimated, `Row.figures` says; what was estimated before a trial stands in fields that begin `estimated_`.
+kWh and FLOPs are in the names. A score is bits per byte of held-out text, or nats per held-out label: lower is better.
+Which figures are measured, compiled or estimated, `Row.figures` says; what was estimated before a trial stands in fields
+that begin `estimated_`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,46 @@ class Interval(TypedDict):
     """What it is the mean of, one a seed; with a single value `low` and `high` equal it."""
 
 
-class Row(TypedDict):
-    """A recipe after its whole recovery. Rows of one study have had equal recovery budgets."""
+class TokenCosts(TypedDict, total=False):
+    """What serving costs where text is written, by the token."""
+
+    inference_flops_per_token: float
+    decode_tokens_per_second: float
+    """Over all rows of a batch of `study.decode_batch_size`."""
+    decode_seconds_per_token: float
+    """Between two tokens of one reader, in that batch."""
+    usd_per_million_tokens: float | None
+    """Of decoded tokens, in that batch."""
+    kwh_per_million_tokens: float | None
+
+
+class Share(TypedDict):
+    """The ends of a 95 % interval of a share."""
+
+    low: float
+    high: float
+
+
+class LabelCosts(TypedDict, total=False):
+    """What serving costs where labels are given, by the request, which is one forward pass; and how many are right."""
+
+    accuracy: float
+    """Share of the held-out labels that are right."""
+    accuracy_interval: Share
+    """By Wilson's method, over the held-out examples."""
+    inference_flops_per_request: float
+    """Of a request as long as `data.sequence_length`, or of an image."""
+    requests_per_second: float
+    """In batches of `study.decode_batch_size`."""
+    seconds_per_request: float
+    """Until such a batch is answered."""
+    usd_per_million_requests: float | None
+    kwh_per_million_requests: float | None
+
+
+class Row(TokenCosts, LabelCosts):
+    """A recipe after its whole recovery, with the costs of tokens or of labels. Rows of one study have had equal
+    recovery budgets."""
 
     name: str
     description: str
@@ -37,6 +76,8 @@ class Row(TypedDict):
     """`base` or `shifted`."""
     control: bool
     distill: Any
+    objective: str
+    """`next_token` or `labels`; the former where it is missing, in studies of an earlier version."""
     metric: str
     """What the score is, in words."""
     score: float
@@ -52,14 +93,6 @@ class Row(TypedDict):
     step_flops: float
     step_peak_bytes: int
     step_seconds: float
-    inference_flops_per_token: float
-    decode_tokens_per_second: float
-    """Over all rows of a batch of `study.decode_batch_size`."""
-    decode_seconds_per_token: float
-    """Between two tokens of one reader, in that batch."""
-    usd_per_million_tokens: float | None
-    """Of decoded tokens, in that batch."""
-    kwh_per_million_tokens: float | None
     recovery_steps: int
     recovery_learning_rate: float
     usd: float | None
@@ -75,7 +108,7 @@ class Row(TypedDict):
     recovery_totals: dict[str, float]
     """Seconds, tokens, FLOPs and bytes that the training took in all, compilation included."""
     scoring_seconds: float
-    """Of scoring before the recovery and after the finish, decoding, and writing the weights."""
+    """Of scoring before the recovery and after the finish, serving, and writing the weights."""
     pareto: bool
     pareto_on: list[str]
 
@@ -122,8 +155,8 @@ class Answer(TypedDict):
     score_interval: Interval | None
     control_score: float | None
     cost_shares: dict[str, float]
-    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`,
-    `decode_seconds_per_token`, `inference_flops_per_token`, `usd_per_million_tokens`, where both are known."""
+    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`, and the FLOPs, seconds and
+    USD of what is served, where both are known."""
     text: str
     """The answer in a sentence; where nothing meets the budget, what the cheapest would cost."""
     flagged: bool
@@ -199,12 +232,20 @@ class LedgerStage(TypedDict):
     estimated_kwh: float | None
 
 
-class Serving(TypedDict):
-    """What a million decoded tokens cost with the answer's weights, and with the control's: not part of the totals."""
+class ServingCosts(TypedDict, total=False):
+    """Of tokens, or of requests, as the row has them."""
 
-    recipe: str
     usd_per_million_tokens: float | None
     kwh_per_million_tokens: float | None
+    usd_per_million_requests: float | None
+    kwh_per_million_requests: float | None
+
+
+class Serving(ServingCosts):
+    """What a million decoded tokens, or requests, cost with the answer's weights, and with the control's: not part of
+    the totals."""
+
+    recipe: str
 
 
 class Totals(TypedDict):
@@ -345,6 +386,8 @@ class Verification(TypedDict):
     calibration: Calibration
     fairness: list[FairnessRow]
     safety: list[SafetyCheck]
+    safety_why_not: str | None
+    """Why there is none, in a sentence."""
     seconds: float
     why_not: str | None
     """Why parts are empty, such as data without a group attribute, in a sentence."""

@@ -33,12 +33,6 @@ from jaxcost.study.space import features
 from jaxcost.study.trials import Failure, Trials
 from jaxcost.training.checkpoints import CheckpointError
 
-_DECODING = (
-    "inference_flops_per_token",
-    "decode_seconds_per_token",
-    "usd_per_million_tokens",
-    "kwh_per_million_tokens",
-)
 _SLACK = 1.05
 """How far above a limit what is measured before a recovery may lie: bytes then compress otherwise, and seconds vary."""
 
@@ -182,8 +176,8 @@ class Search:
 
     def _beforehand(self, batch: list[Candidate]) -> list[Candidate]:
         """Those whose transformed base meets the limits that can be measured on it."""
-        decoding = any(budget.metric in _DECODING for budget in self._plan.limits)
-        if not decoding and not any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
+        serving = any(budget.metric in self._plan.quality.served.costs for budget in self._plan.limits)
+        if not serving and not any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
             return batch
 
         def settle(one, found):
@@ -194,7 +188,7 @@ class Search:
                 if one is not control and budget.metric in found:
                     self._plan.hold(one, budget, found[budget.metric], control.beforehand[budget.metric], "is", _SLACK)
 
-        self._together(batch, "beforehand", lambda trials, one: trials.beforehand(one.recipe, decoding), settle)
+        self._together(batch, "beforehand", lambda trials, one: trials.beforehand(one.recipe, serving), settle)
         return [one for one in batch if one.going]
 
     def _advance(self, batch: list[Candidate], rung: int) -> None:

@@ -63,8 +63,8 @@ def verify_params(
     fairness = [_fairness(by, [one for one in slices if one["by"] == by]) for by in sorted(served)]
     fairness = [one for one in fairness if one is not None]
     calibration = _calibration(before, after, config.bins)
-    checks = []
-    if config.safety_tokens and session.model.config.language_model:
+    checks, silent = [], _why_no_safety(session, config)
+    if silent is None:
         checks = safety.check_safety(session, control, params, safety.read_list(config.safety), config.safety_tokens)
     significant = whole["p_value"] < config.significance
     verdict = ("worse" if whole["difference"] > 0 else "better") if significant else "no difference found"
@@ -76,9 +76,17 @@ def verify_params(
         "calibration": calibration,
         "fairness": fairness,
         "safety": checks,
+        "safety_why_not": silent,
         "why_not": data.why_not,
         "flags": _flags(slices, whole, fairness, calibration, checks, config.harm),
     }
+
+
+def _why_no_safety(session: Session, config: VerifyConfig) -> str | None:
+    """Why nothing is held against the safety list, in a sentence; None where it is."""
+    if not session.model.config.language_model:
+        return "No safety list was held against it: the list is of texts that a model writes, and this one writes none."
+    return None if config.safety_tokens else "No safety list was held against it: study.verify.safety_tokens is 0."
 
 
 def _compared(
