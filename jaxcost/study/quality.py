@@ -99,8 +99,8 @@ _QUALITIES = {
         unit="nats per label",
         heading="nats/label",
         better="fewer nats a label are better",
-        baseline="The base model needs {base:.3f} nats per held-out label; the frequencies of the labels, by themselves, "
-        "need {label_frequencies:.3f}.",
+        baseline="The base model needs {base:.3f} nats per held-out label; the frequencies of the labels alone need "
+        "{label_frequencies:.3f}.",
         beaten="label_frequencies",
         served=REQUEST,
         least=1.0,

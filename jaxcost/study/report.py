@@ -114,7 +114,7 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_column("recipe", no_wrap=True)
     for column in columns:
         # Narrow headings, so that the table fits a terminal of 80 columns.
-        heading = "\n".join(textwrap.wrap(column.heading.replace(",", ""), 9))
+        heading = "\n".join(textwrap.wrap(column.heading.replace(",", ""), 9, break_long_words=False))
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         shown.add_row(row["name"], *(column.text(row) for column in columns))
@@ -184,13 +184,10 @@ def _serving(study: dict[str, Any]) -> dict[str, Any]:
         answers, data = 1, experiment["data"]
         read = "an image" if data["inputs"] == "images" else f"a text padded to {data['sequence_length']} tokens"
         each, how = f"{read}, one forward pass", f"speed in batches of {experiment['study']['decode_batch_size']}"
-    rows = {
-        row["recipe"]: {
-            name: None if row[key] is None else row[key] * answers
-            for name, key in (("usd", served.usd), ("kwh", served.kwh))
-        }
-        for row in study["serving"]
-    }
+    rows = {}
+    for row in study["serving"]:
+        paid = {"usd": row[served.usd], "kwh": row[served.kwh]}
+        rows[row["recipe"]] = {name: None if cost is None else cost * answers for name, cost in paid.items()}
     return {"each": each, "how": how, "rows": rows}
 
 

@@ -2,8 +2,8 @@
 
 Every figure is a plain number of JSON, None where it is unknown (a price that nobody gave, say). Seconds, bytes, USD,
 kWh and FLOPs are in the names. A score is bits per byte of held-out text, or nats per held-out label: lower is better.
-Which figures are measured, compiled or estimated, `Row.figures` says; what was estimated before a trial stands in fields
-that begin `estimated_`.
+Which figures are measured, compiled or estimated, `Row.figures` says; what was estimated before a trial stands in
+fields that begin `estimated_`.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ class Answer(TypedDict):
     score_interval: Interval | None
     control_score: float | None
     cost_shares: dict[str, float]
-    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`, and the FLOPs, seconds and
-    USD of what is served, where both are known."""
+    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`, and the FLOPs, seconds
+    and USD of what is served, where both are known."""
     text: str
     """The answer in a sentence; where nothing meets the budget, what the cheapest would cost."""
     flagged: bool

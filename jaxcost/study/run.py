@@ -55,8 +55,8 @@ def run_study(
         )
     workdir = Path(workdir)
     console = Console(stderr=True, quiet=quiet)
-    judged = _judged(experiment)
     base = Session(experiment, quiet=quiet, devices=devices)
+    judged = _judged(base.experiment)
     recipes = study.complete()
     if study.verify.on:
         check_groups(base)

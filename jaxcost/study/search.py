@@ -45,6 +45,8 @@ class Search:
         self._plan, self._parts, self._accounts, self._shown = plan, parts, accounts, shown
         self._trials = parts.trials[0]
         self._search, self._lines = plan.study.search, 0
+        self._steps: dict[str, int] = {}
+        """Of each training, those that are done and paid for."""
         self._table = features([one.recipe for one in plan.candidates])
 
     def run(self) -> None:
@@ -170,7 +172,7 @@ class Search:
 
     def _price(self, one: Candidate, rung: int) -> Price:
         """Of a rung; of scoring alone where another recipe's training has come as far."""
-        if self._accounts.has_paid(self._trials.training_of(one.recipe), self._trials.tokens(one.rungs[rung])):
+        if self._steps.get(self._trials.training_of(one.recipe), 0) >= one.rungs[rung]:
             return self._plan.estimator.scoring()
         return one.prices[rung]
 
@@ -274,6 +276,7 @@ class Search:
     def _paid(self, one: Candidate, found: dict[str, Any], price: Price, part: str) -> dict[str, Any]:
         """Charges what a stage took, and returns its `result.Stage`."""
         paid = self._accounts.pay_training(part, found["recovery"], found["recovery_totals"])
+        self._steps[found["recovery"]] = max(found["steps"], self._steps.get(found["recovery"], 0))
         paid += self._accounts.pay(part, seconds=found["scoring_seconds"])
         self._lines += 1
         said = {"recipe": one.recipe.name, "recovery_steps": found["steps"], "seed": found["seed"]}

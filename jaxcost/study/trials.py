@@ -116,11 +116,6 @@ class Trials:
         self._tasks[recipe.task].open()
         return self._tasks[recipe.task].derive(recovery)
 
-    def tokens(self, steps: int) -> int:
-        """Tokens that so many steps of any recovery learn from."""
-        data = self._base.experiment.data
-        return steps * data.batch_size * data.sequence_length
-
     def training_of(self, recipe: Recipe, seed: int = 0) -> str:
         """The name of the recipe's training, which recipes that differ in their finish alone share."""
         recovery = recovery_of(self._base.experiment, recipe, seed)
@@ -199,6 +194,7 @@ class Trials:
         serving = self._serving(session, params)
         written = export(params, self._folder(recipe) / "weights.npz")
         scoring += time.perf_counter() - started
+        data, judged = session.experiment.data, self._quality
         price = Price(fitted.step_seconds * fitted.steps, fitted.cost.total_flops * fitted.steps)
         paid = costs(price, session.hardware)
         return {
@@ -208,10 +204,10 @@ class Trials:
             "task": recipe.task,
             "control": is_control(recipe),
             "distill": serialization.to_json(recipe.distill),
-            "objective": session.experiment.data.objective,
-            "metric": f"{self._quality.unit}, {session.experiment.data.title} {session.experiment.data.validation_split}",
-            "score": found[self._quality.score],
-            "score_before_recovery": before[self._quality.score],
+            "objective": data.objective,
+            "metric": f"{judged.unit}, {data.title} {data.validation_split}",
+            "score": found[judged.score],
+            "score_before_recovery": before[judged.score],
             "score_interval": None,
             **_right(found),
             "trainable_parameters": trainable_parameters(fitted.params),
@@ -319,7 +315,7 @@ class Trials:
 
 
 def _right(found: dict[str, float | None]) -> dict[str, Any]:
-    """The share of labels that an evaluation found right, with Wilson's interval of it (Wilson 1927); nothing of text."""
+    """The share of labels that are right, with Wilson's interval of it (Wilson 1927); nothing of text."""
     if "accuracy" not in found:
         return {}
     right, examples = found["accuracy"], found["scored_examples"]
