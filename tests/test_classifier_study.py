@@ -143,6 +143,11 @@ def test_two_of_its_studies_are_compared_by_shares_of_no_less_than_one_nat(round
         found = compare_studies(result, new, Tolerances())
         assert len([one for one in found["comparisons"] if one["worse"]]) == expected
     assert "rounded: nats/label rose" in found["regressions"][0]
+    new = json.loads(json.dumps(result))
+    new["rows"][0]["accuracy"] -= 0.02
+    (text,) = compare_studies(result, new, Tolerances())["regressions"]
+    assert text.startswith("control: right fell from ") and text.endswith("; at most 1.0% less is allowed.")
+    assert not compare_studies(new, result, Tolerances())["regressions"]
 
 
 # ---- What it asks ----

@@ -13,6 +13,7 @@ from jaxcost.study.figures import COLUMNS, Column, columns_of
 
 SCHEMA = "jaxcost-compare-1"
 
+_RIGHT = next(column for column in COLUMNS if column.key == "accuracy")
 _COSTS = tuple(column for column in COLUMNS if column.axis)
 _MACHINE = ("platform", "device", "devices", "cpus")
 
@@ -22,7 +23,8 @@ class Tolerances:
     """How much worse a figure may be, as a share of the old one."""
 
     score: float = 0.01
-    """Of a score; where both studies have intervals over seeds, no less than these explain."""
+    """Of a score, or of a nat where a label needs less; where both studies have intervals over seeds, no less than
+    these explain. Of all labels, how many fewer may be right."""
     cost: float = 0.02
     """Of bytes and FLOPs, which a second run repeats."""
     timing: float = 0.25
@@ -73,6 +75,9 @@ def compare_studies(old: dict[str, Any], new: dict[str, Any], tolerances: Tolera
     for key in both:
         _check_same_data(rows[key], others[key])
         comparisons.append(_compare_scores(rows[key], others[key], tolerances))
+        if _RIGHT.key in rows[key] and _RIGHT.key in others[key]:
+            one, other = rows[key][_RIGHT.key], others[key][_RIGHT.key]
+            comparisons.append(_comparison(rows[key]["name"], _RIGHT, one, other, tolerances.score))
         for column in _COSTS:
             if rows[key].get(column.key) is None or others[key].get(column.key) is None:
                 continue
@@ -120,14 +125,15 @@ def _comparison(recipe: str, column: Column, old: float, new: float, allowed: fl
         "old": old,
         "new": new,
         "allowed": allowed,
-        "worse": new - old > allowed,
+        "worse": (old - new if column is _RIGHT else new - old) > allowed,
         "shown": [column.text({column.key: value}) for value in (old, new, allowed)],
     }
 
 
 def _text(one: dict[str, Any]) -> str:
     old, new, allowed = one["shown"]
-    return f"{one['recipe']}: {one['heading']} rose from {old} to {new}; at most {allowed} more is allowed."
+    moved, by = ("fell", "less") if one["new"] < one["old"] else ("rose", "more")
+    return f"{one['recipe']}: {one['heading']} {moved} from {old} to {new}; at most {allowed} {by} is allowed."
 
 
 def _recommended(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
