@@ -25,7 +25,7 @@ from jaxcost.transforms import factorize, lora, prune, quantize, rule
 
 RARE = "blue"
 WORDS = ("red", "green", RARE)
-VERIFY = VerifyConfig(resamples=200)
+VERIFY = VerifyConfig(resamples=500)
 
 
 def write_texts(folder, train=300, validation=200):

@@ -154,7 +154,8 @@ class VerifyConfig:
     significance: float = 0.05
     """The most that chance may explain, all parts together."""
     resamples: int = 2000
-    """Of the bootstrap and of the permutation tests."""
+    """Of the bootstrap and of the permutation tests; more where there are so many parts that none could be significant
+    otherwise."""
     least: int = 8
     """Examples below which a part of the data is not judged."""
     exemplars: int = 10

@@ -7,6 +7,7 @@ models on the same examples, and what is much worse than the whole is flagged.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -49,10 +50,12 @@ def verify_params(
     """
     data = held_out(session)
     before, after = (answers(session.model, one, data.batches, session.mesh) for one in (control, params))
-    whole = _compared(data, before, after, np.ones(len(data.target_N), bool), config)
+    whole = _compared(data, before, after, np.ones(len(data.target_N), bool), config.resamples)
     cells = [(cut, part) for cut in data.cuts for part in np.unique(cut.part_N)]
+    # The least p-value of n permutations is 2/n, which must stay significant when it is corrected for all parts.
+    resamples = max(config.resamples, math.ceil(4 * len(cells) / config.significance))
     slices = [
-        {"by": cut.by, "name": cut.names[part], **_compared(data, before, after, cut.part_N == part, config)}
+        {"by": cut.by, "name": cut.names[part], **_compared(data, before, after, cut.part_N == part, resamples)}
         for cut, part in cells
     ]
     slices = [one for one in slices if one["examples"] >= config.least]
@@ -89,16 +92,14 @@ def _why_no_safety(session: Session, config: VerifyConfig) -> str | None:
     return None if config.safety_tokens else "No safety list was held against it: study.verify.safety_tokens is 0."
 
 
-def _compared(
-    data: HeldOut, before: Answers, after: Answers, chosen_N: np.ndarray, config: VerifyConfig
-) -> dict[str, Any]:
+def _compared(data: HeldOut, before: Answers, after: Answers, chosen_N: np.ndarray, resamples: int) -> dict[str, Any]:
     """Both models on some of the targets."""
     examples = np.max(data.example_N) + 1
     count = np.bincount(data.example_N[chosen_N], minlength=examples)
     worse_N = after.nats_N.astype(np.float64) - before.nats_N
     worse = np.bincount(data.example_N[chosen_N], worse_N[chosen_N], minlength=examples)
     there = count > 0
-    test = paired(worse[there], count[there], config.resamples)
+    test = paired(worse[there], count[there], resamples)
     return {
         "count": int(count.sum()),
         "examples": int(there.sum()),
