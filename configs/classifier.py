@@ -61,9 +61,8 @@ experiment = Experiment(
             Recipe("lora", transforms=(lora(rank=4),)),
         ),
         budgets=(
-            Budget("a third of the bytes on disk", "checkpoint_bytes", 1 / 3),
+            Budget("half of the bytes in memory", "weight_bytes", 0.5),
             Budget("60 % of the FLOPs of a request", "inference_flops_per_request", 0.6),
-            Budget("the control's price of a request, give or take a tenth", "usd_per_million_requests", 1.1),
         ),
     ),
 )

@@ -281,7 +281,7 @@ def test_a_class_that_only_small_weights_serve_is_flagged_on_the_first_screen(te
             return fitted
         ids = np.array(sorted({int(i) for i in session.tokenizer.encode("blu")}))
         planted.append(ids)
-        table = fitted.params["embed"]["table"].at[ids].multiply(0.005)
+        table = fitted.params["embed"]["table"].at[ids].multiply(0.02)
         return dataclasses.replace(fitted, params=fitted.params | {"embed": fitted.params["embed"] | {"table": table}})
 
     monkeypatch.setattr(Session, "train", trained)
@@ -290,7 +290,7 @@ def test_a_class_that_only_small_weights_serve_is_flagged_on_the_first_screen(te
     # The control has more bytes than this allows, so that the cut is recommended, and verified.
     budgets = (Budget("fewer bytes", "checkpoint_bytes", 0.99),)
     value = study_of(texts, recipes=recipes, recovery_steps=1, recovery_learning_rate=1e-6, budgets=budgets)
-    result = run(dataclasses.replace(value, training=TrainingConfig(steps=60)), tmp_path)
+    result = run(dataclasses.replace(value, training=TrainingConfig(steps=100)), tmp_path)
     assert planted and result["answer"]["recipe"] == "cut" and result["answer"]["flagged"]
     harmed = {(one["by"], one["name"]) for one in result["verification"]["slices"] if one["harmed"]}
     assert harmed >= {("label", RARE), ("dialect", "south")}

@@ -108,9 +108,11 @@ def table(result: dict[str, Any]) -> Table:
     judged = quality.of_study(result)
     title = f"Quality against cost (lower {judged.heading} is better)"
     shown = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    keys = ("score", "score_before_recovery", "accuracy", "checkpoint_bytes", "step_flops")
-    keys += ("step_seconds", judged.served.per_second, "usd")
-    columns = [column for column in columns_of(result["rows"]) if column.key in keys]
+    columns = columns_of(result["rows"])
+    # There is room for one of the two.
+    beside = "accuracy" if any(column.key == "accuracy" for column in columns) else "score_before_recovery"
+    keys = ("score", beside, "checkpoint_bytes", "step_flops", "step_seconds", judged.served.per_second, "usd")
+    columns = [column for column in columns if column.key in keys]
     shown.add_column("recipe", no_wrap=True)
     for column in columns:
         # Narrow headings, so that the table fits a terminal of 80 columns.
