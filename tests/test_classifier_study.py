@@ -115,7 +115,12 @@ def test_its_report_speaks_of_labels_and_leaves_the_safety_list_out(rounded):
     files = report.texts(result, folder)
     said = html.unescape(files["report.html"])
     assert "bits per byte" not in said and "bits/byte" not in said
-    for words in ("nats per label, held out", "95 % interval", "one forward pass", "this one writes none"):
+    for words in (
+        "nats per label, held out",
+        "each of a text padded to 16 tokens",
+        "one forward pass",
+        "this one writes none",
+    ):
         assert words in said, words
     assert "Safety list" not in said and "decoded token" not in said
     heading = files["recipes.csv"].splitlines()[0]
@@ -123,7 +128,7 @@ def test_its_report_speaks_of_labels_and_leaves_the_safety_list_out(rounded):
     assert "nats/label" in files["tables.tex"]
     assert load(folder / "config.py").data.objective == "labels"
     headings = [str(column.header) for column in report.table(result).columns]
-    assert headings[1] == "nats/label" and "right" in headings and any("requests/s" in one for one in headings)
+    assert headings[1] == "nats/label" and "right" in headings and "requests\na second" in headings
 
 
 def test_its_labels_are_paid_for_and_its_ledger_says_what_its_scores_are(rounded):
@@ -320,5 +325,5 @@ def test_a_classifier_of_images_is_studied_too(tmp_path):
     row = result["rows"][1]
     assert row["requests_per_second"] > 0 and result["verification"]["test"]["unit"] == "an image with its label"
     assert result["verification"]["why_not"] and result["totals"]["usd"] is None
-    assert "an image, one forward pass" in (tmp_path / "study" / "report.html").read_text()
+    assert "each of an image, would come to" in (tmp_path / "study" / "report.html").read_text()
     assert result["data"]["name"] == str(folder)

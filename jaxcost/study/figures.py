@@ -72,7 +72,7 @@ COLUMNS = (
         timed=True,
     ),
     Column("inference_flops_per_request", "request, MFLOP", "{:,.1f}", 1e-6, "FLOPs of a request, MFLOP"),
-    Column("requests_per_second", "requests/s", "{:,.0f}", timed=True),
+    Column("requests_per_second", "requests a second", "{:,.0f}", timed=True),
     Column("seconds_per_request", "latency, ms/request", "{:,.3f}", 1e3, "latency of a request, ms", timed=True),
     Column(
         "usd_per_million_requests",

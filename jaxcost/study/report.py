@@ -185,7 +185,7 @@ def _serving(study: dict[str, Any]) -> dict[str, Any]:
     else:
         answers, data = 1, experiment["data"]
         read = "an image" if data["inputs"] == "images" else f"a text padded to {data['sequence_length']} tokens"
-        each, how = f"{read}, one forward pass", f"speed in batches of {experiment['study']['decode_batch_size']}"
+        each, how = read, f"speed of one forward pass over {experiment['study']['decode_batch_size']} at once"
     rows = {}
     for row in study["serving"]:
         paid = {"usd": row[served.usd], "kwh": row[served.kwh]}
