@@ -11,7 +11,9 @@ from labels import LABELS, experiment, session_of
 from test_image_folders import MODEL, write_images
 
 from jaxcost.config import load
+from jaxcost.cost.hlo import compiled_cost
 from jaxcost.cost.purchases import PriceConfig
+from jaxcost.serving.pooled import BatchesConfig, Pooled
 from jaxcost.session import Session
 from jaxcost.study import baselines, picture, quality, report
 from jaxcost.study.measure import measure_requests, meter, requests
@@ -164,8 +166,9 @@ def test_a_request_is_one_forward_pass(texts):
     batch = requests(session, 6)
     assert batch["inputs"].shape == (6, 16) and (batch["mask"] == 1).all()
     found = meter(session)(params)
-    compiled = jax.jit(session.forward).lower(params, batch).compile()
-    assert found.flops * 6 == pytest.approx(compiled.cost_analysis()["flops"], rel=0.2)
+    # What /v1/classify runs for as many texts at once.
+    served = Pooled(session.model, params, BatchesConfig(lengths=(16,), rows=(1, 6)))
+    assert found.flops * 6 == pytest.approx(compiled_cost(served._programs[16, 6]).total_flops, rel=0.01)
     thin = measure_requests(jax.jit(session.forward), batch, factorize(parameters=0.25)(params))
     assert thin.flops < found.flops and found.per_second > 0
 
@@ -200,6 +203,17 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(texts, tmp_path, c
     with pytest.raises(ValueError, match=said) as error:
         run(dataclasses.replace(value, **rooms), tmp_path / "study")
     assert "\n" not in str(error.value) and not (tmp_path / "study" / "base" / "checkpoints").exists()
+
+
+def test_labels_of_a_shifted_task_are_those_of_the_base(texts, tmp_path):
+    shifted = (Recipe("moved", task="shifted"),)
+    value = study_of(texts, recipes=shifted, shifted_data="synthetic_financial_news")
+    value = dataclasses.replace(value, data=dataclasses.replace(value.data, data_dir=str(tmp_path), group_field=""))
+    with pytest.raises(
+        ValueError, match="whose labels are negative, neutral, positive, and the base learns blue, green"
+    ):
+        run(value, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_every_cost_that_is_served_can_be_limited():

@@ -32,7 +32,7 @@ from jaxcost.study.result import SCHEMA
 from jaxcost.study.safety import read_list
 from jaxcost.study.search import Search, interval, trial_of
 from jaxcost.study.slices import check_groups
-from jaxcost.study.trials import Trials, write_json
+from jaxcost.study.trials import Trials, check_shifted, write_json
 from jaxcost.study.verify import verify
 
 
@@ -62,6 +62,7 @@ def run_study(
         check_groups(base)
         if judged.writes:
             read_list(study.verify.safety)
+    check_shifted(base, recipes)
     with alone_in(workdir, "working"):
         machine = _machine(base)
         dense = jax.eval_shape(base.base_params)

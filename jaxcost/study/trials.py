@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,21 @@ def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experi
         training=dataclasses.replace(training, steps=steps, evaluate_every=0, seed=(training.seed + seed) % 2**32),
         checkpoint=dataclasses.replace(experiment.checkpoint, keep=1),
     )
+
+
+def check_shifted(base: Session, recipes: Sequence[Recipe]) -> None:
+    """ValueError, before anything is trained, if the held-out data of the shifted task are of no use to its recipes."""
+    recipe = next((recipe for recipe in recipes if recipe.task == "shifted"), None)
+    if recipe is None:
+        return
+    own, other = (one.validation_stream for one in (base, base.reopen(recovery_of(base.experiment, recipe))))
+    labels, others = (getattr(split, "labels", ()) for split in (own, other))
+    if labels != others:
+        name = base.experiment.study.shifted_data
+        raise ValueError(
+            f"study.shifted_data is {name!r}, whose labels are {', '.join(others)}, and the base learns "
+            f"{', '.join(labels)}; give data with the same labels, and their order as data.labels."
+        )
 
 
 class Trials:
