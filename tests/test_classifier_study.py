@@ -3,14 +3,16 @@
 import dataclasses
 import html
 import json
+import shlex
 
 import jax
 import numpy as np
 import pytest
 from labels import LABELS, experiment, session_of
 from test_image_folders import MODEL, write_images
+from test_report import Arguments
 
-from jaxcost.config import load
+from jaxcost.config import parse
 from jaxcost.cost.hlo import compiled_cost
 from jaxcost.cost.purchases import PriceConfig
 from jaxcost.serving.pooled import BatchesConfig, Pooled
@@ -113,7 +115,7 @@ def test_a_classifier_is_studied_by_its_labels_and_its_requests(rounded):
 
 
 def test_its_report_speaks_of_labels_and_leaves_the_safety_list_out(rounded):
-    _, folder, result = rounded
+    value, folder, result = rounded
     files = report.texts(result, folder)
     said = html.unescape(files["report.html"])
     assert "bits per byte" not in said and "bits/byte" not in said
@@ -128,7 +130,9 @@ def test_its_report_speaks_of_labels_and_leaves_the_safety_list_out(rounded):
     heading = files["recipes.csv"].splitlines()[0]
     assert "accuracy (measured)" in heading and "requests_per_second (measured)" in heading
     assert "nats/label" in files["tables.tex"]
-    assert load(folder / "config.py").data.objective == "labels"
+    for name, command in report._commands(result, folder):
+        again = parse(Arguments, shlex.split(command)[2:]).experiment
+        assert again.data == value.data and name in ("the whole study", *(r.name for r in again.study.complete()))
     headings = [str(column.header) for column in report.table(result).columns]
     assert headings[1] == "nats/label" and "right" in headings and "requests\na second" in headings
 
