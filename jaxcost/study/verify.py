@@ -27,7 +27,7 @@ _SHOWN_CHARACTERS = 400
 
 
 def verify(trials: Trials, recipe: Recipe, control: Recipe) -> dict[str, Any]:
-    """The `result.Verification` of a recipe whose recovery is over, and beside it its `flags`, `result.Flag` each."""
+    """The `verified.Verification` of a recipe whose recovery is over, with its `flags`, each a `verified.Flag`."""
     started = time.perf_counter()
     session = trials.session(control)
     found = verify_params(session, trials.params(control), trials.params(recipe), trials.study.verify)
