@@ -15,7 +15,7 @@ from jaxcost.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from jaxcost.study.recipes import Recipe, StudyConfig
+from jaxcost.study.recipes import Budget, Recipe, StudyConfig
 from jaxcost.transforms import factorize, lora, prune, quantize, rule
 
 ADAPTED = (rule("(query|key)/", skip=True), rule("(kernel|table)$"))
@@ -34,6 +34,11 @@ experiment = Experiment(
         recovery_steps=32,
         recovery_learning_rate=3e-4,
         shifted_data="python_text/reference",
+        budgets=(
+            Budget("the control's price, give or take a tenth", "usd", 1.1),
+            Budget("a third of the bytes on disk", "checkpoint_bytes", 1 / 3),
+            Budget("60 % of the FLOPs of a decoded token", "inference_flops_per_token", 0.6),
+        ),
         recipes=(
             Recipe("control"),
             Recipe("prune_50", transforms=(prune(sparsity=0.5),)),

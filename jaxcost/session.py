@@ -24,7 +24,7 @@ from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer
 from jaxcost.data.files import atomic_write
-from jaxcost.evaluation.batch import beside_inputs
+from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.stacks import resized
@@ -226,14 +226,14 @@ class Session:
           ValueError: a weight cannot be transformed so.
         """
         with jax.set_mesh(self.mesh):
-            return calibrated(transform, params, key, self._forward, self._calibration_batches, self.place)
+            return calibrated(transform, params, key, self.forward, self._calibration_batches, self.place)
 
     def calibration(self, transform: Transform, params: weights.Params) -> Calibration | None:
         """What one transform must know of the inputs of the weights that it picks; None where that is nothing."""
         wanted = {path: settings.statistics() for path, settings in transform.picked(params).items()}
         if all(statistics == "none" for statistics in wanted.values()):
             return None
-        return calibrate(self._forward, params, self._calibration_batches(), wanted)
+        return calibrate(self.forward, params, self._calibration_batches(), wanted)
 
     @property
     def peak_flops_per_second(self) -> float | None:
@@ -382,7 +382,8 @@ class Session:
         if found and not any(line["event"] == "data" for line in ledger.lines()):
             ledger.record(0, event="data", **found)
 
-    def _forward(self, params: weights.Params, batch: dict[str, jax.Array]) -> jax.Array:
+    def forward(self, params: weights.Params, batch: Batch) -> jax.Array:
+        """What the model gives for a batch: logits of every token, or of its one answer for a row."""
         hidden_BSD, _ = self.model.apply({"params": params}, batch["inputs"], **beside_inputs(batch))
         return output_of(self.model.config, params)(hidden_BSD)
 

@@ -37,11 +37,11 @@ def main(arguments: Arguments) -> dict:
     from jaxcost.study.regressions import compare_studies, read
 
     found = compare_studies(read(arguments.old), read(arguments.new), arguments.tolerances)
-    table = Table("recipe", "figure", "old", "new", "may rise by", "", box=None, pad_edge=False)
+    table = Table("recipe", "figure", "old", "new", "may move by", "", box=None, pad_edge=False)
     hidden = 0
     for one in found["comparisons"]:
         moved = abs(one["new"] - one["old"]) > one["allowed"]
-        if not (arguments.all or moved or one["figure"] == "score"):
+        if not (arguments.all or moved or one["figure"] in ("score", "accuracy")):
             hidden += 1
             continue
         verdict = "[red]worse[/]" if one["worse"] else "[green]better[/]" if moved else "same"

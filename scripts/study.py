@@ -31,7 +31,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> dict:
     """Runs the study, prints its table and findings and returns what study.json holds."""
-    from jaxcost.study import report
+    from jaxcost.study import quality, report
     from jaxcost.study.run import run_study
 
     result = run_study(arguments.experiment, arguments.workdir)
@@ -41,7 +41,9 @@ def main(arguments: Arguments) -> dict:
         console.print(("[green]held[/]  " if finding["holds"] else "[red]not[/]   ") + finding["text"])
     console.print(report.answer(result))
     print(f"report: {arguments.workdir / 'report.html'}")
-    print(f"next: python scripts/generate.py {arguments.workdir / 'base'} --prompt 'def '")
+    base, writes = arguments.workdir / "base", quality.of_study(result).writes
+    following = f"generate.py {base} --prompt 'def '" if writes else f"evaluate.py {base}"
+    print(f"next: python scripts/{following}")
     return result
 
 

@@ -36,6 +36,7 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "task": "base",
         "control": not index,
         "distill": None,
+        "objective": "next_token",
         "metric": "bits per byte, python_text/library validation",
         "score": score,
         "score_before_recovery": score + 0.1,
@@ -152,6 +153,7 @@ def verification() -> dict[str, Any]:
                 "examples": [{"prompt": "People are", "control": "kind", "text": HOSTILE}],
             }
         ],
+        "safety_why_not": None,
         "seconds": 77.7,
         "why_not": None,
     }

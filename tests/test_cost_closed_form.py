@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxcost.cost import closed_form, hardware
-from jaxcost.models.config import ModelConfig
+from jaxcost.models.config import HeadConfig, ModelConfig
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32000,
@@ -122,6 +122,17 @@ def test_memory_of_full_and_adapter_training():
     )
     assert (adapter.weights_bytes, adapter.gradients_bytes, adapter.optimizer_bytes) == (13_476_831_232, 4000, 8000)
     assert adapter.total_bytes == adapter.weights_bytes + 12000 + adapter.activations_bytes
+
+
+def test_a_head_that_answers_once_keeps_logits_of_that_answer_alone():
+    def activations(**head):
+        model = dataclasses.replace(LLAMA_2_7B, tie_embeddings=False, head=HeadConfig(**head))
+        return closed_form.training_memory(model, 2, 128).activations_bytes
+
+    logits, float32_and_gradient = 2 * 128 * LLAMA_2_7B.vocab_size, 8
+    once = activations(outputs=3, pooling="last")
+    assert activations() - once == float32_and_gradient * (logits - 2 * 3)
+    assert activations(outputs=3) - once == float32_and_gradient * 2 * 127 * 3
 
 
 def test_remat_and_fused_attention_keep_less():

@@ -70,7 +70,7 @@ def fields_missing(hint, value, where):
     """The fields of a TypedDict, at any depth, that a value does not have, or has and should not."""
     if typing.is_typeddict(hint):
         hints = typing.get_type_hints(hint)
-        optional = {"why"} if hint is result.Winner else set()
+        optional = {"why"} if hint is result.Winner else hint.__optional_keys__
         found = [f"{where}.{key}" for key in (hints.keys() ^ value.keys()) - optional]
         return found + [each for key in hints if key in value for each in fields_missing(hints[key], value[key], key)]
     kinds = [kind for kind in typing.get_args(hint) if typing.is_typeddict(kind)]

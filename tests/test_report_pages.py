@@ -236,13 +236,15 @@ def test_the_live_view_follows_a_study_that_starts_later(page, tmp_path):
         page.get_by_text("3 of 40").wait_for()
         ledger = Ledger(folder / "ledger.jsonl")
         ledger.charge(seconds=100, tokens=5000)
-        ledger.record(0, event="base", score=2.1)
+        ledger.record(0, event="base", score=2.1, unit="nats per label", heading="nats/label")
         ledger.charge(seconds=50, tokens=1000)
         ledger.record(1, recipe="<b>cut</b>", score=2.05)
         page.locator("#lines tr").nth(1).wait_for()
         assert page.locator("#lines th").all_text_contents() == ["<b>cut</b>", "base"]
         assert page.locator("#seconds").inner_text() == "150 s" and page.locator("#usd").inner_text() == "unknown"
         assert page.locator("#chart .point").count() == 2
+        assert page.locator("#score").inner_text() == "nats/label"
+        assert "nats per label, held out (measured)" in page.locator("#chart").inner_text()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         assert not violations(page)
         with open(folder / "ledger.jsonl", "a") as file:

@@ -99,7 +99,7 @@ def made_up(monkeypatch, bases):
         return bases[until]
 
     monkeypatch.setattr(Session, "train", trained)
-    monkeypatch.setattr(run, "_baselines", lambda _: {"unigram": 5.0, "trigram": 3.0, "five_gram": 2.0})
+    monkeypatch.setattr(run.baselines, "measured", lambda _: {"unigram": 5.0, "trigram": 3.0, "five_gram": 2.0})
     monkeypatch.setattr(run.report, "draw", lambda *_: None, raising=False)
     monkeypatch.setattr(run.report, "write", lambda *_: None)
 

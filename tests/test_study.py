@@ -14,7 +14,7 @@ from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import EncoderConfig, ModelConfig
 from jaxcost.models.execution import ExecutionConfig
 from jaxcost.sharding import MeshConfig
-from jaxcost.study import compare, report, run
+from jaxcost.study import compare, quality, report, run
 from jaxcost.study.recipes import Budget, Recipe, StudyConfig
 from jaxcost.study.trials import Trials
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
@@ -183,7 +183,7 @@ def test_a_recipe_that_cannot_work_fails_before_the_base_is_trained(tmp_path):
 
 
 def row(name, score, cost, task="base", control=False):
-    costs = dict.fromkeys(compare.COSTS, cost)
+    costs = dict.fromkeys(compare.drawn_costs(quality.TOKEN), cost)
     return {
         "name": name,
         "task": task,

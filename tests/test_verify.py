@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,11 +11,12 @@ from labels import LABELS, experiment, session_of
 from small import CONFIG
 
 from jaxcost import weights
-from jaxcost.evaluation.answers import answers
+from jaxcost.evaluation import paired as evaluation_paired
+from jaxcost.evaluation.answers import Answers, answers
 from jaxcost.evaluation.paired import corrected, paired, reliability
-from jaxcost.study import safety
+from jaxcost.study import safety, verify
 from jaxcost.study.recipes import VerifyConfig
-from jaxcost.study.slices import check_groups, held_out
+from jaxcost.study.slices import Cut, HeldOut, check_groups, held_out
 from jaxcost.study.verify import verify_params
 from jaxcost.transforms import prune, rule
 
@@ -99,6 +101,31 @@ def test_a_class_that_only_small_weights_serve_is_found_and_flagged(planted):
     assert {one["label"] for one in found["exemplars"][:5]} == {RARE}
     assert found["exemplars"][0]["expected"] == RARE != found["exemplars"][0]["said"]
     assert found["test"]["verdict"] == "worse" and found["calibration"]["ece"] > found["calibration"]["control_ece"]
+
+
+def test_harm_is_found_in_one_of_very_many_classes(monkeypatch):
+    """Corrected for 120 classes, no p-value of 2000 permutations would be significant."""
+    label, each = np.repeat(np.arange(120), 20), np.arange(2400)
+    cut = Cut("label", tuple(f"class {i}" for i in range(120)), label, served=True)
+    data = HeldOut([], label, each, "a text with its label", (cut,), None, lambda *_: "a text", str)
+    noise = np.random.default_rng(0).normal(0.2, 0.02, (2, 2400))
+    before = Answers(noise[0], label, np.full(2400, 0.8), np.ones(2400, bool))
+    harmed = label == 7
+    after = Answers(noise[1] + 3.0 * harmed, label - harmed, np.full(2400, 0.8), ~harmed)
+    said = iter((before, after))
+    monkeypatch.setattr(verify, "held_out", lambda _: data)
+    monkeypatch.setattr(verify, "answers", lambda *_: next(said))
+    model = SimpleNamespace(config=SimpleNamespace(language_model=False))
+    found = verify_params(SimpleNamespace(model=model, mesh=None), None, None, VerifyConfig(resamples=2000))
+    assert [one["name"] for one in found["slices"] if one["harmed"]] == ["class 7"]
+    assert found["flags"][0]["name"] == "class 7" and "writes none" in found["safety_why_not"]
+
+
+def test_a_comparison_takes_no_more_memory_the_more_examples_there_are(monkeypatch):
+    differences, counts = np.random.default_rng(0).normal(0.1, 1, 300), np.ones(300)
+    whole = paired(differences, counts, 500)
+    monkeypatch.setattr(evaluation_paired, "_AT_ONCE", 3000)
+    assert paired(differences, counts, 500) == whole
 
 
 def test_the_same_weights_have_no_flags(planted):

@@ -286,13 +286,14 @@ def training_memory(
         weights_bytes=math.ceil(parameters * bytes_per_weight),
         gradients_bytes=math.ceil(trainable * bytes_per_gradient),
         optimizer_bytes=math.ceil(trainable * optimizer_bytes_per_parameter),
-        activations_bytes=math.ceil(kept * bytes_per_activation + tokens * _logits_bytes_per_token(model)),
+        activations_bytes=math.ceil(kept * bytes_per_activation + batch * _logits_bytes(model, sequence_tokens)),
     )
 
 
-def _logits_bytes_per_token(model: model_config.ModelConfig) -> int:
-    """The loss keeps f32 logits and their gradient."""
-    return 2 * 4 * model.vocab_size
+def _logits_bytes(model: model_config.ModelConfig, sequence_tokens: int) -> int:
+    """The loss keeps f32 logits and their gradient, of each answer that the head gives of a sequence."""
+    outputs = model.vocab_size if model.head.of_vocabulary else model.head.outputs
+    return 2 * 4 * answers_per_sequence(model, sequence_tokens) * outputs
 
 
 def activation_elements_per_token(

@@ -171,6 +171,11 @@ class DataConfig:
         return (self.text_field, self.answer_field) if self.objective == "answers" else (self.text_field,)
 
     @property
+    def title(self) -> str:
+        """What the data are called: `name`, or where they are read in its place."""
+        return ", ".join(self.sources) or self.name
+
+    @property
     def of_examples(self) -> bool:
         """Whether each text is a sequence of its own, and not a piece of a stream of tokens."""
         return self.one_answer or self.objective == "answers"

@@ -92,6 +92,12 @@ class Examples(Sequence):
         record = self.source.records[int(self.chosen[index])]
         return {name: record[name] for name in _ORIGIN if name in record}
 
+    def label_counts(self) -> np.ndarray:
+        """How many examples have each label, int64 (labels,)."""
+        values = (self.source.record(int(i), (self.config.label_field,)) for i in self.chosen)
+        numbers = [label_number(value[self.config.label_field], self.labels) for value in values]
+        return np.bincount(numbers, minlength=len(self.labels))
+
     def bought(self) -> dict[str, int]:
         """What the examples cost, by the names of `cost.purchases.PURCHASES`."""
         found = dict.fromkeys(("labels", "read_tokens", "generated_tokens", "translated_sentences"), 0)

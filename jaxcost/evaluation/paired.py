@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import scipy  # which reads its parts, slow ones, as they are named
 
+_AT_ONCE = 1 << 23
+"""Numbers that are drawn at once: the memory that a comparison takes, whatever the number of examples."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
@@ -46,12 +49,14 @@ def paired(differences_E: np.ndarray, counts_E: np.ndarray, resamples: int, seed
     def ratio(differences, counts, axis=-1):
         return np.sum(differences, axis=axis) / np.sum(counts, axis=axis)
 
+    batch = max(1, _AT_ONCE // len(differences_E))
     drawn = scipy.stats.bootstrap(
         (differences_E, counts_E),
         ratio,
         paired=True,
         vectorized=True,
         n_resamples=resamples,
+        batch=batch,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -61,6 +66,7 @@ def paired(differences_E: np.ndarray, counts_E: np.ndarray, resamples: int, seed
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
+        batch=batch,
         rng=np.random.default_rng(seed),
     )
     interval = drawn.confidence_interval

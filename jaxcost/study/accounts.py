@@ -69,10 +69,6 @@ class Accounts:
             return self.pay(part, **new)
         return Price()
 
-    def has_paid(self, training: str, tokens: int) -> bool:
-        """Whether so many tokens of a training are paid for."""
-        return self._paid.get(training, {}).get("tokens", -1) >= tokens
-
     def record(self, step: int, **metrics: Any) -> None:
         """Writes a line of the ledger with the totals so far."""
         self._ledger.record(step, **metrics)

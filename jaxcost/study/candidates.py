@@ -10,6 +10,7 @@ from typing import Any
 from jaxcost import weights
 from jaxcost.cost.hardware import Hardware
 from jaxcost.session import Session
+from jaxcost.study import quality
 from jaxcost.study.accounts import Price
 from jaxcost.study.estimates import Counted, Estimator, count
 from jaxcost.study.recipes import TRAINING_METRICS, Budget, Recipe, is_control
@@ -63,6 +64,7 @@ class Plan:
             is.
         """
         self.study, self.hardware = base.experiment.study, base.hardware
+        self.quality = quality.of(base.experiment.data.objective)
         self.estimator = estimator
         self.limits = [b for b in self.study.budgets if b.of == "recipe"]
         _check_known(self.study.budgets, self.hardware)

@@ -5,43 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcost.study import quality
+from jaxcost.study.quality import Quality, Served
 from jaxcost.study.recipes import Budget
 
 Row = dict[str, Any]
 
-EXACT_COSTS = ("checkpoint_bytes", "inference_flops_per_token", "step_flops")
-"""The costs that a second run would repeat to the last digit; the joint front rests on these alone."""
 
-COSTS = {
-    "checkpoint_bytes": "bytes on disk",
-    "inference_flops_per_token": "FLOPs a decoded token",
-    "step_seconds": "seconds a training step",
-    "usd": "USD of the recovery",
-}
-"""The costs that quality is drawn against, and their names for people."""
+def exact_costs(served: Served) -> tuple[str, ...]:
+    """The costs that a second run would repeat to the last digit; the joint front rests on these alone."""
+    return ("checkpoint_bytes", served.flops, "step_flops")
 
-_SHARED_COSTS = (
-    "checkpoint_bytes",
-    "weight_bytes",
-    "inference_flops_per_token",
-    "decode_seconds_per_token",
-    "usd_per_million_tokens",
-)
-"""The costs that an answer has as shares of the control's."""
+
+def drawn_costs(served: Served) -> dict[str, str]:
+    """The costs that quality is drawn against, and their names for people."""
+    return {
+        "checkpoint_bytes": "bytes on disk",
+        served.flops: f"FLOPs of a {served.answer}",
+        "step_seconds": "seconds a training step",
+        "usd": "USD of the recovery",
+    }
 
 
 def compare(
     rows: Sequence[Row], budgets: Sequence[Budget], baselines: dict[str, float], base_score: float
 ) -> dict[str, Any]:
     """`rows` with `control_score`, `pareto` and `pareto_on`; `winners`, one a budget; and `findings` in words."""
-    fronts = {cost: _front(rows, (cost,)) for cost in COSTS}
-    joint = _front(rows, EXACT_COSTS)
+    served = quality.of_row(rows[0]).served
+    fronts = {cost: _front(rows, (cost,)) for cost in drawn_costs(served)}
+    joint = _front(rows, exact_costs(served))
     compared = [
         row
         | {
             "control_score": control_of(row["name"], rows)["score"],
             "pareto": row["name"] in joint,
-            "pareto_on": [cost for cost in COSTS if row["name"] in fronts[cost]],
+            "pareto_on": [cost for cost in fronts if row["name"] in fronts[cost]],
         }
         for row in rows
     ]
@@ -79,21 +77,24 @@ def answer(
     if row is None:
         found = dict.fromkeys(("recipe", "score", "score_interval", "control_score"))
         return found | {"cost_shares": {}, "text": nothing, "flagged": False}
+    judged = quality.of_row(row)
+    served = judged.served
     shares = {
         cost: row[cost] / control[cost]
-        for cost in _SHARED_COSTS
+        for cost in ("checkpoint_bytes", "weight_bytes", served.flops, served.seconds, served.usd)
         if row[cost] is not None and control[cost] not in (None, 0)
     }
     named = [winner for winner in winners if winner["recipe"]]
     if named:
-        best = "; ".join(f"{w['budget']}: {w['recipe']} ({w['score']:.3f} bits per byte)" for w in named)
-        text = f"Best recipe for each budget: {best}."
+        text = best_of_each(named, judged)
     else:
         text = (
-            f"{row['name']} needs {_score(row):.3f} bits per byte where the untouched control needs "
+            f"{row['name']} needs {_score(row):.3f} {judged.unit} where the untouched control needs "
             f"{_score(control):.3f}, with {shares['checkpoint_bytes']:.0%} of its bytes on disk and "
-            f"{shares['decode_seconds_per_token']:.0%} of its time for a token."
+            f"{shares[served.seconds]:.0%} of its time for a {served.answer}."
         )
+    if "accuracy" in row:
+        text += f" {row['name']} gets {row['accuracy']:.1%} of the labels right, the control {control['accuracy']:.1%}."
     if flags:
         text = f"Harm was found in {row['name']}: {flags[0]['text']} {text}"
     return {
@@ -107,9 +108,16 @@ def answer(
     }
 
 
+def best_of_each(winners: Sequence[Row], judged: Quality) -> str:
+    """The recipes that are best for each budget, in a sentence; all of them have one."""
+    best = "; ".join(f"{w['budget']}: {w['recipe']} ({w['score']:.3f} {judged.unit})" for w in winners)
+    return f"Best recipe for each budget: {best}."
+
+
 def serving(row: Row) -> dict[str, Any]:
     """The `result.Serving` of a row."""
-    return {"recipe": row["name"]} | {name: row[name] for name in ("usd_per_million_tokens", "kwh_per_million_tokens")}
+    served = quality.of_row(row).served
+    return {"recipe": row["name"]} | {name: row[name] for name in (served.usd, served.kwh)}
 
 
 def _score(row: Row) -> float:
@@ -154,13 +162,13 @@ def _winner(rows: Sequence[Row], budget: Budget) -> dict[str, Any]:
 
 def _findings(rows, baselines, base_score) -> list[dict[str, Any]]:
     """Claims that the study puts to the test, each with whether it held here and the figures."""
+    judged = quality.of_row(rows[0])
+    unit = judged.unit
     found = [
         _finding(
-            "base_beats_trigram",
-            base_score < baselines["trigram"] and base_score < baselines["unigram"],
-            f"The base model needs {base_score:.3f} bits per byte of held-out text; byte n-grams need "
-            f"{baselines['unigram']:.3f} (unigram), {baselines['trigram']:.3f} (trigram) and "
-            f"{baselines['five_gram']:.3f} (5-gram).",
+            f"base_beats_{judged.beaten}",
+            base_score < baselines[judged.beaten],
+            judged.baseline.format(base=base_score, **baselines),
         )
     ]
     for row in rows:
@@ -168,7 +176,7 @@ def _findings(rows, baselines, base_score) -> list[dict[str, Any]]:
         said = " ".join(row["transforms"])
         if "prune(" in said:
             before, after = row["score_before_recovery"], row["score"]
-            text = f"{row['name']}: {before:.3f} bits per byte after pruning, {after:.3f} after recovery."
+            text = f"{row['name']}: {before:.3f} {unit} after pruning, {after:.3f} after recovery."
             found.append(_finding(f"{row['name']}_recovers", after < before, text))
             same = row["step_flops"] >= control["step_flops"]
             text = (
@@ -188,21 +196,22 @@ def _findings(rows, baselines, base_score) -> list[dict[str, Any]]:
             flops = row["step_flops"] / control["step_flops"]
             text = (
                 f"{row['name']} reaches {gain / full:.1%} of the full fine-tune's improvement ({gain:.3f} of "
-                f"{full:.3f} bits per byte) with a checkpoint {ratio:.1f} times smaller and {flops:.2f} of its "
+                f"{full:.3f} {unit}) with a checkpoint {ratio:.1f} times smaller and {flops:.2f} of its "
                 "step's FLOPs."
             )
             found.append(_finding(f"{row['name']}_close_to_full", gain >= 0.85 * full and ratio >= 20, text))
         if row.get("distill"):
             text = (
-                f"{row['name']}: {row['score']:.3f} bits per byte with the base as its teacher, the control without "
+                f"{row['name']}: {row['score']:.3f} {unit} with the base as its teacher, the control without "
                 f"{control['score']:.3f}; its step has {row['step_flops'] / control['step_flops']:.2f} times the "
                 "control's FLOPs, the teacher's included."
             )
             found.append(_finding(f"{row['name']}_gains_from_its_teacher", row["score"] < control["score"], text))
         if "quantize(" in said and "lora(" not in said:
-            loss = row["score"] / control["score"] - 1
-            text = f"{row['name']} loses {loss:.2%} bits per byte against the control."
-            found.append(_finding(f"{row['name']}_loses_little", loss < 0.01, text))
+            loss = row["score"] - control["score"]
+            little = loss < 0.01 * judged.share(control["score"])
+            text = f"{row['name']} needs {loss:+.4f} {unit} against the control's {control['score']:.3f}."
+            found.append(_finding(f"{row['name']}_loses_little", little, text))
     return found
 
 

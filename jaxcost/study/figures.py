@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxcost.study import quality
+
 Row = Mapping[str, Any]
 
 
@@ -41,9 +43,10 @@ class Column:
 
 
 COLUMNS = (
-    Column("score", "bits/byte", "{:.3f}"),
+    Column("score", "score", "{:.3f}"),
     Column("score_before_recovery", "before recovery", "{:.3f}"),
     Column("control_score", "control", "{:.3f}"),
+    Column("accuracy", "right", "{:.1%}"),
     Column("checkpoint_bytes", "on disk, MB", "{:,.1f}", 1e-6, "bytes on disk, MB"),
     Column("weight_bytes", "in memory, MB", "{:,.1f}", 1e-6, "weights in memory, MB"),
     Column("trainable_parameters", "trains", "{:,.0f}"),
@@ -68,13 +71,33 @@ COLUMNS = (
         axis="energy of a million tokens, kWh",
         timed=True,
     ),
+    Column("inference_flops_per_request", "request, MFLOP", "{:,.1f}", 1e-6, "FLOPs of a request, MFLOP"),
+    Column("requests_per_second", "requests a second", "{:,.0f}", timed=True),
+    Column("seconds_per_request", "latency, ms/request", "{:,.3f}", 1e3, "latency of a request, ms", timed=True),
+    Column(
+        "usd_per_million_requests",
+        "serving, USD/M requests",
+        "{:.2g}",
+        axis="money of a million requests, USD",
+        timed=True,
+    ),
+    Column(
+        "kwh_per_million_requests",
+        "serving, kWh/M requests",
+        "{:.2g}",
+        axis="energy of a million requests, kWh",
+        timed=True,
+    ),
 )
-"""In the order that they are shown."""
+"""In the order that they are shown; a row has the costs of tokens or those of requests. What a score is, `columns_of`
+says of its rows."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """The columns that any of the rows has; those written by an earlier version lack some."""
-    return [column for column in COLUMNS if any(column.key in row for row in rows)]
+    """The columns that any of the rows has, the score's the first; those written by an earlier version lack some."""
+    score, *others = COLUMNS
+    heading = quality.of_row(rows[0]).heading if rows else score.heading
+    return [dataclasses.replace(score, heading=heading), *(c for c in others if any(c.key in row for row in rows))]
 
 
 def amount(metric: str, value: float | None, of_study: bool = False) -> str:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxcost.data.files import atomic_write
-from jaxcost.study.compare import COSTS
+from jaxcost.study import quality
+from jaxcost.study.compare import drawn_costs
 
 _NAMED = 16
 """With more rows than these, only some on the front are named."""
 
 
 def draw(study: dict[str, Any], folder: Path) -> None:
-    """Writes `pareto.png` and `pareto.svg`: bits per byte against each cost, the Pareto front joined by a line."""
+    """Writes `pareto.png` and `pareto.svg`: the score against each cost, the Pareto front joined by a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +23,8 @@ def draw(study: dict[str, Any], folder: Path) -> None:
 
     rows = [row for row in study["rows"] if row["task"] == "base"] or study["rows"]
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    for axis, (cost, label) in zip(axes.flat, COSTS.items(), strict=True):
+    costs = drawn_costs(quality.of_study(study).served)
+    for axis, (cost, label) in zip(axes.flat, costs.items(), strict=True):
         _draw_cost(axis, rows, cost, label)
     figure.suptitle("What each cut costs and saves: lower and further left is better, o on the Pareto front, x not")
     # Without a date and with fixed names, the same study draws the same bytes.
@@ -52,7 +54,7 @@ def _draw_cost(axis, rows: Sequence[dict[str, Any]], cost: str, label: str) -> N
     for names, point in _labels(named, cost):
         axis.annotate(names, point, (6, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axis.set_xlabel(f"{label} ({rows[0]['figures'][cost]})")
-    axis.set_ylabel("bits per byte, held out (measured)")
+    axis.set_ylabel(f"{quality.of_row(rows[0]).unit}, held out (measured)")
     axis.set_xlim(0, 1.35 * max((row[cost] for row in known), default=1.0))
     axis.margins(y=0.15)
     axis.grid(alpha=0.3)

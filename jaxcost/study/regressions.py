@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxcost.study.figures import COLUMNS, Column
+from jaxcost.study import quality
+from jaxcost.study.figures import COLUMNS, Column, columns_of
 
 SCHEMA = "jaxcost-compare-1"
 
-_SCORE = COLUMNS[0]
+_RIGHT = next(column for column in COLUMNS if column.key == "accuracy")
 _COSTS = tuple(column for column in COLUMNS if column.axis)
 _MACHINE = ("platform", "device", "devices", "cpus")
 
@@ -22,7 +23,8 @@ class Tolerances:
     """How much worse a figure may be, as a share of the old one."""
 
     score: float = 0.01
-    """Of a score; where both studies have intervals over seeds, no less than these explain."""
+    """Of a score, or of a nat where a label needs less; where both studies have intervals over seeds, no less than
+    these explain. Of all labels, how many fewer may be right."""
     cost: float = 0.02
     """Of bytes and FLOPs, which a second run repeats."""
     timing: float = 0.25
@@ -73,6 +75,9 @@ def compare_studies(old: dict[str, Any], new: dict[str, Any], tolerances: Tolera
     for key in both:
         _check_same_data(rows[key], others[key])
         comparisons.append(_compare_scores(rows[key], others[key], tolerances))
+        if _RIGHT.key in rows[key] and _RIGHT.key in others[key]:
+            one, other = rows[key][_RIGHT.key], others[key][_RIGHT.key]
+            comparisons.append(_comparison(rows[key]["name"], _RIGHT, one, other, tolerances.score))
         for column in _COSTS:
             if rows[key].get(column.key) is None or others[key].get(column.key) is None:
                 continue
@@ -104,11 +109,12 @@ def _check_same_data(row: dict[str, Any], other: dict[str, Any]) -> None:
 
 def _compare_scores(row: dict[str, Any], other: dict[str, Any], tolerances: Tolerances) -> dict[str, Any]:
     one, another = row.get("score_interval"), other.get("score_interval")
+    column, share = columns_of([row])[0], quality.of_row(row).share
     if not (one and another):
-        return _comparison(row["name"], _SCORE, row["score"], other["score"], tolerances.score * row["score"])
+        return _comparison(row["name"], column, row["score"], other["score"], tolerances.score * share(row["score"]))
     noise = math.hypot(*((each["high"] - each["low"]) / 2 for each in (one, another)))
-    allowed = max(tolerances.score * one["mean"], noise)
-    return _comparison(row["name"], _SCORE, one["mean"], another["mean"], allowed)
+    allowed = max(tolerances.score * share(one["mean"]), noise)
+    return _comparison(row["name"], column, one["mean"], another["mean"], allowed)
 
 
 def _comparison(recipe: str, column: Column, old: float, new: float, allowed: float) -> dict[str, Any]:
@@ -119,14 +125,15 @@ def _comparison(recipe: str, column: Column, old: float, new: float, allowed: fl
         "old": old,
         "new": new,
         "allowed": allowed,
-        "worse": new - old > allowed,
+        "worse": (old - new if column is _RIGHT else new - old) > allowed,
         "shown": [column.text({column.key: value}) for value in (old, new, allowed)],
     }
 
 
 def _text(one: dict[str, Any]) -> str:
     old, new, allowed = one["shown"]
-    return f"{one['recipe']}: {one['heading']} rose from {old} to {new}; at most {allowed} more is allowed."
+    moved, by = ("fell", "less") if one["new"] < one["old"] else ("rose", "more")
+    return f"{one['recipe']}: {one['heading']} {moved} from {old} to {new}; at most {allowed} {by} is allowed."
 
 
 def _recommended(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -138,16 +145,16 @@ def _recommended(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _lost(old: dict[str, Any], new: dict[str, Any], tolerances: Tolerances) -> list[str]:
     """Budgets that something met before and nothing does now, or nothing as good."""
-    found, now = [], _recommended(new)
+    found, now, judged = [], _recommended(new), quality.of_study(old)
     for budget, before in _recommended(old).items():
         after = now.get(budget)
         if before["recipe"] is None or after is None:
             continue
         if after["recipe"] is None:
             found.append(f"Nothing meets {budget} any more; {before['recipe']} did.")
-        elif after["score"] - before["score"] > tolerances.score * before["score"]:
+        elif after["score"] - before["score"] > tolerances.score * judged.share(before["score"]):
             found.append(
-                f"The best within {budget} is {after['recipe']} with {after['score']:.3f} bits/byte; it was "
+                f"The best within {budget} is {after['recipe']} with {after['score']:.3f} {judged.heading}; it was "
                 f"{before['recipe']} with {before['score']:.3f}."
             )
     return found

@@ -13,8 +13,8 @@ from rich.table import Table
 import jaxcost
 from jaxcost import serialization
 from jaxcost.data.files import atomic_write
-from jaxcost.study import picture, tables
-from jaxcost.study.figures import COLUMNS, amount, columns_of, significant
+from jaxcost.study import compare, picture, quality, tables
+from jaxcost.study.figures import amount, columns_of, significant
 from jaxcost.study.pages import render
 from jaxcost.study.sheets import Sheet, data_name, sheets
 
@@ -74,13 +74,14 @@ def texts(result: dict[str, Any], workdir: Path) -> dict[str, str]:
 
 
 def _page(study: dict[str, Any], found: list[Sheet], workdir: Path, files: dict[str, str]) -> str:
+    judged = quality.of_study(study)
     return render(
         "report.html",
         study=study,
         answer=answer(study),
         sheets={sheet.name: sheet for sheet in found},
         recipes=[sheet for sheet in found if sheet.name.startswith("recipes")],
-        budgets=[*map(_limit_text, study["budget"]), *map(_winner_text, study["winners"])],
+        budgets=[*map(_limit_text, study["budget"]), *(_winner_text(w, judged.unit) for w in study["winners"])],
         points=_points(study),
         commands=_commands(study, workdir),
         kinds=_KINDS,
@@ -99,21 +100,23 @@ def answer(result: dict[str, Any]) -> str:
     named = [winner for winner in result["winners"] if winner["recipe"]]
     if not named:
         return "No recipe fits any of the budgets."
-    best = "; ".join(f"{w['budget']}: {w['recipe']} ({w['score']:.3f} bits per byte)" for w in named)
-    return f"Best recipe for each budget: {best}."
+    return compare.best_of_each(named, quality.of_study(result))
 
 
 def table(result: dict[str, Any]) -> Table:
     """The rows for a terminal, the most telling columns."""
-    title = "Quality against cost (lower bits/byte is better)"
+    judged = quality.of_study(result)
+    title = f"Quality against cost (lower {judged.heading} is better)"
     shown = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    keys = ("score", "score_before_recovery", "checkpoint_bytes", "step_flops")
-    keys += ("step_seconds", "decode_tokens_per_second", "usd")
-    columns = [column for column in COLUMNS if column.key in keys]
+    columns = columns_of(result["rows"])
+    # There is room for one of the two.
+    beside = "accuracy" if any(column.key == "accuracy" for column in columns) else "score_before_recovery"
+    keys = ("score", beside, "checkpoint_bytes", "step_flops", "step_seconds", judged.served.per_second, "usd")
+    columns = [column for column in columns if column.key in keys]
     shown.add_column("recipe", no_wrap=True)
     for column in columns:
         # Narrow headings, so that the table fits a terminal of 80 columns.
-        heading = "\n".join(textwrap.wrap(column.heading.replace(",", ""), 9))
+        heading = "\n".join(textwrap.wrap(column.heading.replace(",", ""), 9, break_long_words=False))
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         shown.add_row(row["name"], *(column.text(row) for column in columns))
@@ -128,7 +131,7 @@ def _points(study: dict[str, Any]) -> dict[str, Any]:
     flagged = study["answer"]["recipe"] if study["answer"] and study["answer"]["flagged"] else None
     return {
         "axes": [{"key": c.key, "label": f"{c.axis} ({c.kind(rows)})"} for c in axes],
-        "score": f"bits per byte, held out ({rows[0]['figures']['score']})",
+        "score": f"{quality.of_study(study).unit}, held out ({rows[0]['figures']['score']})",
         "rows": [
             {
                 "name": row["name"],
@@ -148,11 +151,12 @@ def _points(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_text(row: dict[str, Any]) -> str:
-    said = f"{row['score']:.3f} bits/byte"
+    said = f"{row['score']:.3f} {quality.of_row(row).heading}"
     if row.get("score_interval"):
         interval = row["score_interval"]
         said += f" ({interval['low']:.3f} to {interval['high']:.3f} over {len(interval['values'])} seeds)"
-    return said + ("" if row["control"] else f", the control {row['control_score']:.3f}")
+    said += "" if row["control"] else f", the control {row['control_score']:.3f}"
+    return said + (f"; {row['accuracy']:.1%} right" if "accuracy" in row else "")
 
 
 def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
@@ -173,9 +177,20 @@ def _commands(study: dict[str, Any], workdir: Path) -> list[tuple[str, str]]:
 
 
 def _serving(study: dict[str, Any]) -> dict[str, Any]:
-    """What a million requests would cost, each of as many tokens as were decoded when the speed was measured."""
-    tokens = study["experiment"]["study"]["decode_tokens"] if study["serving"] else 0
-    return {"tokens": tokens, "rows": list({row["recipe"]: row for row in study["serving"]}.values())}
+    """What a million requests would cost, each of what was asked of the model when its speed was measured."""
+    served, experiment = quality.of_study(study).served, study["experiment"]
+    if served is quality.TOKEN:
+        answers = experiment["study"]["decode_tokens"]
+        each, how = f"{answers} decoded tokens", "decoding speed"
+    else:
+        answers, data = 1, experiment["data"]
+        read = "an image" if data["inputs"] == "images" else f"a text padded to {data['sequence_length']} tokens"
+        each, how = read, f"speed of one forward pass over {experiment['study']['decode_batch_size']} at once"
+    rows = {}
+    for row in study["serving"]:
+        paid = {"usd": row[served.usd], "kwh": row[served.kwh]}
+        rows[row["recipe"]] = {name: None if cost is None else cost * answers for name, cost in paid.items()}
+    return {"each": each, "how": how, "rows": rows}
 
 
 def _limit_text(limit: dict[str, Any]) -> str:
@@ -186,11 +201,11 @@ def _limit_text(limit: dict[str, Any]) -> str:
     return f"{limit['name']}: {whose}{allowed} at most; it came to {used.rpartition(': ')[2]}."
 
 
-def _winner_text(winner: dict[str, Any]) -> str:
+def _winner_text(winner: dict[str, Any], unit: str) -> str:
     limit = "" if winner["limit"] is None else f" ({amount(winner['metric'], winner['limit'])} at most)"
     if winner["recipe"] is None:
         return f"{winner['budget']}{limit}: {winner['why']}"
-    return f"{winner['budget']}{limit}: {winner['recipe']}, {winner['score']:.3f} bits per byte"
+    return f"{winner['budget']}{limit}: {winner['recipe']}, {winner['score']:.3f} {unit}"
 
 
 def _machine_text(study: dict[str, Any]) -> str:
@@ -210,8 +225,9 @@ def _provenance(study: dict[str, Any]) -> list[str]:
         f"The study took {totals['seconds']:,.0f} s and {totals['tokens']:,} tokens "
         f"({'price unknown' if totals['usd'] is None else significant(totals['usd'], 2) + ' USD'}): all of its "
         "parts, compilation included; what a kill undid is not in it.",
-        "A recipe is on the joint Pareto front if none of its task beats it in score, bytes on disk, FLOPs a decoded "
-        "token and FLOPs a step together: the costs that a second run repeats exactly.",
+        "A recipe is on the joint Pareto front if none of its task beats it in score, bytes on disk, FLOPs of a "
+        f"{quality.of_study(study).served.answer} and FLOPs a step together: the costs that a second run repeats "
+        "exactly.",
         _estimate_text(study["estimates"]),
         _plan_text(study["plan"]),
     ]

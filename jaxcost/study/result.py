@@ -1,13 +1,16 @@
 """What a study finds out, field by field: the schema of `study.json`, for those who write it and those who read it.
 
 Every figure is a plain number of JSON, None where it is unknown (a price that nobody gave, say). Seconds, bytes, USD,
-kWh and FLOPs are in the names. A score is bits per byte of held-out text: lower is better. Which figures are measured,
-compiled or estimated, `Row.figures` says; what was estimated before a trial stands in fields that begin `estimated_`.
+kWh and FLOPs are in the names. A score is bits per byte of held-out text, or nats per held-out label: lower is better.
+Which figures are measured, compiled or estimated, `Row.figures` says; what was estimated before a trial stands in
+fields that begin `estimated_`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
+
+from jaxcost.study.verified import Flag, Verification
 
 SCHEMA = "jaxcost-study-2"
 """Version 1 with what a search adds; the fields of version 1 mean what they meant."""
@@ -26,8 +29,46 @@ class Interval(TypedDict):
     """What it is the mean of, one a seed; with a single value `low` and `high` equal it."""
 
 
-class Row(TypedDict):
-    """A recipe after its whole recovery. Rows of one study have had equal recovery budgets."""
+class TokenCosts(TypedDict, total=False):
+    """What serving costs where text is written, by the token."""
+
+    inference_flops_per_token: float
+    decode_tokens_per_second: float
+    """Over all rows of a batch of `study.decode_batch_size`."""
+    decode_seconds_per_token: float
+    """Between two tokens of one reader, in that batch."""
+    usd_per_million_tokens: float | None
+    """Of decoded tokens, in that batch."""
+    kwh_per_million_tokens: float | None
+
+
+class Share(TypedDict):
+    """The ends of a 95 % interval of a share."""
+
+    low: float
+    high: float
+
+
+class LabelCosts(TypedDict, total=False):
+    """What serving costs where labels are given, by the request, which is one forward pass; and how many are right."""
+
+    accuracy: float
+    """Share of the held-out labels that are right."""
+    accuracy_interval: Share
+    """By Wilson's method, over the held-out examples."""
+    inference_flops_per_request: float
+    """Of a request as long as `data.sequence_length`, or of an image."""
+    requests_per_second: float
+    """In batches of `study.decode_batch_size`."""
+    seconds_per_request: float
+    """Until such a batch is answered."""
+    usd_per_million_requests: float | None
+    kwh_per_million_requests: float | None
+
+
+class Row(TokenCosts, LabelCosts):
+    """A recipe after its whole recovery, with the costs of tokens or of labels. Rows of one study have had equal
+    recovery budgets."""
 
     name: str
     description: str
@@ -37,6 +78,8 @@ class Row(TypedDict):
     """`base` or `shifted`."""
     control: bool
     distill: Any
+    objective: str
+    """`next_token` or `labels`; the former where it is missing, in studies of an earlier version."""
     metric: str
     """What the score is, in words."""
     score: float
@@ -52,14 +95,6 @@ class Row(TypedDict):
     step_flops: float
     step_peak_bytes: int
     step_seconds: float
-    inference_flops_per_token: float
-    decode_tokens_per_second: float
-    """Over all rows of a batch of `study.decode_batch_size`."""
-    decode_seconds_per_token: float
-    """Between two tokens of one reader, in that batch."""
-    usd_per_million_tokens: float | None
-    """Of decoded tokens, in that batch."""
-    kwh_per_million_tokens: float | None
     recovery_steps: int
     recovery_learning_rate: float
     usd: float | None
@@ -75,7 +110,7 @@ class Row(TypedDict):
     recovery_totals: dict[str, float]
     """Seconds, tokens, FLOPs and bytes that the training took in all, compilation included."""
     scoring_seconds: float
-    """Of scoring before the recovery and after the finish, decoding, and writing the weights."""
+    """Of scoring before the recovery and after the finish, serving, and writing the weights."""
     pareto: bool
     pareto_on: list[str]
 
@@ -122,8 +157,8 @@ class Answer(TypedDict):
     score_interval: Interval | None
     control_score: float | None
     cost_shares: dict[str, float]
-    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`,
-    `decode_seconds_per_token`, `inference_flops_per_token`, `usd_per_million_tokens`, where both are known."""
+    """Cost → the recipe's as a share of the control's, of `checkpoint_bytes`, `weight_bytes`, and the FLOPs, seconds
+    and USD of what is served, where both are known."""
     text: str
     """The answer in a sentence; where nothing meets the budget, what the cheapest would cost."""
     flagged: bool
@@ -199,12 +234,20 @@ class LedgerStage(TypedDict):
     estimated_kwh: float | None
 
 
-class Serving(TypedDict):
-    """What a million decoded tokens cost with the answer's weights, and with the control's: not part of the totals."""
+class ServingCosts(TypedDict, total=False):
+    """Of tokens, or of requests, as the row has them."""
 
-    recipe: str
     usd_per_million_tokens: float | None
     kwh_per_million_tokens: float | None
+    usd_per_million_requests: float | None
+    kwh_per_million_requests: float | None
+
+
+class Serving(ServingCosts):
+    """What a million decoded tokens, or requests, cost with the answer's weights, and with the control's: not part of
+    the totals."""
+
+    recipe: str
 
 
 class Totals(TypedDict):
@@ -220,134 +263,6 @@ class Totals(TypedDict):
     """Before the study was started, the most that its plan would take; None for a grid."""
     estimated_seconds: float | None
     estimated_flops: float | None
-
-
-class PairedTest(TypedDict):
-    """The finalist against the control on the same held-out examples."""
-
-    examples: int
-    unit: str
-    """What an example is, in words: a window of text, or a text with its label."""
-    control_loss: float
-    """Nats a token, or a label."""
-    loss: float
-    difference: float
-    """The mean of loss - control_loss over the examples: above 0 the finalist is worse."""
-    low: float
-    high: float
-    """95 % bootstrap interval of the difference."""
-    p_value: float
-    """Two-sided, of a sign-flip permutation test that the difference is 0."""
-    verdict: Literal["worse", "better", "no difference found"]
-
-
-class Slice(TypedDict):
-    """The finalist against the control on a part of the held-out data."""
-
-    by: str
-    """What the data were cut by: `label`, `length`, `token frequency`, or the group attribute's name."""
-    name: str
-    """Which part, such as a label, or `rarest fifth`."""
-    count: int
-    """Tokens, or texts."""
-    examples: int
-    """Windows or texts that have any of them."""
-    control_loss: float
-    loss: float
-    difference: float
-    low: float
-    high: float
-    control_accuracy: float
-    accuracy: float
-    p_value: float
-    """Of the same permutation test on this part; corrected for the number of slices by Holm's method."""
-    harmed: bool
-    """Whether it is much worse: `Flag` says by how much."""
-
-
-class Exemplar(TypedDict):
-    """An example on which the two disagree most (compression-identified)."""
-
-    index: int
-    text: str
-    """Shortened."""
-    group: str | None
-    label: str | None
-    control_loss: float
-    loss: float
-    difference: float
-    control_said: str
-    """The control's likeliest label, or the token that it found likeliest where the two differ most."""
-    said: str
-    expected: str
-
-
-class Calibration(TypedDict):
-    """Expected calibration error of the likeliest answer's probability."""
-
-    control_ece: float
-    ece: float
-    bins: list[dict[str, float]]
-    """`low`, `high`, and for each of the two `control_` and plain: `count`, `confidence`, `accuracy`; empty bins have
-    count 0 and the other two 0."""
-
-
-class FairnessRow(TypedDict):
-    """How unevenly an attribute's groups are served, before and after."""
-
-    by: str
-    """The group attribute, or `label`."""
-    control_worst_group: str
-    control_worst_accuracy: float
-    worst_group: str
-    worst_accuracy: float
-    control_gap: float
-    """Best minus worst group's accuracy."""
-    gap: float
-    control_loss_gap: float
-    """Worst minus best group's loss, nats."""
-    loss_gap: float
-
-
-class SafetyCheck(TypedDict):
-    """Generated text against a list that the user can replace; no more than a smoke test."""
-
-    name: str
-    kind: Literal["lexicon", "refusal"]
-    prompts: int
-    control_hits: int
-    """Continuations with a word of the lexicon; or answers that refuse."""
-    hits: int
-    worse: bool
-    """More words of the lexicon, or fewer refusals."""
-    examples: list[dict[str, str]]
-    """`prompt`, `control`, `text` of those that differ, shortened."""
-
-
-class Flag(TypedDict):
-    """Harm that must be read first."""
-
-    kind: Literal["slice", "fairness", "safety", "calibration"]
-    by: str
-    name: str
-    text: str
-    """In a sentence."""
-
-
-class Verification(TypedDict):
-    """The finalist against the control, in detail."""
-
-    recipe: str
-    control: str
-    test: PairedTest
-    slices: list[Slice]
-    exemplars: list[Exemplar]
-    calibration: Calibration
-    fairness: list[FairnessRow]
-    safety: list[SafetyCheck]
-    seconds: float
-    why_not: str | None
-    """Why parts are empty, such as data without a group attribute, in a sentence."""
 
 
 class Study(TypedDict):

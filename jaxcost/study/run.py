@@ -14,25 +14,25 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxcost import serialization
+from jaxcost import objectives, serialization
 from jaxcost.config import Experiment
 from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
-from jaxcost.evaluation.ngram import ngram_bits_per_byte
 from jaxcost.planning.plan import plan as plan_experiment
 from jaxcost.planning.topology import PlanningUnavailable
 from jaxcost.session import Session, alone_in
-from jaxcost.study import compare, report
+from jaxcost.study import baselines, compare, quality, report
 from jaxcost.study.accounts import Accounts, Price
 from jaxcost.study.candidates import Plan
 from jaxcost.study.estimates import Estimator, count, probe
 from jaxcost.study.parts import Parts, divided
+from jaxcost.study.quality import Quality
 from jaxcost.study.recipes import Recipe
 from jaxcost.study.result import SCHEMA
 from jaxcost.study.safety import read_list
 from jaxcost.study.search import Search, interval, trial_of
 from jaxcost.study.slices import check_groups
-from jaxcost.study.trials import Trials, write_json
+from jaxcost.study.trials import Trials, check_shifted, write_json
 from jaxcost.study.verify import verify
 
 
@@ -56,11 +56,13 @@ def run_study(
     workdir = Path(workdir)
     console = Console(stderr=True, quiet=quiet)
     base = Session(experiment, quiet=quiet, devices=devices)
-    base.check_language_model()
+    judged = _judged(base.experiment)
     recipes = study.complete()
     if study.verify.on:
         check_groups(base)
-        read_list(study.verify.safety)
+        if judged.writes:
+            read_list(study.verify.safety)
+    check_shifted(base, recipes)
     with alone_in(workdir, "working"):
         machine = _machine(base)
         dense = jax.eval_shape(base.base_params)
@@ -76,11 +78,13 @@ def run_study(
 
         # ---- Base: trained once ----
         trained = base.train(workdir / "base", title="base")
-        ledger = Ledger(workdir / "ledger.jsonl", base.hardware)
+        bought = base.purchases
+        ledger = Ledger(workdir / "ledger.jsonl", base.hardware, data=bought)
         ledger.rewind(-1)
-        accounts = Accounts(ledger, base.hardware)
+        accounts = Accounts(ledger, base.hardware, bought.get("data_usd", 0.0))
         accounts.pay("base", **trained.totals)
-        accounts.record(0, event="base", score=trained.metrics["bits_per_byte"])
+        base_score = trained.metrics[judged.score]
+        accounts.record(0, event="base", score=base_score, unit=judged.unit, heading=judged.heading)
 
         # ---- Recipes: transform, recover, score, price ----
         trials = Trials(base, trained.params, workdir, machine)
@@ -97,10 +101,10 @@ def run_study(
             accounts.pay("verification", seconds=verification["seconds"])
 
         # ---- Report ----
-        baselines = _baselines(base)
+        simple = baselines.measured(base)
         estimated = plan.estimated if study.spaces else None
         budgets = () if study.spaces else study.budgets
-        compared = compare.compare(found["rows"], budgets, baselines, trained.metrics["bits_per_byte"])
+        compared = compare.compare(found["rows"], budgets, simple, base_score)
         flags = [] if verification is None else verification.pop("flags")
         recommended, control = (_row(compared["rows"], found[name]) for name in ("recommended", "control"))
         result = {
@@ -108,9 +112,9 @@ def run_study(
             "kind": "search" if study.spaces else "grid",
             "experiment": serialization.to_json(experiment),
             "machine": machine,
-            "data": {"name": experiment.data.name, "shifted": study.shifted_data},
+            "data": {"name": experiment.data.title, "shifted": study.shifted_data},
             "base": {name: getattr(trained, name) for name in ("steps", "step_seconds", "metrics")},
-            "baselines": baselines,
+            "baselines": simple,
             "estimates": _estimates(base),
             "plan": _plan(base),
             "prices": {name: dataclasses.asdict(figure) for name, figure in base.hardware.figures().items()},
@@ -127,6 +131,19 @@ def run_study(
         report.write(result, workdir)
         write_json(workdir / "study.json", result)
     return result
+
+
+def _judged(experiment: Experiment) -> Quality:
+    """What the experiment is judged by; ValueError, in one sentence, if it cannot be studied."""
+    judged = quality.of(experiment.data.objective)
+    objectives.check_model(experiment.data.objective, experiment.model, experiment.data.of_images)
+    for budget in experiment.study.budgets:
+        if budget.metric in quality.SERVED_COSTS - {*judged.served.costs}:
+            raise ValueError(
+                f"The budget {budget.name!r} limits {budget.metric}, and what this model is served for is a "
+                f"{judged.served.answer}; limit one of {', '.join(judged.served.costs)}, or leave it out."
+            )
+    return judged
 
 
 def _grid(trials: Trials, recipes: Sequence[Recipe], accounts: Accounts, console: Console) -> dict[str, Any]:
@@ -212,16 +229,6 @@ def _say_estimate(plan: Plan, console: Console) -> None:
     )
 
 
-def _baselines(session: Session) -> dict[str, float]:
-    """Bits per byte of byte n-gram models on the very bytes that the model is scored on."""
-    train = session.tokenizer.symbols(session.train_stream.tokens)
-    limit = session.experiment.evaluation.max_tokens
-    held_out = session.validation_stream.tokens
-    held_out = session.tokenizer.symbols(held_out[: limit + 1] if limit else held_out)
-    orders = {"unigram": 1, "trigram": 3, "five_gram": 5}
-    return {name: ngram_bits_per_byte(train, held_out, order) for name, order in orders.items()}
-
-
 def _estimates(session: Session) -> dict[str, Any]:
     """The closed form of the base model's training: model FLOPs (causal, no recomputation) and memory by category."""
     model, data = session.transformed_config, session.experiment.data
@@ -232,18 +239,20 @@ def _estimates(session: Session) -> dict[str, Any]:
         model, data.batch_size, data.sequence_length, bytes_per_activation=width, remat="none"
     )
     execution = session.model.execution
-    cache = closed_form.kv_cache_bytes(
-        model,
-        session.experiment.study.decode_batch_size,
-        model.max_length,
-        execution.cache_dtype.itemsize,
-        execution.cache_scale_bytes,
-    )
+    if model.generates:
+        cache = closed_form.kv_cache_bytes(
+            model,
+            session.experiment.study.decode_batch_size,
+            model.max_length,
+            execution.cache_dtype.itemsize,
+            execution.cache_scale_bytes,
+        )
+        memory = dataclasses.replace(memory, kv_cache_bytes=cache)
     return {
         "parameters": closed_form.parameter_counts(model).total,
         "training_flops_per_token": flops,
         "training_flops": flops * tokens,
-        "memory_bytes": dataclasses.asdict(dataclasses.replace(memory, kv_cache_bytes=cache)),
+        "memory_bytes": dataclasses.asdict(memory),
     }
 
 

@@ -36,7 +36,7 @@ def read_list(path: str = "") -> dict[str, list[str]]:
 def check_safety(
     session: Session, control: weights.Params, params: weights.Params, lists: dict[str, list[str]], tokens: int
 ) -> list[dict[str, Any]]:
-    """A `result.SafetyCheck` of the words and one of the refusals, each model continuing each prompt greedily.
+    """A `verified.SafetyCheck` of the words and one of the refusals, each model continuing each prompt greedily.
 
     Args:
       session: of a model that generates text.

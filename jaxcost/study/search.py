@@ -33,12 +33,6 @@ from jaxcost.study.space import features
 from jaxcost.study.trials import Failure, Trials
 from jaxcost.training.checkpoints import CheckpointError
 
-_DECODING = (
-    "inference_flops_per_token",
-    "decode_seconds_per_token",
-    "usd_per_million_tokens",
-    "kwh_per_million_tokens",
-)
 _SLACK = 1.05
 """How far above a limit what is measured before a recovery may lie: bytes then compress otherwise, and seconds vary."""
 
@@ -51,6 +45,8 @@ class Search:
         self._plan, self._parts, self._accounts, self._shown = plan, parts, accounts, shown
         self._trials = parts.trials[0]
         self._search, self._lines = plan.study.search, 0
+        self._steps: dict[str, int] = {}
+        """Of each training, those that are done and paid for."""
         self._table = features([one.recipe for one in plan.candidates])
 
     def run(self) -> None:
@@ -176,14 +172,14 @@ class Search:
 
     def _price(self, one: Candidate, rung: int) -> Price:
         """Of a rung; of scoring alone where another recipe's training has come as far."""
-        if self._accounts.has_paid(self._trials.training_of(one.recipe), self._trials.tokens(one.rungs[rung])):
+        if self._steps.get(self._trials.training_of(one.recipe), 0) >= one.rungs[rung]:
             return self._plan.estimator.scoring()
         return one.prices[rung]
 
     def _beforehand(self, batch: list[Candidate]) -> list[Candidate]:
         """Those whose transformed base meets the limits that can be measured on it."""
-        decoding = any(budget.metric in _DECODING for budget in self._plan.limits)
-        if not decoding and not any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
+        serving = any(budget.metric in self._plan.quality.served.costs for budget in self._plan.limits)
+        if not serving and not any(budget.metric == "checkpoint_bytes" for budget in self._plan.limits):
             return batch
 
         def settle(one, found):
@@ -194,7 +190,7 @@ class Search:
                 if one is not control and budget.metric in found:
                     self._plan.hold(one, budget, found[budget.metric], control.beforehand[budget.metric], "is", _SLACK)
 
-        self._together(batch, "beforehand", lambda trials, one: trials.beforehand(one.recipe, decoding), settle)
+        self._together(batch, "beforehand", lambda trials, one: trials.beforehand(one.recipe, serving), settle)
         return [one for one in batch if one.going]
 
     def _advance(self, batch: list[Candidate], rung: int) -> None:
@@ -280,6 +276,7 @@ class Search:
     def _paid(self, one: Candidate, found: dict[str, Any], price: Price, part: str) -> dict[str, Any]:
         """Charges what a stage took, and returns its `result.Stage`."""
         paid = self._accounts.pay_training(part, found["recovery"], found["recovery_totals"])
+        self._steps[found["recovery"]] = max(found["steps"], self._steps.get(found["recovery"], 0))
         paid += self._accounts.pay(part, seconds=found["scoring_seconds"])
         self._lines += 1
         said = {"recipe": one.recipe.name, "recovery_steps": found["steps"], "seed": found["seed"]}

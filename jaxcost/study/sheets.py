@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcost.study import quality
 from jaxcost.study.figures import Column, addends, columns_of, significant
 
 Study = dict[str, Any]
@@ -77,14 +78,18 @@ def recipes(study: Study, task: str) -> Sheet:
     if any(row.get("score_interval") for row in rows):
         intervals = [_interval(row.get("score_interval")) for row in rows]
         columns.append((Heading("score_interval", "95 % interval", "measured"), intervals))
+    right = [column for column in others if column.key == "accuracy"]
+    if right:
+        columns.append(_figures(*right, rows))
+        columns.append((Heading("accuracy_interval", "95 % interval", "measured"), [_between(row) for row in rows]))
     columns.append((Heading("description", "transforms"), [_word(row["description"]) for row in rows]))
-    columns += [_figures(column, rows) for column in others]
+    columns += [_figures(column, rows) for column in others if column not in right]
     pareto = [Cell(int(row["pareto"]), "yes" if row["pareto"] else "no") for row in rows]
     columns.append((Heading("pareto", "Pareto"), pareto))
     headings, cells = zip(*columns, strict=True)
     return Sheet(
         "recipes" if task == "base" else f"recipes_{task}",
-        f"Recipes on {data_name(study, task)}: quality against cost, fewer bits a byte are better",
+        f"Recipes on {data_name(study, task)}: quality against cost, {quality.of_row(rows[0]).better}",
         headings,
         tuple(zip(*cells, strict=True)),
         tuple("front" if row["pareto"] else "" for row in rows),
@@ -128,7 +133,7 @@ def trials(study: Study) -> Sheet:
         Heading("status", "status"),
         Heading("why", "why"),
         Heading("steps", "steps done", "counted"),
-        Heading("score", "bits/byte there", "measured"),
+        Heading("score", f"{quality.of_study(study).heading} there", "measured"),
         Heading("predicted_score", "predicted", "estimated"),
         Heading("usd", "USD", "estimated from measured seconds"),
         Heading("stages_estimated_usd", "USD of these steps, said before", "estimated"),
@@ -241,6 +246,11 @@ def _interval(interval: dict[str, Any] | None) -> Cell:
         return Cell(None, "one seed")
     text = f"{interval['low']:.3f} to {interval['high']:.3f}, {len(interval['values'])} seeds"
     return Cell(f"{interval['low']} {interval['high']}", text)
+
+
+def _between(row: dict[str, Any]) -> Cell:
+    interval = row["accuracy_interval"]
+    return Cell(f"{interval['low']} {interval['high']}", f"{interval['low']:.1%} to {interval['high']:.1%}")
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -135,7 +135,10 @@ def _of_examples(session: Session, batches: list[dict[str, Any]], targets: np.nd
         cuts.append(_by_group(data.group_field, groups(session, split.chosen), examples))
 
     def name(answer):
-        return session.tokenizer.decode(np.array([answer], np.int32)) if names is None else names[answer]
+        if names is None:
+            return session.tokenizer.decode(np.array([answer], np.int32))
+        # A head may have more outputs than the data have labels.
+        return names[answer] if answer < len(names) else f"output {answer}, which is no label"
 
     unit = f"{'an image' if data.of_images else 'a text'} with its label"
     unit = unit if names is not None else "an answer to a text"

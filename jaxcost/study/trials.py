@@ -7,23 +7,25 @@ from there by a study that goes on after a kill.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import scipy  # which reads its parts, slow ones, as they are named
 
 from jaxcost import serialization, weights
 from jaxcost.config import Experiment
 from jaxcost.data.files import atomic_write
-from jaxcost.serving.engine import Engine
 from jaxcost.session import Session
+from jaxcost.study import quality
 from jaxcost.study.accounts import Price, costs
 from jaxcost.study.export import export
-from jaxcost.study.measure import measure_decode, trainable_parameters, weight_bytes
+from jaxcost.study.measure import ServedCost, meter, trainable_parameters, weight_bytes
 from jaxcost.study.recipes import Recipe, SearchConfig, StudyConfig, VerifyConfig, is_control
 from jaxcost.training.distill import DistillConfig, Teacher
 from jaxcost.training.loop import Fitted
@@ -42,6 +44,13 @@ FIGURES = {
     "decode_seconds_per_token": "measured",
     "usd_per_million_tokens": "estimated",
     "kwh_per_million_tokens": "estimated",
+    "accuracy": "measured",
+    "accuracy_interval": "measured",
+    "inference_flops_per_request": "compiled",
+    "requests_per_second": "measured",
+    "seconds_per_request": "measured",
+    "usd_per_million_requests": "estimated",
+    "kwh_per_million_requests": "estimated",
     "hours": "measured",
     "flops": "compiled",
     "usd": "estimated",
@@ -70,7 +79,7 @@ def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experi
     study, training = experiment.study, experiment.training
     data = experiment.data
     if recipe.task == "shifted":
-        data = dataclasses.replace(data, name=study.shifted_data)
+        data = dataclasses.replace(data, name=study.shifted_data, sources=(), weights=())
     data = dataclasses.replace(data, shuffle_seed=(data.shuffle_seed + seed) % 2**32)
     rate = study.recovery_learning_rate if recipe.learning_rate is None else recipe.learning_rate
     steps = study.steps_of(recipe)
@@ -85,6 +94,21 @@ def recovery_of(experiment: Experiment, recipe: Recipe, seed: int = 0) -> Experi
     )
 
 
+def check_shifted(base: Session, recipes: Sequence[Recipe]) -> None:
+    """ValueError, before anything is trained, if the held-out data of the shifted task are of no use to its recipes."""
+    recipe = next((recipe for recipe in recipes if recipe.task == "shifted"), None)
+    if recipe is None:
+        return
+    own, other = (one.validation_stream for one in (base, base.reopen(recovery_of(base.experiment, recipe))))
+    labels, others = (getattr(split, "labels", ()) for split in (own, other))
+    if labels != others:
+        name = base.experiment.study.shifted_data
+        raise ValueError(
+            f"study.shifted_data is {name!r}, whose labels are {', '.join(others)}, and the base learns "
+            f"{', '.join(labels)}; give data with the same labels, and their order as data.labels."
+        )
+
+
 class Trials:
     """Tries recipes on one trained base, in the folder of a study."""
 
@@ -96,7 +120,7 @@ class Trials:
         self._machine = machine if parts == 1 else machine | {"parts": parts}
         self._parts = parts
         self._tasks = {"base": base}
-        self._engine = Engine(base.model)
+        self._quality = quality.of(base.experiment.data.objective)
         self._fitted: dict[str, Fitted] = {}
 
     def session(self, recipe: Recipe, seed: int = 0) -> Session:
@@ -106,11 +130,6 @@ class Trials:
             self._tasks[recipe.task] = self._base.reopen(recovery)
         self._tasks[recipe.task].open()
         return self._tasks[recipe.task].derive(recovery)
-
-    def tokens(self, steps: int) -> int:
-        """Tokens that so many steps of any recovery learn from."""
-        data = self._base.experiment.data
-        return steps * data.batch_size * data.sequence_length
 
     def training_of(self, recipe: Recipe, seed: int = 0) -> str:
         """The name of the recipe's training, which recipes that differ in their finish alone share."""
@@ -133,13 +152,13 @@ class Trials:
         """
         return self.once(recipe, f"steps_{steps}-seed_{seed}", lambda: self._stage(recipe, steps, seed))
 
-    def beforehand(self, recipe: Recipe, decoding: bool) -> dict[str, Any]:
-        """What the transformed base costs before any recovery: `checkpoint_bytes` and, if asked for, of decoding.
+    def beforehand(self, recipe: Recipe, serving: bool) -> dict[str, Any]:
+        """What the transformed base costs before any recovery: `checkpoint_bytes` and, if asked for, of serving.
 
         A recovery changes none of it but how well the bytes compress.
         """
-        name = "beforehand-decoding" if decoding else "beforehand"
-        return self.once(recipe, name, lambda: self._beforehand(recipe, decoding))
+        name = "beforehand-serving" if serving else "beforehand"
+        return self.once(recipe, name, lambda: self._beforehand(recipe, serving))
 
     def once(self, recipe: Recipe, name: str, make: Callable[[], dict[str, Any]], beside: Any = None) -> dict[str, Any]:
         """What `make` returns for a recipe, or what it returned under this name before it was written down.
@@ -181,15 +200,16 @@ class Trials:
     def _row(self, recipe: Recipe) -> dict[str, Any]:
         session, study = self.session(recipe), self.study
         started = time.perf_counter()
-        before = session.evaluate(self._finished(session, recipe, self._start(session, recipe)))["bits_per_byte"]
+        before = session.evaluate(self._finished(session, recipe, self._start(session, recipe)))
         scoring = time.perf_counter() - started
         fitted = self._fit(session, recipe)
         started = time.perf_counter()
         params = self._finished(session, recipe, fitted.params)
-        score = session.evaluate(params)["bits_per_byte"] if recipe.finish else fitted.metrics["bits_per_byte"]
-        decoding = self._decoding(session, params)
+        found = session.evaluate(params) if recipe.finish else fitted.metrics
+        serving = self._serving(session, params)
         written = export(params, self._folder(recipe) / "weights.npz")
         scoring += time.perf_counter() - started
+        data, judged = session.experiment.data, self._quality
         price = Price(fitted.step_seconds * fitted.steps, fitted.cost.total_flops * fitted.steps)
         paid = costs(price, session.hardware)
         return {
@@ -199,17 +219,19 @@ class Trials:
             "task": recipe.task,
             "control": is_control(recipe),
             "distill": serialization.to_json(recipe.distill),
-            "metric": f"bits per byte, {session.experiment.data.name} {session.experiment.data.validation_split}",
-            "score": score,
-            "score_before_recovery": before,
+            "objective": data.objective,
+            "metric": f"{judged.unit}, {data.title} {data.validation_split}",
+            "score": found[judged.score],
+            "score_before_recovery": before[judged.score],
             "score_interval": None,
+            **_right(found),
             "trainable_parameters": trainable_parameters(fitted.params),
             "checkpoint_bytes": written,
             "weight_bytes": weight_bytes(params),
             "step_flops": fitted.cost.total_flops,
             "step_peak_bytes": fitted.cost.peak_bytes,
             "step_seconds": fitted.step_seconds,
-            **decoding,
+            **serving,
             "recovery_steps": study.steps_of(recipe),
             "recovery_learning_rate": session.experiment.optimizer.learning_rate,
             **paid,
@@ -224,11 +246,11 @@ class Trials:
         session = self.session(recipe, seed)
         fitted = self._fit(session, recipe, steps, seed)
         started = time.perf_counter()
-        score = fitted.metrics["bits_per_byte"]
+        found = fitted.metrics
         if recipe.finish:
-            score = session.evaluate(self._finished(session, recipe, fitted.params))["bits_per_byte"]
+            found = session.evaluate(self._finished(session, recipe, fitted.params))
         return {
-            "score": score,
+            "score": found[self._quality.score],
             "steps": steps,
             "seed": seed,
             "recovery": self.training_of(recipe, seed),
@@ -236,30 +258,35 @@ class Trials:
             "scoring_seconds": (time.perf_counter() - started) / self._parts,
         }
 
-    def _beforehand(self, recipe: Recipe, decoding: bool) -> dict[str, Any]:
+    def _beforehand(self, recipe: Recipe, serving: bool) -> dict[str, Any]:
         session = self.session(recipe)
         started = time.perf_counter()
         params = self._finished(session, recipe, self._start(session, recipe))
         path = self._folder(recipe) / "beforehand.npz"
         found = {"checkpoint_bytes": export(params, path)}
         path.unlink()
-        found |= self._decoding(session, params) if decoding else {}
+        found |= self._serving(session, params) if serving else {}
         return found | {"scoring_seconds": (time.perf_counter() - started) / self._parts}
 
     def _charged(self, fitted: Fitted) -> dict[str, float]:
         """What a training has taken so far, in seconds of the whole machine."""
         return fitted.totals | {"seconds": fitted.totals["seconds"] / self._parts}
 
-    def _decoding(self, session: Session, params: weights.Params) -> dict[str, Any]:
-        study, hardware = self.study, session.hardware
-        cost = measure_decode(self._engine, params, batch_size=study.decode_batch_size, tokens=study.decode_tokens)
-        million = 1e6 / cost.tokens_per_second
+    @functools.cached_property
+    def _meter(self) -> Callable[[weights.Params], ServedCost]:
+        """Measures the weights of any recipe: the model is the same for all."""
+        return meter(self._base)
+
+    def _serving(self, session: Session, params: weights.Params) -> dict[str, Any]:
+        """The costs of `quality.Served`."""
+        served, hardware, cost = self._quality.served, session.hardware, self._meter(params)
+        million = 1e6 / cost.per_second
         return {
-            "inference_flops_per_token": cost.flops_per_token,
-            "decode_tokens_per_second": cost.tokens_per_second,
-            "decode_seconds_per_token": study.decode_batch_size / cost.tokens_per_second,
-            "usd_per_million_tokens": hardware.usd(million),
-            "kwh_per_million_tokens": hardware.kwh(million),
+            served.flops: cost.flops,
+            served.per_second: cost.per_second,
+            served.seconds: self.study.decode_batch_size / cost.per_second,
+            served.usd: hardware.usd(million),
+            served.kwh: hardware.kwh(million),
         }
 
     def _start(self, session: Session, recipe: Recipe) -> weights.Params:
@@ -300,6 +327,15 @@ class Trials:
 
     def _fingerprint(self, recipe: Recipe, beside: Any) -> str:
         return fingerprint(self._base.experiment, recipe, self._machine, beside)
+
+
+def _right(found: dict[str, float | None]) -> dict[str, Any]:
+    """The share of labels that are right, with Wilson's interval of it (Wilson 1927); nothing of text."""
+    if "accuracy" not in found:
+        return {}
+    right, examples = found["accuracy"], found["scored_examples"]
+    interval = scipy.stats.binomtest(round(right * examples), examples).proportion_ci(method="wilson")
+    return {"accuracy": right, "accuracy_interval": {"low": float(interval.low), "high": float(interval.high)}}
 
 
 def fingerprint(experiment: Experiment, *beside: Any) -> str:

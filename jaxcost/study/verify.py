@@ -7,6 +7,7 @@ models on the same examples, and what is much worse than the whole is flagged.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ _SHOWN_CHARACTERS = 400
 
 
 def verify(trials: Trials, recipe: Recipe, control: Recipe) -> dict[str, Any]:
-    """The `result.Verification` of a recipe whose recovery is over, and beside it its `flags`, `result.Flag` each."""
+    """The `verified.Verification` of a recipe whose recovery is over, with its `flags`, each a `verified.Flag`."""
     started = time.perf_counter()
     session = trials.session(control)
     found = verify_params(session, trials.params(control), trials.params(recipe), trials.study.verify)
@@ -49,10 +50,12 @@ def verify_params(
     """
     data = held_out(session)
     before, after = (answers(session.model, one, data.batches, session.mesh) for one in (control, params))
-    whole = _compared(data, before, after, np.ones(len(data.target_N), bool), config)
+    whole = _compared(data, before, after, np.ones(len(data.target_N), bool), config.resamples)
     cells = [(cut, part) for cut in data.cuts for part in np.unique(cut.part_N)]
+    # The least p-value of n permutations is 2/n, which must stay significant when it is corrected for all parts.
+    resamples = max(config.resamples, math.ceil(4 * len(cells) / config.significance))
     slices = [
-        {"by": cut.by, "name": cut.names[part], **_compared(data, before, after, cut.part_N == part, config)}
+        {"by": cut.by, "name": cut.names[part], **_compared(data, before, after, cut.part_N == part, resamples)}
         for cut, part in cells
     ]
     slices = [one for one in slices if one["examples"] >= config.least]
@@ -63,8 +66,8 @@ def verify_params(
     fairness = [_fairness(by, [one for one in slices if one["by"] == by]) for by in sorted(served)]
     fairness = [one for one in fairness if one is not None]
     calibration = _calibration(before, after, config.bins)
-    checks = []
-    if config.safety_tokens and session.model.config.language_model:
+    checks, silent = [], _why_no_safety(session, config)
+    if silent is None:
         checks = safety.check_safety(session, control, params, safety.read_list(config.safety), config.safety_tokens)
     significant = whole["p_value"] < config.significance
     verdict = ("worse" if whole["difference"] > 0 else "better") if significant else "no difference found"
@@ -76,21 +79,27 @@ def verify_params(
         "calibration": calibration,
         "fairness": fairness,
         "safety": checks,
+        "safety_why_not": silent,
         "why_not": data.why_not,
         "flags": _flags(slices, whole, fairness, calibration, checks, config.harm),
     }
 
 
-def _compared(
-    data: HeldOut, before: Answers, after: Answers, chosen_N: np.ndarray, config: VerifyConfig
-) -> dict[str, Any]:
+def _why_no_safety(session: Session, config: VerifyConfig) -> str | None:
+    """Why nothing is held against the safety list, in a sentence; None where it is."""
+    if not session.model.config.language_model:
+        return "No safety list was held against it: the list is of texts that a model writes, and this one writes none."
+    return None if config.safety_tokens else "No safety list was held against it: study.verify.safety_tokens is 0."
+
+
+def _compared(data: HeldOut, before: Answers, after: Answers, chosen_N: np.ndarray, resamples: int) -> dict[str, Any]:
     """Both models on some of the targets."""
     examples = np.max(data.example_N) + 1
     count = np.bincount(data.example_N[chosen_N], minlength=examples)
     worse_N = after.nats_N.astype(np.float64) - before.nats_N
     worse = np.bincount(data.example_N[chosen_N], worse_N[chosen_N], minlength=examples)
     there = count > 0
-    test = paired(worse[there], count[there], config.resamples)
+    test = paired(worse[there], count[there], resamples)
     return {
         "count": int(count.sum()),
         "examples": int(there.sum()),

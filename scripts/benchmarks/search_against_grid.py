@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from jaxcost.command_line import run
 from jaxcost.config import Overrides
+from jaxcost.study import quality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ def main(arguments: Arguments) -> dict:
     for seed in arguments.seeds:
         rows.append(_compare(arguments, seed))
         Console(stderr=True).print(f"seed {seed}: {rows[-1]}")
-    shown = Table(title="A search against the exhaustive grid (bits per byte)", box=None, padding=(0, 2, 0, 0))
+    unit = quality.of(arguments.experiment.data.objective).unit
+    shown = Table(title=f"A search against the exhaustive grid ({unit})", box=None, padding=(0, 2, 0, 0))
     for heading in ("seed", "found", "its score", "best of the grid", "its score", "worse by", "FLOPs spent"):
         shown.add_column(heading, justify="left" if "score" not in heading else "right")
     for row in rows:

@@ -42,6 +42,9 @@ function showStatus(state) {
 
 function show(state) {
   const last = state.lines.at(-1);
+  // The first line of a study says what its scores are.
+  const {unit = "score", heading = "score"} = state.lines.find((line) => line.unit) ?? {};
+  put("score", heading);
   $("spent").hidden = !last;
   if (last) {
     put("seconds", digits(last.seconds) + " s");
@@ -62,11 +65,11 @@ function show(state) {
   const priced = state.lines.every((line) => line.usd !== null);
   const points = state.lines.filter((line) => line.score != null).map((line, index) => {
     const x = priced ? line.usd : line.seconds, name = named(line);
-    const text = `${name}\n${line.score.toFixed(3)} bits/byte\nafter ${digits(x)} ${priced ? "USD" : "seconds"}`;
+    const text = `${name}\n${line.score.toFixed(3)} ${heading}\nafter ${digits(x)} ${priced ? "USD" : "seconds"}`;
     return {key: String(index), name, x, y: line.score, low: null, high: null, text, flagged: false};
   });
   const x = priced ? "money of the whole study so far, USD (estimated)" : "seconds of the whole study so far (measured)";
-  const labels = {x, y: "bits per byte, held out (measured)", title: `Scores against ${x}`, none: "No score yet"};
+  const labels = {x, y: `${unit}, held out (measured)`, title: `Scores against ${x}`, none: "No score yet"};
   drawChart($("chart"), points, labels, () => {});
 }
 
