@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import queue
 import threading
 
@@ -14,7 +15,7 @@ from sweep import sweep
 
 from jaxcost import weights
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.models.transformer import Transformer, axes_of
+from jaxcost.models.transformer import Transformer, axes_of, initialize
 from jaxcost.serving.adapters import with_adapters
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.prefix import PrefixCache
@@ -270,6 +271,31 @@ def test_a_decode_step_takes_no_more_slots_and_tokens_than_are_in_use(monkeypatc
         held.state, _ = program(held._all_params, held.state, np.arange(4) == 0, np.bool_(False))
         found.append(np.asarray(held.state.logits[0]))
     assert len(found) == 4 and all(np.array_equal(logits, found[0]) for logits in found)
+
+
+def test_decode_programs_that_round_otherwise_than_the_largest_are_not_used(caplog):
+    """At this width, XLA on a CPU rounds a step of two rows otherwise than one of eight."""
+    config = dataclasses.replace(CONFIG, width=256, num_layers=1, num_kv_heads=4, head_dim=64, mlp_width=1024)
+    model = Transformer(config)
+    weights = jax.jit(lambda key: initialize(model, key)[0])(jax.random.key(0))
+    options = SlotsConfig(slots=8, prefill_tokens=(16,), decode_lengths=(48,))
+    with caplog.at_level(logging.INFO):
+        exact, fast = (Slots(model, weights, dataclasses.replace(options, exact=exact)) for exact in (True, False))
+    assert len(fast._decode_programs) == 4
+    left = set(fast._decode_programs) - set(exact._decode_programs)
+    assert ("round otherwise than the largest" in caplog.text) == bool(left)
+    [prompt] = prompts(1, seed=6, lengths=(16,))
+
+    def numbers(held, others):
+        for slot in range(1 + others):
+            held.admit(slot, GREEDY, prompt)
+            held.prefill(slot, prompt, 0, 16)
+        made = [held.decode(np.arange(8) <= others, scored=True) for _ in range(6)]
+        return np.stack([one.top_logprobs[0] for one in made])
+
+    np.testing.assert_array_equal(numbers(exact, 0), numbers(exact, 7))
+    if left:
+        assert not np.array_equal(numbers(fast, 0), numbers(fast, 7))
 
 
 def test_a_prompt_half_read_is_left_as_it_is_by_a_shorter_step():

@@ -2,8 +2,9 @@
 
 A slot holds one request. Prompts are read in pieces of a few sizes, one slot at a time; a decode step is one program
 for the first slots, whoever is in them, and for the first tokens of each, so that few requests, or short ones, do not
-pay for all the room there is. How a prompt is cut depends on the prompt alone and no row of a program depends on its
-neighbours; what differs between two decode programs is what they leave out, which is masked in the larger one. So a
+pay for all the room there is. How a prompt is cut depends on the prompt alone, and no row of a program depends on its
+neighbours. What differs between two decode programs is what they leave out, which is masked in the larger one, and how
+the compiler has them round: those that round otherwise than the largest are not used (`SlotsConfig.exact`). So a
 request gets the same tokens in any company. With a draft, a decode step is a round of `speculative.play_round`, and
 both models read a prompt. Shapes in names: B slots, C tokens of a piece, V vocabulary, N likeliest tokens.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import logging
+import math
 from typing import Any
 
 import jax
@@ -29,6 +31,10 @@ from jaxcost.serving.sampling import GREEDY, Rows, Sampling, by_need, choose
 from jaxcost.serving.speculative import Draft, check_draft, play_round
 from jaxcost.serving.state import State, as_served, beside, cache_as_served, empty_state, places_of
 
+_LOGGER = logging.getLogger(__name__)
+_PROBED_TOKENS = 16
+"""By which decode programs are told apart: where they round differently, some of these tokens' numbers are others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SlotsConfig:
@@ -44,11 +50,14 @@ class SlotsConfig:
     tokens_per_dispatch: int = 4
     """Tokens that every slot decodes between two looks by the host; with a draft it looks after each round."""
     decode_slots: tuple[int, ...] = ()
-    """Slots that a decode program is for, rising up to `slots`; by default 2, and all. On a CPU, a program
-    for 1 has other kernels than those for more, whose last bits may differ."""
+    """Slots that a decode program is for, rising up to `slots`; by default 2, and all."""
     decode_lengths: tuple[int, ...] = ()
     """Tokens of each slot that a decode program is for, rising, besides all of them; by default 128, 512, 2048 ... up
     to half of them. One program is compiled for each of these and each number of slots."""
+    exact: bool = True
+    """Use only those decode programs whose numbers have the bits of the largest one's, which is found out at the start,
+    so that an answer does not depend on how many others there are or how long they are. Without it, few or short
+    requests are always decoded faster, and where two tokens are as likely but for rounding, another may be taken."""
     top_logprobs: int = 20
     """Likeliest tokens that a request may ask the log-probabilities of."""
 
@@ -133,6 +142,7 @@ class Slots:
         self.state = jax.jit(start, out_shardings=self.places)(self._all_params)
         self._compile()
         self._warm_up()
+        self._compile_decode()
 
     def _check_kind(self, config: ModelConfig) -> None:
         if not config.language_model:
@@ -251,7 +261,7 @@ class Slots:
         return lax.cond(scored, lambda: self._scores(logits, tokens), lambda: none)
 
     def _compile(self) -> None:
-        """Makes every program that serving runs."""
+        """Makes every program that serving runs but those that decode."""
         number, piece = np.int32(0), lambda size: np.zeros((size,), np.int32)
         rows = self.state.rows
         settings = {f.name: np.zeros((a := getattr(rows, f.name)).shape[1:], a.dtype) for f in dataclasses.fields(Rows)}
@@ -263,16 +273,9 @@ class Slots:
                 prefill, made = functools.partial(self._prefill, scored=scored), (self.places, None)
                 places = made if scored else self.places
                 programs[size] = compiled(prefill, 1, places, self._all_params, self.state, *where)
-        active = np.zeros((self.config.slots,), bool)
-        self._decode_programs = {}
-        for slots, length in itertools.product(self._sizes, self._lengths):
-            decode = functools.partial(self._decode, slots=slots, length=length)
-            self._decode_programs[slots, length] = compiled(
-                decode, 1, (self.places, None), self._all_params, self.state, active, np.bool_(False)
-            )
 
     def _warm_up(self) -> None:
-        """Runs every program once: a jitted function that stands in for one compiles when first called (`compiled`).
+        """Runs each of them once: a jitted function that stands in for one compiles when first called (`compiled`).
 
         No slot is taken, and what is written is overwritten.
         """
@@ -280,9 +283,52 @@ class Slots:
             for scored in (False, True):
                 self.admit(0, GREEDY, np.zeros(1, np.int32))
                 self.prefill(0, np.zeros(size, np.int32), 0, size, scored)
-        nobody = np.zeros(self.config.slots, bool)
-        for program in self._decode_programs.values():
-            self.state, _ = program(self._all_params, self.state, nobody, np.bool_(False))
+
+    def _compile_decode(self) -> None:
+        """Makes the programs that decode; if they are to be exact, without those that round otherwise than the largest.
+
+        Where one does, shorter ones for as many slots are not tried.
+        """
+        largest = (self._sizes[-1], self._lengths[-1])
+        self._decode_programs = {largest: self._decode_program(*largest)}
+        wanted, left = self._probed(*largest), []
+        for slots in self._sizes:
+            for length in reversed(self._lengths):
+                if (slots, length) == largest:
+                    continue
+                self._decode_programs[slots, length] = self._decode_program(slots, length)
+                if not np.array_equal(self._probed(slots, length), wanted) and self.config.exact:
+                    del self._decode_programs[slots, length]
+                    left.append(f"{slots} slots of {length} tokens")
+                    break
+        if left:
+            _LOGGER.info(
+                "Decode programs for %s or fewer round otherwise than the largest and are not used; with "
+                "--engine.no-exact they are, and answers may depend on their company.", ", ".join(left)
+            )  # fmt: skip
+
+    def _decode_program(self, slots: int, length: int):
+        decode = functools.partial(self._decode, slots=slots, length=length)
+        active = np.zeros((self.config.slots,), bool)
+        return compiled(decode, 1, (self.places, None), self._all_params, self.state, active, np.bool_(False))
+
+    def _probed(self, slots: int, length: int) -> np.ndarray:
+        """What a decode program says of some tokens of its first slots, as bits."""
+        rows, room = self._sizes[0], self._lengths[0] - self._virtual
+        tokens = max(1, min(self.config.prefill_tokens[0], (room - self._ahead) // 2))
+        prompts = np.arange(rows * tokens, dtype=np.int32).reshape(rows, tokens) * 7919 % self.vocab_size
+        for slot, prompt in enumerate(prompts):
+            self.admit(slot, GREEDY, prompt)
+            for start, count in self.pieces(tokens):
+                self.prefill(slot, prompt, start, count)
+        active = np.arange(self.config.slots) < rows
+        found = []
+        for _ in range(max(1, min(_PROBED_TOKENS, room - tokens) // self._ahead)):
+            self.state, made = self._decode_programs[slots, length](
+                self._all_params, self.state, active, np.bool_(True)
+            )
+            found += [np.asarray(a)[:rows].view(np.int32).ravel() for a in made]
+        return np.concatenate([*found, np.asarray(self.state.logits[:rows]).view(np.int32).ravel()])
 
     # ---- What the scheduler calls ----
 
@@ -338,9 +384,9 @@ class Slots:
         """
         [places] = np.nonzero(active)
         needed = self._held[places].max(initial=0) + self._ahead
-        slots = next(size for size in self._sizes if size > places.max(initial=0))
-        length = next(size for size in self._lengths if size >= needed)
-        program = self._decode_programs[slots, length]
+        last = places.max(initial=0)
+        fitting = (each for each in self._decode_programs if each[0] > last and each[1] >= needed)
+        program = self._decode_programs[min(fitting, key=math.prod)]
         self.state, made = program(self._all_params, self.state, active, np.bool_(scored))
         made = Scored(*map(np.asarray, made))
         self._held[places] += np.sum(made.tokens[places] >= 0, axis=1)
