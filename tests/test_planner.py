@@ -351,6 +351,13 @@ def test_a_published_run_is_an_experiment(tmp_path):
     assert repr(published.experiment_of(part).data.batch_size) == "2"
 
 
+def test_the_runs_held_out_are_experiments_that_were_not_fitted_on():
+    fitted = set(json.loads((ROOT / "jaxcost/cost/calibration.json").read_text())["fitted_on"])
+    for run in published.read_runs(ROOT / "scripts/benchmarks/held_out_runs.json"):
+        assert f"{run.model} {run.topology}" not in fitted
+        assert published.experiment_of(run).data.batch_size == run.chips * run.row["sequences_per_device"]
+
+
 def test_published_experts_and_windows_are_the_models(tmp_path):
     shape = run_row()["shape"]
     experts = shape | {"experts": 8, "experts_per_token": 2, "capacity_factor": 1.25}
