@@ -27,13 +27,14 @@ from jaxcost.models.execution import ExecutionConfig
 from jaxcost.models.huggingface import adapters, hub, layout, reading
 from jaxcost.models.huggingface.fields import fields_of
 from jaxcost.models.huggingface.writing import Layout
-from jaxcost.session import DESCRIPTION, TOKENIZER, load_run
+from jaxcost.session import load_run
 from jaxcost.training.checkpoints import Checkpoints
 from jaxcost.training.config import CheckpointConfig
 from jaxcost.transforms import lora, rule
 from jaxcost.transforms.base import Rule
 from jaxcost.transforms.manifest import manifest
 from jaxcost.weights import Dora, Lora
+from jaxcost.workdir import DESCRIPTION, TOKENIZER
 
 KEPT = "huggingface"
 """The folder that holds what a checkpoint came with."""

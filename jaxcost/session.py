@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +20,6 @@ from jaxcost.cost import closed_form
 from jaxcost.cost.hardware import Hardware, resolve
 from jaxcost.cost.ledger import Ledger
 from jaxcost.data import Tokenizer, build_tokenizer, load_tokenizer
-from jaxcost.data.files import atomic_write
 from jaxcost.evaluation.batch import Batch, beside_inputs
 from jaxcost.models import pipeline
 from jaxcost.models.config import ModelConfig
@@ -37,9 +33,8 @@ from jaxcost.training.progress import Progress
 from jaxcost.training.watch import Watch
 from jaxcost.transforms import Calibration, Transform, calibrate, calibrated, chain
 from jaxcost.transforms.manifest import check
+from jaxcost.workdir import TOKENIZER, alone_in, claim, read_experiment
 
-DESCRIPTION = "experiment.json"
-TOKENIZER = "tokenizer.json"
 _STORE = "teacher"
 
 
@@ -274,7 +269,7 @@ class Session:
         with contextlib.closing(batches), alone_in(directory):
             teacher, distilled = self._distilled(directory, teacher)
             make_params = make_params or (lambda: self.fresh_params(teacher))
-            self._claim(directory)
+            claim(directory, self.experiment, self.tokenizer)
             stored = distilled.get("stored")
             if stored is not None and stored.missing():
                 stored.write(teacher, self.train_batches(), self.mesh)
@@ -406,62 +401,6 @@ class Session:
 
     def _keys(self) -> jax.Array:
         return jax.random.split(jax.random.key(self.experiment.training.seed))
-
-    def _claim(self, directory: Path) -> None:
-        """Writes down what runs in a folder, or checks that the same ran there before."""
-        path = directory / DESCRIPTION
-        hosts.meet("before claiming a folder")
-        if path.exists():
-            before = read_experiment(directory)
-            changed = serialization.differences(before.trained_part(), self.experiment.trained_part())
-            if changed:
-                raise ValueError(
-                    f"{directory} holds a run with another {', '.join(changed)}; "
-                    "choose another --workdir, or give the same settings to go on with that run."
-                )
-            return
-        hosts.meet("before describing a folder")
-        if not hosts.is_first():
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(directory / TOKENIZER)
-        # The description comes last: a folder without one counts as empty.
-        with atomic_write(path) as file:
-            file.write(json.dumps(serialization.to_json(self.experiment), indent=1).encode())
-
-
-@contextlib.contextmanager
-def alone_in(directory: Path, doing: str = "training") -> Iterator[None]:
-    """Holds a folder for this job; ValueError if another holds it, or if it is no folder."""
-    if re.match(r"[a-z0-9]+:/", str(directory)):
-        raise ValueError(f"{directory} is an address and no folder; mount the bucket as files (gcsfuse) and name that.")
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; give a folder as --workdir.")
-    directory.mkdir(parents=True, exist_ok=True)
-    if not hosts.is_first():
-        yield
-        return
-    with open(directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"Another process is {doing} in {directory}; wait for it, or choose another --workdir."
-            ) from None
-        yield
-
-
-def read_experiment(directory: Path) -> Experiment:
-    """The experiment that a folder holds a run of; ValueError if there is none."""
-    path = Path(directory) / DESCRIPTION
-    if not path.is_file():
-        if (path.parent / "config.json").is_file():
-            raise ValueError(f"{directory} is a checkpoint of transformers; convert it first, with scripts/convert.py.")
-        raise ValueError(f"{directory} holds no run: {DESCRIPTION} is missing. Give the --workdir of a training.")
-    try:
-        return serialization.from_json(json.loads(path.read_text()))
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it, or train again in another folder.") from None
 
 
 def started(experiment: Experiment) -> Experiment:

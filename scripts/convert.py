@@ -39,7 +39,7 @@ class Arguments:
 def main(arguments: Arguments) -> dict:
     """Converts, says what to do next and returns what was made."""
     from jaxcost.conversion import export_run, import_checkpoint
-    from jaxcost.session import DESCRIPTION
+    from jaxcost.workdir import DESCRIPTION
 
     a = arguments
     result = {"schema": "jaxcost-convert-1", "source": a.source, "target": str(a.target), "dtype": a.dtype}

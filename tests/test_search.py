@@ -20,7 +20,7 @@ from jaxcost.data import DataConfig
 from jaxcost.evaluation.score import EvaluationConfig
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import ExecutionConfig
-from jaxcost.session import Session, alone_in
+from jaxcost.session import Session
 from jaxcost.study import run, surrogate
 from jaxcost.study.estimates import count
 from jaxcost.study.measure import weight_bytes
@@ -30,6 +30,7 @@ from jaxcost.study.space import Choice, Range, Space, each, features
 from jaxcost.study.trials import Trials
 from jaxcost.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 from jaxcost.transforms import factorize, prune, quantize
+from jaxcost.workdir import alone_in
 
 SPACE = Space(
     transforms=(Choice((None, *each(prune, sparsity=Choice((0.3, 0.5, 0.7, 0.9))))),),

@@ -23,11 +23,11 @@ from jaxcost.models.stacks import resized
 from jaxcost.models.transformer import Transformer, abstract, axes_of, start_cache
 from jaxcost.serving.engine import Engine
 from jaxcost.serving.sampling import Sampling, rows_of
-from jaxcost.session import read_experiment
 from jaxcost.training.distill import Distiller, check_pair
 from jaxcost.training.loop import jitted_step
 from jaxcost.training.optimizer import make_optimizer
 from jaxcost.transforms import chain
+from jaxcost.workdir import read_experiment
 
 StepName = Literal["train", "prefill", "decode"]
 STEPS: tuple[StepName, ...] = ("train", "prefill", "decode")

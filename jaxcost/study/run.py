@@ -20,7 +20,7 @@ from jaxcost.cost import closed_form
 from jaxcost.cost.ledger import Ledger
 from jaxcost.planning.plan import plan as plan_experiment
 from jaxcost.planning.topology import PlanningUnavailable
-from jaxcost.session import Session, alone_in
+from jaxcost.session import Session
 from jaxcost.study import baselines, compare, quality, report
 from jaxcost.study.accounts import Accounts, Price
 from jaxcost.study.candidates import Plan
@@ -34,6 +34,7 @@ from jaxcost.study.search import Search, interval, trial_of
 from jaxcost.study.slices import check_groups
 from jaxcost.study.trials import Trials, check_shifted, write_json
 from jaxcost.study.verify import verify
+from jaxcost.workdir import alone_in
 
 
 def run_study(
