@@ -58,6 +58,17 @@ def log_probabilities(tokens):
     return np.asarray(_log_probabilities()(params(), _padded(tokens)))[: len(tokens)]
 
 
+def check_log_probabilities(prompt, pieces, prompt_scores):
+    """What was said of a prompt's tokens and of those that were made is what the model says of the whole."""
+    whole = np.concatenate([prompt, *(piece.scores.tokens for piece in pieces)])
+    want = log_probabilities(whole)
+    want_own = np.take_along_axis(want[:-1], whole[1:, None], axis=-1)[:, 0]
+    got = np.concatenate([prompt_scores.logprobs, *(piece.scores.logprobs for piece in pieces)])
+    np.testing.assert_allclose(got, want_own, atol=1e-4)
+    top = np.concatenate([piece.scores.top_logprobs for piece in pieces])
+    np.testing.assert_allclose(top, -np.sort(-want[len(prompt) - 1 : -1])[:, : SLOTS.top_logprobs], atol=1e-4)
+
+
 @functools.cache
 def _log_probabilities():
     def made(own, tokens):

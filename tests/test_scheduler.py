@@ -10,7 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, engine, log_probabilities, params, prompts, slots
+from serving import CONFIG, MODEL, SLOTS, TOKENIZER, alone, check_log_probabilities, engine, params, prompts, slots
 from sweep import sweep
 
 from jaxcost import weights
@@ -119,14 +119,7 @@ def test_log_probabilities_are_those_of_the_model():
     with scheduler() as running:
         asked = Asked(running, prompt, 6, scored=True, score_prompt=True)
         pieces = asked.all()
-    tokens = np.concatenate([piece.scores.tokens for piece in pieces])
-    whole = np.concatenate([prompt, tokens])
-    want = log_probabilities(whole)
-    want_own = np.take_along_axis(want[:-1], whole[1:, None], axis=-1)[:, 0]
-    got = np.concatenate([asked.prompt_scores[0].logprobs, *(piece.scores.logprobs for piece in pieces)])
-    np.testing.assert_allclose(got, want_own, atol=1e-4)
-    top = np.concatenate([piece.scores.top_logprobs for piece in pieces])
-    np.testing.assert_allclose(top, -np.sort(-want[len(prompt) - 1 : -1])[:, : SLOTS.top_logprobs], atol=1e-4)
+    check_log_probabilities(prompt, pieces, asked.prompt_scores[0])
 
 
 def test_a_request_ends_at_an_id_a_string_or_its_length():
