@@ -309,6 +309,7 @@ def test_files_of_any_kind_and_rate_and_recordings_of_any_length(spelled):
         (file(sound(0.1), 500), {}, "has 500 samples a second"),
         (file(sound(3.0)), {}, "lasts 3 s, more than 2 s"),
         (file(np.full(99, np.nan), subtype="FLOAT"), {}, "samples that are no numbers"),
+        (file(np.full(99, 3e38), subtype="FLOAT"), {}, "samples that are no numbers, or beyond"),
         (file(sound(0.1)), {"temperature": "nan"}, "temperature"),
         (file(sound(0.1)), {"temperature": "2"}, "temperature"),
         (file(sound(0.1)), {"response_format": "srt"}, "response_format"),
