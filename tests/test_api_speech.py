@@ -373,6 +373,15 @@ def test_overload_is_refused_and_passes():
 # ---- Checkpoints ----
 
 
+def test_slots_without_room_for_an_answer_are_refused_before_anything_is_compiled(tmp_path):
+    told = {"lang_to_id": {"<|en|>": 301}, "task_to_id": {"transcribe": 303}, "no_timestamps_token_id": 305}
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    few, own = dataclasses.replace(SLOTS, max_length=9), params(DICTATED)
+    with compilations() as compiled, pytest.raises(ValueError, match="set engine.max_length to at least 10"):
+        model_of_kind("small", Transformer(DICTATED), own, TOKENIZER, tmp_path, slots=few)
+    assert not compiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dictated", "spelled"])
 def test_a_checkpoint_s_own_files_say_what_its_outputs_mean(kind, tmp_path):
