@@ -418,6 +418,13 @@ def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
 
 
 @pytest.mark.slow
+def test_no_decode_program_is_made_that_virtual_tokens_fill():
+    own = prefix_tuning(tokens=60)(params(), jax.random.key(0))
+    few = dataclasses.replace(SLOTS, max_length=30, decode_slots=(4,), decode_lengths=(48, 64, 65))
+    assert Slots(MODEL, own, few)._lengths == (65, 60 + 30 + 16)
+
+
+@pytest.mark.slow
 def test_a_sharded_model_is_served_as_alone():
     mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
     places = shardings(params(), axes_of(MODEL, params()), mesh)
