@@ -72,6 +72,7 @@ def main(arguments: Arguments) -> dict:
         raise ValueError("Serving needs further packages; `pip install 'jaxcost[serve]'`.")
     from jaxcost.conversion import KEPT, labels_of
     from jaxcost.cost.hardware import resolve
+    from jaxcost.models.huggingface.adapters import CONFIG
     from jaxcost.serving.adapters import with_adapters
     from jaxcost.serving.api.app import create_app
     from jaxcost.serving.api.kinds import model_of_kind
@@ -90,6 +91,12 @@ def main(arguments: Arguments) -> dict:
     folders = dict(_named(adapter) for adapter in a.adapters)
     if len({name, *folders}) != 1 + len(a.adapters):
         raise ValueError("Two of the names of --name and --adapters are the same; give each its own.")
+    for own, folder in folders.items():
+        if (folder / CONFIG).exists():
+            raise ValueError(
+                f"--adapters {own}={folder} is of peft; give it to scripts/convert.py with its base (--adapter), and "
+                "name the folder that this makes."
+            )
     session, params, step = load_run(a.checkpoint)
     if folders:
         params = with_adapters(params, {own: load_run(folder)[1] for own, folder in folders.items()})

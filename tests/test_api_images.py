@@ -144,7 +144,13 @@ def bomb():
         ("a text", "labels images, and does not label texts"),
         ([], "There is nothing to read"),
         (part(b""), "An image cannot be read"),
-        (part(b"no image" * 20), "no image that Pillow knows"),
+        (part(b"no image" * 20), "it is none of PNG, JPEG, WEBP"),
+        (part(file(np.zeros((30, 30, 3), np.uint8), "EPS")), "it is none of PNG, JPEG, WEBP"),
+        # Where its rows lie is written as text.
+        (
+            part(file(np.zeros((30, 30, 3), np.uint8), "TIFF").replace(b"\x11\x01\x04", b"\x11\x01\x02")),
+            "cannot be read",
+        ),
         (part(file(np.zeros((30, 30, 3), np.uint8), "JPEG")[:-200], "jpeg"), "An image cannot be read"),
         (part(bomb()), "9000 x 9000 pixels, more than"),
         ([part(file(np.zeros((4000, 4000), np.uint8)))] * 2, "pixels, more than 4000000"),

@@ -309,6 +309,7 @@ def test_files_of_any_kind_and_rate_and_recordings_of_any_length(spelled):
         (file(sound(0.1), 500), {}, "has 500 samples a second"),
         (file(sound(3.0)), {}, "lasts 3 s, more than 2 s"),
         (file(np.full(99, np.nan), subtype="FLOAT"), {}, "samples that are no numbers"),
+        (file(np.full(99, 3e38), subtype="FLOAT"), {}, "samples that are no numbers, or beyond"),
         (file(sound(0.1)), {"temperature": "nan"}, "temperature"),
         (file(sound(0.1)), {"temperature": "2"}, "temperature"),
         (file(sound(0.1)), {"response_format": "srt"}, "response_format"),
@@ -370,6 +371,15 @@ def test_overload_is_refused_and_passes():
 
 
 # ---- Checkpoints ----
+
+
+def test_slots_without_room_for_an_answer_are_refused_before_anything_is_compiled(tmp_path):
+    told = {"lang_to_id": {"<|en|>": 301}, "task_to_id": {"transcribe": 303}, "no_timestamps_token_id": 305}
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    few, own = dataclasses.replace(SLOTS, max_length=9), params(DICTATED)
+    with compilations() as compiled, pytest.raises(ValueError, match="set engine.max_length to at least 10"):
+        model_of_kind("small", Transformer(DICTATED), own, TOKENIZER, tmp_path, slots=few)
+    assert not compiled
 
 
 @pytest.mark.slow

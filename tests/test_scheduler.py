@@ -165,25 +165,39 @@ def test_a_full_queue_refuses_and_a_closed_one_ends_what_it_took():
             running.reserve()
 
 
+def test_a_request_of_more_than_all_places_is_taken_where_nobody_else_is():
+    with scheduler(SchedulerConfig(queue=1)) as running:
+        running.reserve()
+        with pytest.raises(Overloaded):
+            running.reserve(20)
+        running.release()
+        running.reserve(20)
+        with pytest.raises(Overloaded):
+            running.reserve()
+        running.release(20)
+
+
 def test_who_would_wait_too_long_is_refused():
     with scheduler(SchedulerConfig(wait_seconds=1e-9)) as running:
         # Before the first has ended, nobody knows how long one takes.
         assert [one.all()[-1].reason for one in [Asked(running, prompt, 9) for prompt in prompts(6)]] == ["length"] * 6
-        running.reserve()  # nobody waits
-        with pytest.raises(Overloaded, match="1 requests wait already"):
+        # As many begin at once as there are free slots, and behind them one waits for nobody who waits.
+        for _ in range(SLOTS.slots + 1):
+            running.reserve()
+        with pytest.raises(Overloaded, match=f"{SLOTS.slots + 1} requests wait already"):
             running.reserve()
         running.release()
         running.reserve()
-        running.release()
+        running.release(SLOTS.slots + 1)
     with scheduler() as running:
         Asked(running, prompts(1)[0], 9).all()
-        running.reserve()
+        running.reserve(SLOTS.slots)
         running.reserve(deadline_seconds=60)
-        with pytest.raises(Overloaded, match="2 requests wait already"):
+        with pytest.raises(Overloaded, match=f"{SLOTS.slots + 1} requests wait already"):
             running.reserve(deadline_seconds=1e-9)
-        running.release(2)
-        running.reserve(deadline_seconds=1e-9)
         running.release()
+        running.reserve(deadline_seconds=1e-9)
+        running.release(SLOTS.slots + 1)
     with pytest.raises(ValueError, match="scheduler.wait_seconds is 0; it must be above 0"):
         SchedulerConfig(wait_seconds=0)
 
@@ -394,6 +408,13 @@ def test_weights_of_every_kind_are_served_as_alone_over_an_int8_cache(change):
     for prompt, tokens in zip(asked, got, strict=True):
         [want] = by_itself.generate(own, [prompt], max_new_tokens=10)
         np.testing.assert_array_equal(tokens, want)
+
+
+@pytest.mark.slow
+def test_no_decode_program_is_made_that_virtual_tokens_fill():
+    own = prefix_tuning(tokens=60)(params(), jax.random.key(0))
+    few = dataclasses.replace(SLOTS, max_length=30, decode_slots=(4,), decode_lengths=(48, 64, 65))
+    assert Slots(MODEL, own, few)._lengths == (65, 60 + 30 + 16)
 
 
 @pytest.mark.slow

@@ -241,6 +241,8 @@ def test_what_cannot_be_served_is_said_in_one_line(run, tmp_path):
     assert "engine.max_length is 5000, more than the 512" in failure(run, "--engine.max-length", "5000")
     assert "--adapters x: write NAME=FOLDER" in failure(run, "--adapters", "x")
     assert "are the same" in failure(run, "--adapters", "small=x")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is of peft; give it to scripts/convert.py" in failure(run, "--adapters", f"other={tmp_path}")
     assert "0 proposals were asked for" in failure(run, "--draft", str(run), "--draft-tokens", "0")
     assert "holds no run" in failure(run, "--draft", str(tmp_path))
     assert "cannot be listened at" in failure(run, "--host", "203.0.113.7")

@@ -52,6 +52,19 @@ def test_a_file_that_says_more_than_it_holds_is_refused_or_read_to_its_end():
         read_sound(file(tone(0.5, RATE), RATE, format="FLAC", subtype="PCM_16")[:2000], RATE, 9)
 
 
+def test_formats_that_cannot_be_searched_are_read_too():
+    """Such as that of telephones, GSM 06.10."""
+    got = read_sound(file(tone(0.5, 8_000), 8_000, subtype="GSM610"), 8_000, 9)
+    np.testing.assert_allclose(got[: len(tone(0.5, 8_000))][400:], tone(0.5, 8_000)[400:], atol=0.3)
+
+
+def test_samples_of_any_integers_are_read_and_others_so_loud_are_refused():
+    """A model would make no numbers of them, and keep these."""
+    np.testing.assert_array_equal(read_sound(file(np.full(99, 2.0**31), RATE), RATE, 9), np.full(99, 2.0**31))
+    with pytest.raises(BadRecord, match="no numbers, or beyond"):
+        read_sound(file(np.full(99, -3e38), RATE), RATE, 9)
+
+
 @pytest.mark.parametrize("length", [1, 999, 1000, 1001, 12_345])
 def test_pieces_are_the_recording_and_none_is_too_long(length):
     samples = np.random.default_rng(length).normal(size=length).astype(np.float32)

@@ -13,6 +13,10 @@ from jaxcost.data.records import BadRecord, check_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Those of the suffixes, whatever a file is called: of Pillow's others, EPS has a program of the machine run what it is
+given."""
+
 
 class ImageFiles:
     """Image files, each a record of where it lies and which label it has: the name of the folder that holds it.
@@ -50,15 +54,16 @@ def read_image(file: str | Path | bytes, max_bytes: int, max_pixels: int | None 
 
     try:
         check_size(len(file) if isinstance(file, bytes) else Path(file).stat().st_size, max_bytes)
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise BadRecord(f"has {image.width} x {image.height} pixels, more than {max_pixels}")
             return np.asarray(image.convert("RGB"))
     except BadRecord:
         raise
-    # Pillow's formats each have errors of their own for files that are damaged.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    # On damaged files, Pillow's formats raise whatever comes of them: TIFF's even TypeError.
+    except Exception as error:
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"it is none of {', '.join(_FORMATS)}" if unknown else str(error)
         raise BadRecord(f"cannot be read ({reason.rstrip('.') or type(error).__name__})") from error
 
 

@@ -11,6 +11,8 @@ from jaxcost.data.records import BadRecord
 
 _RATES = (4_000, 48_000)
 """Samples a second that files of speech have: others take filters longer than any recording, or memory for nothing."""
+_LOUDEST = 2.0**32
+"""What a sample may be: that of any integer file, unscaled, whose squares can still be summed in float32."""
 _BLOCK = 1 << 16
 
 
@@ -37,9 +39,10 @@ def read_sound(content: bytes, rate: int, max_seconds: float) -> np.ndarray:
                 raise BadRecord(f"has {own} samples a second; {_RATES[0]} to {_RATES[1]} can be read")
             if file.frames > max_seconds * own:
                 raise BadRecord(f"lasts {file.frames / own:.0f} s, more than {max_seconds:g} s")
-            # In blocks, so that many channels need no more memory than one.
+            # In blocks, so that many channels need no more memory than one; of a number of frames, without which those
+            # of formats that cannot be searched, such as GSM 06.10, are not read.
             samples, count = np.zeros(file.frames, np.float32), 0
-            for block in file.blocks(_BLOCK, dtype="float32", always_2d=True):
+            for block in file.blocks(_BLOCK, frames=file.frames, dtype="float32", always_2d=True):
                 samples[count : count + len(block)] = block.mean(axis=1)
                 count += len(block)
     except soundfile.LibsndfileError as error:
@@ -47,8 +50,9 @@ def read_sound(content: bytes, rate: int, max_seconds: float) -> np.ndarray:
     samples = samples[:count]
     if not count:
         raise BadRecord("has no sound in it")
-    if not np.all(np.isfinite(samples)):
-        raise BadRecord("has samples that are no numbers")
+    # One that is no number would go on as none into what a model keeps.
+    if not np.all(np.abs(samples) <= _LOUDEST):
+        raise BadRecord(f"has samples that are no numbers, or beyond {_LOUDEST:g}")
     if own == rate:
         return samples
     shared = math.gcd(own, rate)

@@ -158,6 +158,10 @@ class Batcher(Worker[Ask]):
     def _at_once(self) -> int:
         return self.batched.most(self.batched.max_length)
 
+    @property
+    def _free(self) -> int:
+        return 0 if self._running else self._at_once
+
     def _takes(self, jobs: int) -> bool:
         # One request may bring more inputs than the queue has places.
         return self.num_waiting < self.config.queue

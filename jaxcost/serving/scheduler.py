@@ -145,8 +145,13 @@ class Scheduler(Worker[Ticket]):
     def _at_once(self) -> int:
         return self.slots.config.slots
 
+    @property
+    def _free(self) -> int:
+        return self._at_once - len(self._running)
+
     def _takes(self, jobs: int) -> bool:
-        return self.num_waiting + jobs <= self.config.queue + self._at_once - len(self._running)
+        # One request may bring more sequences than there are places, and then needs all of them.
+        return self.num_waiting + min(jobs, self.config.queue + self._at_once) <= self.config.queue + self._free
 
     def _check(self, job: Ticket) -> None:
         request = job.request

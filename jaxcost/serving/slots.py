@@ -135,7 +135,8 @@ class Slots:
         whole = room + self._virtual
         self._sizes = config.decode_slots or tuple(sorted({min(2, config.slots), config.slots}))
         lengths = config.decode_lengths or [2**i for i in range(7, whole.bit_length() - 1, 2)]
-        self._lengths = (*(length for length in lengths if length < whole), whole)
+        # One that takes no more than virtual tokens and a dispatch is of no use to any prompt.
+        self._lengths = (*(length for length in lengths if self._virtual + self._ahead < length < whole), whole)
         self._held = np.zeros((config.slots,), np.int64)
         start = functools.partial(self._start, room=room)
         self.places = places_of(params, jax.eval_shape(start, self._all_params))

@@ -145,9 +145,10 @@ class Worker(abc.ABC, Generic[_J]):
             if self._closing or not self.healthy:
                 raise Closed("The server is shutting down; send the request to another one.")
             each = self._seconds_per_request or 0.0
-            wait = self.num_waiting / self._at_once * each
+            before = max(0, self.num_waiting - self._free)
+            wait = before / self._at_once * each
             limit = min(self.config.wait_seconds or math.inf, self.config.deadline_of(deadline_seconds) - each)
-            if not self._takes(jobs) or (self.num_waiting and wait > limit):
+            if not self._takes(jobs) or (before and wait > limit):
                 raise Overloaded(self.num_waiting, wait)
             self._reserved += jobs
 
@@ -179,6 +180,11 @@ class Worker(abc.ABC, Generic[_J]):
     @abc.abstractmethod
     def _at_once(self) -> int:
         """Jobs that run at one time."""
+
+    @property
+    @abc.abstractmethod
+    def _free(self) -> int:
+        """Jobs of the queue that begin at once."""
 
     @abc.abstractmethod
     def _takes(self, jobs: int) -> bool:

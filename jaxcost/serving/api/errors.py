@@ -82,7 +82,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException):
-        return ApiError(error.status_code, f"{error.detail}.", headers=error.headers).response()
+        return ApiError(error.status_code, f"{error.detail.rstrip('.')}.", headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception):

@@ -109,6 +109,14 @@ def _dictated(name, model, params, tokenizer, folder, slots, scheduler) -> Speec
     _check_packages()
     vocab_size = model.config.vocab_size
     told = read_instructions(folder, model.config.encoder.start, vocab_size)
+    # Half of what a slot holds may be the text before a recording.
+    length = slots.max_length or model.config.max_length
+    least = 2 * len(told.prompt(next(iter(told.languages), None), translate=False)) + 2
+    if length < least:
+        raise ValueError(
+            f"{length} tokens leave no room for answers behind what the decoder is told; set engine.max_length to at "
+            f"least {least}."
+        )
     params = never(params, told.never, vocab_size)
     made = SourceSlots(model, params, slots, prompt_tokens=_INSTRUCTIONS, not_first=told.not_first)
     _check_answers(name, made, np.zeros(1, np.float32))
