@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from sweep import sweep
 
@@ -273,6 +275,22 @@ def test_training_on_a_mesh_equals_training_on_one_device(config, mesh_name):
         for name, value in b.items():
             np.testing.assert_allclose(a[name], value, rtol=1e-3, err_msg=name)
     assert want[0]["loss"] != want[-1]["loss"]
+
+
+def test_rows_go_to_their_experts_without_being_gathered():
+    """Left to the partitioner, every device held the rows of all experts of all sequences."""
+    mesh, rows, config = sharding.make_mesh(MeshConfig(fsdp=4, expert=2)), 40, CAPACITY
+    mlp = layer_of(params_of(config))
+
+    def of_all(x_BTD):
+        return block(config, mlp, x_BTD)[0].sum()
+
+    with jax.set_mesh(mesh):
+        apart = NamedSharding(mesh, sharding.mesh_spec(PartitionSpec("batch"), mesh.shape))
+        x = jax.ShapeDtypeStruct((rows, 16, config.width), jnp.float32, sharding=apart)
+        text = jax.jit(jax.grad(of_all)).lower(x).compile().as_text()
+    assert "all-to-all" in text
+    assert not re.search(rf"\[({config.experts},{rows}|{rows},{config.experts}),", text)
 
 
 @sweep("name", [name for name in TRANSFORMS if name != "plain"], quick=1)

@@ -28,7 +28,7 @@ from jaxcost.models.config import ModelConfig
 from jaxcost.models.execution import named
 from jaxcost.models.layers import Linear, kernel
 from jaxcost.models.mlp import Mlp, activated
-from jaxcost.sharding import constrain, mesh_spec
+from jaxcost.sharding import RULES, constrain, mesh_spec
 
 LOSSES = ("load_balancing", "router_z")
 """The router's losses, by name."""
@@ -103,7 +103,7 @@ def _with_capacity(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels, rows
     rows_BkT, pairs_BM = jax.vmap(places)(experts_BkT)
     taken_BMD = jax.vmap(_dispatch)(x_BTD, rows_BkT, pairs_BM)
     taken_EBCD = jnp.swapaxes(taken_BMD.reshape(batch, c.experts, rows, -1), 0, 1)
-    taken_EBCD = constrain(taken_EBCD, "expert", "batch", None, None)
+    taken_EBCD = _exchanged(taken_EBCD)
     keys = weights.split_keys(key, 3)
 
     def each(x_EBCd, name, key):
@@ -113,10 +113,27 @@ def _with_capacity(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels, rows
     up_EBCF = named(each(taken_EBCD, "up", keys[0]), "mlp_up")
     gate_EBCF = named(each(taken_EBCD, "gate", keys[1]), "mlp_gate") if c.gated else None
     hidden_EBCF = constrain(activated(c, up_EBCF, gate_EBCF), "expert", "batch", None, "mlp")
-    made_EBCD = each(hidden_EBCF, "down", keys[2])
-    made_BECD = constrain(jnp.swapaxes(made_EBCD, 0, 1), "batch", None, None, None)
-    made_BMD = made_BECD.reshape(batch, c.experts * rows, -1)
+    made_EBCD = _exchanged(each(hidden_EBCF, "down", keys[2]), back=True)
+    made_BMD = jnp.swapaxes(made_EBCD, 0, 1).reshape(batch, c.experts * rows, -1)
     return jax.vmap(_combine)(made_BMD, rows_BkT, pairs_BM, shares_BkT)
+
+
+def _exchanged(x_EBCD: jax.Array, back: bool = False) -> jax.Array:
+    """The rows of all experts of a device's own sequences as those of its own experts of its group's; or back.
+
+    Told of both layouts alone, the partitioner gathers all rows on every device (257 GB for a layer of Mixtral 8x22B).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else mesh.shape
+    ways = math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+    # Parameters are made with a single token, which no mesh divides.
+    if sizes.get("expert", 1) == 1 or x_EBCD.shape[1] % ways:
+        return constrain(x_EBCD, None if back else "expert", "batch", None, None)
+    of_sequences, of_experts = (mesh_spec(PartitionSpec(axis, "batch"), sizes) for axis in (None, "expert"))
+    before, after = (of_experts, of_sequences) if back else (of_sequences, of_experts)
+    split, joined = (1, 0) if back else (0, 1)
+    exchange = functools.partial(lax.all_to_all, axis_name="expert", split_axis=split, concat_axis=joined, tiled=True)
+    return jax.shard_map(exchange, in_specs=before, out_specs=after, check_vma=False)(x_EBCD)
 
 
 def _dropless(c: ModelConfig, x_BTD, experts_BkT, shares_BkT, kernels):
