@@ -51,9 +51,19 @@ class BatchesConfig:
             raise ValueError(f"batches.tokens is {self.tokens}; it must be at least 1.")
 
 
-def lengths_up_to(limit: int, shortest: int) -> tuple[int, ...]:
-    """Powers of two from `shortest` on, and the limit."""
-    return (*(2**i for i in range(limit.bit_length()) if shortest <= 2**i < limit), limit)
+def padded_lengths(
+    asked: Sequence[int], longest: int, taken: str, shortest: int = SHORTEST, limit: int | None = None
+) -> tuple[int, ...]:
+    """What inputs are padded to: what is asked for, or powers of two from `shortest` on, and `longest`.
+
+    Raises:
+      ValueError: more is asked for than the limit, by default `longest`, of what is `taken`, in words.
+    """
+    limit = longest if limit is None else limit
+    found = asked or (*(2**i for i in range(longest.bit_length()) if shortest <= 2**i < longest), longest)
+    if found[-1] > limit:
+        raise ValueError(f"batches.lengths ends with {found[-1]}, more than the {limit} {taken}; cut it.")
+    return tuple(found)
 
 
 class Batched(abc.ABC, Generic[_I]):

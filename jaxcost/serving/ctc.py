@@ -10,7 +10,7 @@ from jaxcost import weights
 from jaxcost.data.spectrogram import SAMPLE_RATE
 from jaxcost.models.audio import valid_frames
 from jaxcost.models.transformer import Transformer, logits
-from jaxcost.serving.batches import Batched, BatchesConfig, lengths_up_to
+from jaxcost.serving.batches import Batched, BatchesConfig, padded_lengths
 
 _BATCHES = BatchesConfig()
 _LONGEST_SECONDS = 30
@@ -80,13 +80,9 @@ class Heard(Batched[np.ndarray]):
                 "The model does not write what it hears; serve one of waveforms (model.audio.channels 1) with "
                 "model.head.outputs and without pooling."
             )
-        limit = min(c.max_length, c.audio.frames(_LONGEST_SECONDS * SAMPLE_RATE))
-        lengths = config.lengths or lengths_up_to(limit, _SHORTEST_FRAMES)
-        if lengths[-1] > c.max_length:
-            raise ValueError(
-                f"batches.lengths ends with {lengths[-1]}, more than the {c.max_length} frames that the model takes; "
-                "cut it."
-            )
+        longest = min(c.max_length, c.audio.frames(_LONGEST_SECONDS * SAMPLE_RATE))
+        taken = "frames that the model takes"
+        lengths = padded_lengths(config.lengths, longest, taken, _SHORTEST_FRAMES, limit=c.max_length)
         self._blank, self._normalized = blank, normalized
         super().__init__(model, params, lengths, config)
 

@@ -11,7 +11,7 @@ from jaxcost import weights
 from jaxcost.models import optional
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, logits
-from jaxcost.serving.batches import SHORTEST, Batched, BatchesConfig, lengths_up_to
+from jaxcost.serving.batches import Batched, BatchesConfig, padded_lengths
 
 _BATCHES = BatchesConfig()
 
@@ -57,11 +57,7 @@ class Pooled(Batched[Text]):
         """Compiles everything; ValueError if the model does not answer for texts, or is shorter than asked for."""
         model = Transformer(answering(model.config), model.execution)
         limit = model.config.max_length - optional.virtual_tokens(params)
-        lengths = config.lengths or lengths_up_to(limit, SHORTEST)
-        if lengths[-1] > limit:
-            raise ValueError(
-                f"batches.lengths ends with {lengths[-1]}, more than the {limit} tokens that the model takes; cut it."
-            )
+        lengths = padded_lengths(config.lengths, limit, "tokens that the model takes")
         self.vocab_size, self.typed = model.config.vocab_size, model.config.token_types > 1
         super().__init__(model, params, lengths, config)
 

@@ -24,7 +24,7 @@ from jaxcost.models import optional
 from jaxcost.models.cache import Cache, Source
 from jaxcost.models.config import ModelConfig
 from jaxcost.models.transformer import Transformer, start_cache
-from jaxcost.serving.batches import SHORTEST, lengths_up_to
+from jaxcost.serving.batches import padded_lengths
 from jaxcost.serving.programs import compiled
 from jaxcost.serving.scheduler import Request, Scheduler, Ticket
 from jaxcost.serving.slots import Slots, SlotsConfig
@@ -90,12 +90,7 @@ class SourceSlots(Slots):
         if optional.virtual_tokens(params):
             raise ValueError("The weights have virtual tokens beside an encoder, which slots do not hold; merge them.")
         self.source = model.config.source
-        self.lengths = lengths or lengths_up_to(self.source.max_length, SHORTEST)
-        if self.lengths[-1] > self.source.max_length:
-            raise ValueError(
-                f"batches.lengths ends with {self.lengths[-1]}, more than the {self.source.max_length} tokens that the "
-                "encoder takes; cut it."
-            )
+        self.lengths = padded_lengths(lengths, self.source.max_length, "tokens that the encoder takes")
         self.source_length = self.lengths[-1] if self.of_texts else samples_of(self.source)
         self._not_first_V = np.zeros((model.config.vocab_size,), np.float32)
         self._not_first_V[list(not_first)] = _NEVER
